@@ -1,0 +1,309 @@
+"""RunConfig: everything that decides a run, declared once.
+
+The CLI, the docs, `fastft init` and the JSON Schema derive from the fields below. An unknown key is an
+error that names the nearest known one; all problems are collected and reported together.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fastft.errors import FastFTError, did_you_mean
+
+SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|wandb_[A-Za-z0-9_-]{16,})")
+
+
+def redact(text: str) -> str:
+    """Return `text` with everything that looks like an access token replaced by ``***``."""
+    return SECRET.sub("***", text)
+
+
+def _none_words(value: Any) -> Any:
+    return None if isinstance(value, str) and value.lower() in {"none", "null", ""} else value
+
+
+Positive = Annotated[int, Field(gt=0)]
+# `--set train.max_steps=null` arrives as YAML null, but people also write None.
+MaybeSteps = Annotated[int | None, BeforeValidator(_none_words)]
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are errors, numbers may not be strings, nothing is NaN."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, validate_assignment=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """Which base model is fine-tuned, and how it is loaded."""
+
+    name: str = Field(description="Hub id or local folder of the base model")
+    revision: str | None = Field(None, description="branch, tag or commit on the Hub")
+    quantization: Literal["auto", "nf4", "int8", "none"] = Field(
+        "auto",
+        description="auto: nf4 on a GPU where 16-bit weights would not fit or the checkpoint is 4-bit, else none",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="compute type; auto: bfloat16 where the hardware has it, else float16 (GPU) or float32 (CPU)",
+    )
+    max_seq_length: int = Field(2048, ge=8, description="longest sequence in tokens")
+    engine: Literal["auto", "unsloth", "stock"] = Field("auto", description="auto: unsloth, with a reason where not")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the checkpoint")
+
+
+class DataConfig(Section):
+    """What is trained on."""
+
+    source: str = Field(description="file, folder, or Hub dataset id")
+    name: str | None = Field(None, description="configuration of a Hub dataset")
+    split: str = Field("train", description="split of a Hub dataset or a saved dataset folder")
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text"] = Field(
+        "auto", description="auto: detected from the columns, and said"
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="what the format calls a column: what your file calls it"
+    )
+    chat_template: str | None = Field(
+        None,
+        description="a named template (chatml, llama3, alpaca, alpaca_ja ...), or a file; null: the tokenizer's own",
+    )
+    train_on: Literal["responses", "everything"] = Field("responses", description="tokens that carry loss")
+    long_text: Literal["split", "truncate", "drop"] = Field(
+        "split", description="plain text: documents joined by EOS and cut to max_seq_length, or truncated, or dropped"
+    )
+    over_long: Literal["truncate", "drop"] = Field("truncate", description="conversations above max_seq_length")
+    eval_source: str | None = Field(None, description="own evaluation file; null: eval_fraction of the source")
+    eval_fraction: float = Field(0.05, ge=0, lt=1, description="share held out, by a hash of the content")
+    streaming: bool = Field(False, description="read the source in passes instead of loading it")
+    strict: bool = Field(False, description="a row that cannot be used is an error instead of being counted")
+
+
+class LoraConfig(Section):
+    """The adapter."""
+
+    r: int = Field(16, ge=1, description="rank")
+    alpha: float = Field(16, gt=0, description="scale: the delta is alpha / r times B A")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before A; 0 is fastest")
+    target_modules: str | list[str] = Field("all-linear", description="all-linear, or module names")
+    init: Literal["default", "gaussian", "pissa", "olora", "loftq", "orthogonal"] = Field(
+        "default", description="how A and B start (peft's init_lora_weights)"
+    )
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) (arXiv 2312.03732)")
+    use_dora: bool = Field(False, description="weight-decomposed LoRA (arXiv 2402.09353)")
+    train_tokens: Literal["auto"] | list[str] = Field(
+        "auto", description="tokens whose embedding rows are trained; auto: those that an added chat template needs"
+    )
+
+
+class TrainConfig(Section):
+    """One optimizer step is `effective_batch_size` sequences; how they are cut into micro-batches changes nothing."""
+
+    effective_batch_size: int = Field(8, ge=1, description="sequences an optimizer step")
+    epochs: float = Field(1, gt=0, description="passes over the data")
+    max_steps: MaybeSteps = Field(None, description="stop after so many optimizer steps; overrides epochs")
+    max_minutes: float | None = Field(None, description="stop cleanly with a checkpoint after so many minutes")
+    learning_rate: float = Field(2e-4, gt=0, lt=1, description="peak learning rate")
+    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field("cosine")
+    warmup_steps: MaybeSteps = Field(None, description="overrides warmup_ratio")
+    warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of the steps that warm up")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 turns it off")
+    optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "auto", description="auto: adamw_8bit on a GPU, fused AdamW elsewhere"
+    )
+    seed: int = Field(3407, ge=0, lt=2**32)
+    logging_steps: int = Field(1, ge=1)
+    save_steps: int = Field(50, ge=1)
+    save_total_limit: int = Field(2, ge=1, description="checkpoints kept (the best one is kept besides)")
+    eval_steps: int = Field(50, ge=1)
+    early_stopping_patience: MaybeSteps = Field(
+        None, description="stop after so many evaluations without a better loss"
+    )
+    micro_batch_tokens: Literal["auto"] | Positive = Field(
+        "auto", description="most tokens in one forward pass; a longer sequence is a row of its own"
+    )
+    padding_free: Literal["auto"] | bool = Field(
+        "auto", description="auto: rows without padding where the family's attention is known exactly, else padded"
+    )
+    gradient_checkpointing: Literal["auto"] | bool = Field("auto", description="auto: off where memory allows")
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+
+
+EXPORT_KINDS = ("adapter", "merged", "gguf-lora", "ollama")
+
+
+class ExportConfig(Section):
+    """What `fastft train` exports when it is done."""
+
+    to: list[str] = Field(
+        default_factory=lambda: ["adapter"], description="adapter, merged, gguf:TYPE, gguf-lora, ollama"
+    )
+
+    @field_validator("to")
+    @classmethod
+    def _known(cls, value: list[str]) -> list[str]:
+        for target in value:
+            if target not in EXPORT_KINDS and not re.fullmatch(r"gguf:[a-z0-9_]+", target):
+                raise ValueError(
+                    f"unknown export target {target!r}{did_you_mean(target, (*EXPORT_KINDS, 'gguf:q4_k_m'))}; "
+                    f"known: {', '.join(EXPORT_KINDS)}, gguf:TYPE"
+                )
+        return value
+
+
+class RunConfig(Section):
+    """A whole run. Required: `model.name` and `data.source`; everything else has a default."""
+
+    project: str = Field("my-run", description="name of the run's folder below output_dir")
+    output_dir: str = Field("runs", description="where runs are kept")
+    model: ModelConfig
+    data: DataConfig
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    mirror: str | None = Field(
+        None, description="folder (Google Drive) that receives verified copies of checkpoints and final/"
+    )
+    export: ExportConfig = Field(default_factory=ExportConfig)
+
+    @field_validator("project")
+    @classmethod
+    def _one_folder(cls, value: str) -> str:
+        if not re.fullmatch(r"[^/\\\0]+", value) or value in {".", ".."}:
+            raise ValueError(f"{value!r} is not a folder name; put the parent folder into output_dir")
+        return value
+
+    @model_validator(mode="after")
+    def _combinations(self) -> RunConfig:
+        problems = []
+        if self.model.quantization != "none" and self.model.dtype == "float32" and self.model.quantization != "auto":
+            problems.append(
+                f"model.dtype float32 with model.quantization {self.model.quantization}: quantised weights compute in "
+                "16 bit; set quantization: none or dtype: auto"
+            )
+        if self.lora.init in {"pissa", "olora", "orthogonal"} and self.model.quantization in {"nf4", "int8"}:
+            problems.append(
+                f"lora.init {self.lora.init} changes the base weights, which {self.model.quantization} cannot hold; "
+                "set model.quantization: none, or lora.init: default"
+            )
+        if self.lora.init == "orthogonal" and self.lora.r % 2:
+            problems.append(
+                f"lora.init orthogonal needs an even rank, lora.r is {self.lora.r}; set lora.r: {self.lora.r + 1}"
+            )
+        if (
+            self.train.early_stopping_patience is not None
+            and self.data.eval_source is None
+            and self.data.eval_fraction == 0
+        ):
+            problems.append(
+                "train.early_stopping_patience needs held-out data; set data.eval_fraction above 0 or data.eval_source"
+            )
+        for key in ("max_steps", "warmup_steps", "early_stopping_patience", "max_minutes"):
+            value = getattr(self.train, key)
+            if value is not None and value < (0 if key == "warmup_steps" else 1e-9):
+                problems.append(f"train.{key} is {value}; it must be positive, or null")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder, output_dir/project."""
+        return Path(self.output_dir).expanduser() / self.project
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Return the config in the YAML file `path` with `--set a.b=c` `overrides` applied.
+
+    Raises FastFTError naming every problem at once: unknown keys (with the nearest known one), wrong
+    types, impossible combinations.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FastFTError(f"config file {path} {what}. Write one with: fastft init > run.yaml")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise FastFTError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise FastFTError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}.") from error
+    if not isinstance(values, dict):
+        raise FastFTError(f"{path} is empty or not a mapping. Write a config with: fastft init > {path}")
+    for override in overrides or []:
+        _apply_override(values, override)
+    return make_config(values, where=str(path))
+
+
+def make_config(values: dict[str, Any], where: str = "config") -> RunConfig:
+    """Return the RunConfig of nested `values`; raises one FastFTError with all problems."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [line for item in error.errors() for line in _explain(item)]
+        head = f"{where}: {len(lines)} problem{'s' if len(lines) > 1 else ''}"
+        raise FastFTError(redact(head + "".join(f"\n  - {line}" for line in lines))) from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """Return the config as YAML with every default written out and no secrets."""
+    return redact(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise FastFTError(f"--set {override!r}: write it as --set section.key=value, for example --set lora.r=32")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise FastFTError(f"--set {override!r}: the value is not valid YAML: {error}") from error
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        value = float(value)  # YAML 1.1 reads 1e-4 as text; people mean the number
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        node = values.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise FastFTError(f"--set {override!r}: {parent} is {node!r}, not a section")
+        values = node
+    values[last] = value
+
+
+def _explain(item: Any) -> list[str]:
+    """Turn one pydantic error into lines a person can act on."""
+    path = [str(part) for part in item["loc"]]
+    # Union members put their own names into the location; keep what the user wrote.
+    dotted = ".".join(part for part in path if part.isidentifier() and not part.startswith("literal"))
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(path[:-1])
+        everywhere = {f"{s}.{k}" for s, f in RunConfig.model_fields.items() for k in _known_keys([s])} | set(known)
+        near = did_you_mean(path[-1], known) or did_you_mean(dotted, everywhere)
+        elsewhere = [full for full in sorted(everywhere) if full.split(".")[-1] == path[-1]]
+        if not near and elsewhere:
+            near = f" (did you mean {elsewhere[0]!r}?)"
+        return [f"unknown key {dotted or path[-1]}{near}. Known here: {', '.join(known)}"]
+    if item["type"] == "missing":
+        return [f"{dotted} is missing; it has no default"]
+    if item["type"] == "value_error":
+        text = str(item["ctx"]["error"])
+        return [f"{dotted}: {line}" if dotted else line for line in text.splitlines()]
+    return [f"{dotted}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"]
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    node: Any = RunConfig
+    for part in path:
+        field = node.model_fields.get(part)
+        annotation = field.annotation if field else None
+        node = next(
+            (a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)), None
+        )
+        if node is None:
+            return []
+    return list(node.model_fields)
