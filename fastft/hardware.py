@@ -1,0 +1,479 @@
+"""What this machine has, what a named card has, and the small automatic choices that follow from it.
+
+`probe()` asks the driver (NVML), the kernel and the cgroup, never torch, so it answers in milliseconds.
+Every automatic choice is a `Choice(value, reason)`: callers print the reason once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Generic, Literal, NamedTuple, TypeVar
+
+from fastft.errors import FastFTError, one_of
+
+GIB = 1024**3
+T = TypeVar("T")
+
+
+class Choice(NamedTuple, Generic[T]):
+    """An automatic choice and why it was made; unpacks as ``value, reason``."""
+
+    value: T
+    reason: str
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A card as its maker describes it.
+
+    `vram_bytes` is what ``torch.cuda.get_device_properties`` reports where that is known (a few per cent
+    below the nominal size), `bandwidth` is bytes/s, `flops` dense 16-bit tensor FLOP/s with float32
+    accumulation (GeForce cards halve their rate there), `ram_bytes` and `disk_bytes` the host it is usually met in.
+    """
+
+    name: str
+    vram_bytes: int
+    bandwidth: float
+    flops: float
+    capability: tuple[int, int]
+    source: str
+    ram_bytes: int
+    disk_bytes: int
+    colab: bool = False
+
+
+def _gpu(
+    name: str,
+    vram_gib: float,
+    gb_per_sec: float,
+    tflops: float,
+    capability: tuple[int, int],
+    source: str,
+    ram_gib: float = 32,
+    disk_gib: float = 200,
+    colab: bool = False,
+) -> Gpu:
+    sizes = (int(gib * GIB) for gib in (vram_gib, ram_gib, disk_gib))
+    vram, ram, disk = sizes
+    return Gpu(name, vram, gb_per_sec * 1e9, tflops * 1e12, capability, source, ram, disk, colab)
+
+
+_DATASHEET, _WHITEPAPER = "NVIDIA datasheet", "NVIDIA architecture whitepaper, FP16 tensor with FP32 accumulate"
+# Colab's RAM and disk: what its runtimes of that type show; they change without notice.
+KNOWN_GPUS: dict[str, Gpu] = {
+    "t4": _gpu("Tesla T4", 14.74, 320, 65, (7, 5), _DATASHEET, 12.67, 70, True),
+    "l4": _gpu("NVIDIA L4", 22.16, 300, 121, (8, 9), _DATASHEET, 53, 190, True),
+    "a100-40": _gpu("NVIDIA A100 40GB", 39.56, 1555, 312, (8, 0), _DATASHEET, 83.5, 190, True),
+    "a100-80": _gpu("NVIDIA A100 80GB", 79.25, 2039, 312, (8, 0), _DATASHEET, 167, 190, True),
+    "h100": _gpu("NVIDIA H100 80GB HBM3", 79.1, 3350, 989, (9, 0), _DATASHEET, 192, 500),
+    "h200": _gpu("NVIDIA H200", 139.8, 4800, 989, (9, 0), _DATASHEET, 192, 500),
+    "b200": _gpu("NVIDIA B200", 178, 8000, 2250, (10, 0), _DATASHEET, 256, 500),
+    "v100-16": _gpu("Tesla V100 16GB", 15.77, 900, 125, (7, 0), _DATASHEET, 64, 200),
+    "a10": _gpu("NVIDIA A10", 22.0, 600, 125, (8, 6), _DATASHEET, 64, 200),
+    "a10g": _gpu("NVIDIA A10G", 22.0, 600, 70, (8, 6), _DATASHEET, 64, 200),
+    "a40": _gpu("NVIDIA A40", 44.4, 696, 149.7, (8, 6), _DATASHEET, 128, 200),
+    "a6000": _gpu("NVIDIA RTX A6000", 47.5, 768, 154.8, (8, 6), _WHITEPAPER, 64, 500),
+    "l40s": _gpu("NVIDIA L40S", 44.4, 864, 362, (8, 9), _DATASHEET, 128, 500),
+    "rtx2080ti": _gpu("NVIDIA GeForce RTX 2080 Ti", 10.75, 616, 53.8, (7, 5), _WHITEPAPER),
+    "rtx3060": _gpu("NVIDIA GeForce RTX 3060", 11.76, 360, 25.5, (8, 6), _WHITEPAPER),
+    "rtx3070": _gpu("NVIDIA GeForce RTX 3070", 7.78, 448, 40.6, (8, 6), _WHITEPAPER),
+    "rtx3080": _gpu("NVIDIA GeForce RTX 3080", 9.77, 760, 59.5, (8, 6), _WHITEPAPER),
+    "rtx3090": _gpu("NVIDIA GeForce RTX 3090", 23.69, 936, 71, (8, 6), _WHITEPAPER),
+    "rtx4060": _gpu("NVIDIA GeForce RTX 4060", 7.75, 272, 30.2, (8, 9), _WHITEPAPER),
+    "rtx4060ti-16": _gpu("NVIDIA GeForce RTX 4060 Ti 16GB", 15.6, 288, 44.1, (8, 9), _WHITEPAPER),
+    "rtx4070": _gpu("NVIDIA GeForce RTX 4070", 11.72, 504, 58.3, (8, 9), _WHITEPAPER),
+    "rtx4080": _gpu("NVIDIA GeForce RTX 4080", 15.7, 717, 97.5, (8, 9), _WHITEPAPER),
+    "rtx4090": _gpu("NVIDIA GeForce RTX 4090", 23.64, 1008, 165.2, (8, 9), _WHITEPAPER, 64),
+    "rtx5090": _gpu("NVIDIA GeForce RTX 5090", 31.36, 1792, 209.5, (12, 0), _WHITEPAPER, 64),
+}
+# Names that leave the memory size open mean the smaller card: a plan for it holds on the larger one too.
+_ALIASES = {"a100": "a100-40", "v100": "v100-16", "rtx4060ti": "rtx4060ti-16", "h100-80": "h100"}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One machine. Sizes are bytes; `bandwidth` (bytes/s) and `flops` (FLOP/s) are None where nobody tabled them."""
+
+    name: str
+    kind: Literal["cuda", "mps", "cpu"]
+    gpu_count: int
+    vram_bytes: int
+    """Memory of one GPU as torch sees it; on Apple Silicon the share of RAM that the GPU may take; 0 on a CPU."""
+    vram_free_bytes: int
+    capability: tuple[int, int] | None
+    bf16: bool
+    """Whether what computes (GPU or CPU) multiplies bfloat16 natively."""
+    ram_bytes: int
+    """Honours a container's limit."""
+    ram_free_bytes: int
+    cpu_cores: int
+    """Cores this process may use (affinity and container quota)."""
+    cpu_bf16: bool
+    colab: bool = False
+    apple_silicon: bool = False
+    wsl: bool = False
+    bandwidth: float | None = None
+    flops: float | None = None
+    disk_path: str = "."
+    disk_assumed_bytes: int | None = None
+    """Free disk of a machine that is only named, not probed."""
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def flash_attention_2(self) -> bool:
+        """Whether FlashAttention 2 runs here: Ampere (8.0) or newer."""
+        return self.kind == "cuda" and self.capability is not None and self.capability >= (8, 0)
+
+    def disk_free_bytes(self, path: str | Path | None = None) -> int:
+        """Free bytes on the disk that holds `path`, or its nearest existing parent."""
+        if self.disk_assumed_bytes is not None:
+            return self.disk_assumed_bytes
+        return _disk_free(path if path is not None else self.disk_path)
+
+
+def probe(path: str | Path = ".") -> Hardware:
+    """Return this machine; `path` is where runs will be kept (its disk counts). Does not import torch."""
+    ram, ram_free = _ram()
+    apple = sys.platform == "darwin" and platform.machine() == "arm64"
+    cpu_bf16 = _cpu_bf16()
+    cores = _usable_cores()
+    cpu = Hardware(
+        name=_cpu_name(),
+        kind="cpu",
+        gpu_count=0,
+        vram_bytes=0,
+        vram_free_bytes=0,
+        capability=None,
+        bf16=cpu_bf16,
+        ram_bytes=ram,
+        ram_free_bytes=ram_free,
+        cpu_cores=cores,
+        cpu_bf16=cpu_bf16,
+        colab=is_colab(),
+        apple_silicon=apple,
+        wsl=_is_wsl(),
+        flops=cores * _FLOPS_PER_CORE[cpu_bf16],
+        disk_path=str(path),
+    )
+    cards = nvidia_gpus()
+    if cards:
+        reason = _torch_without_cuda()
+        return replace(cpu, notes=(f"{cards[0].name} is not used: {reason}",)) if reason else _with_gpu(cpu, cards)
+    if apple:
+        # Metal's recommendedMaxWorkingSetSize is about three quarters of the unified memory.
+        share = ram * 3 // 4
+        return replace(cpu, kind="mps", gpu_count=1, vram_bytes=share, vram_free_bytes=min(share, ram_free))
+    return cpu
+
+
+# Matmul FLOP/s of one core, bfloat16 with AVX512-BF16 (425e9 measured on a 2-core EPYC) and float32 AVX2
+# at about 3 GHz (2 FMA ports x 8 lanes x 2). A guess for any other CPU, and called one in the plan.
+_FLOPS_PER_CORE = {True: 425e9, False: 96e9}
+
+
+def named_gpu(name: str) -> Hardware:
+    """Return a machine with the card `name` of KNOWN_GPUS, as it is usually met (a Colab runtime for t4, l4, a100).
+
+    RAM and disk of that host are assumed, and `notes` says so. Raises FastFTError listing the known cards.
+    """
+    key = gpu_key(name)
+    if key is None:
+        raise one_of("GPU", name, KNOWN_GPUS)
+    gpu = KNOWN_GPUS[key]
+    where = "a Colab runtime" if gpu.colab else "a machine"
+    return Hardware(
+        name=gpu.name,
+        kind="cuda",
+        gpu_count=1,
+        vram_bytes=gpu.vram_bytes,
+        vram_free_bytes=gpu.vram_bytes,
+        capability=gpu.capability,
+        bf16=gpu.capability >= (8, 0),
+        ram_bytes=gpu.ram_bytes,
+        # A fresh Colab runtime uses about 1 GiB before anything runs.
+        ram_free_bytes=gpu.ram_bytes - GIB,
+        cpu_cores=2 if key == "t4" else 8,
+        cpu_bf16=False,
+        colab=gpu.colab,
+        bandwidth=gpu.bandwidth,
+        flops=gpu.flops,
+        disk_assumed_bytes=gpu.disk_bytes,
+        notes=(
+            f"assumed: {where} with {gpu.ram_bytes / GIB:.1f} GiB RAM and {gpu.disk_bytes / GIB:.0f} GiB free disk",
+        ),
+    )
+
+
+def gpu_key(name: str, vram_bytes: int | None = None) -> str | None:
+    """Return the KNOWN_GPUS key for what a person or the driver calls a card, or None."""
+    text = re.sub(r"nvidia|geforce|tesla|quadro|[\s_]", "", name.lower())
+    text = _ALIASES.get(text, text)
+    if text in KNOWN_GPUS:
+        return text
+    # Driver names carry more ("NVIDIA A100-SXM4-80GB"): take the longest key whose model part is in the name.
+    fits = [key for key in KNOWN_GPUS if re.search(rf"(?<![a-z0-9]){key.split('-')[0]}(?![a-z0-9])", _spaced(name))]
+    if vram_bytes is None:
+        return max(fits, key=len) if len(fits) == 1 else None
+    close = [key for key in fits if abs(KNOWN_GPUS[key].vram_bytes / vram_bytes - 1) < 0.15]
+    return max(close, key=len) if close else None
+
+
+def _spaced(name: str) -> str:
+    """Lower-case driver name with 'RTX 3060' and 'Ti' joined, other words kept apart."""
+    text = re.sub(r"\b(rtx)\s+(a?)(\d+)", lambda m: f"{'' if m[2] else m[1]}{m[2]}{m[3]}", name.lower())
+    return re.sub(r"(\d)\s+(ti|super)\b", r"\1\2", text)
+
+
+class NvidiaCard(NamedTuple):
+    """One card as the driver reports it (bytes)."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+    capability: tuple[int, int]
+    driver: str
+
+
+class _NvmlMemory(ctypes.Structure):
+    _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
+
+
+def nvidia_gpus() -> list[NvidiaCard]:
+    """Return the NVIDIA cards that CUDA_VISIBLE_DEVICES leaves visible, from NVML, without a CUDA context."""
+    nvml = _load_nvml()
+    if nvml is None or nvml.nvmlInit_v2() != 0:
+        return []
+    try:
+        count = ctypes.c_uint()
+        nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+        cards = [_read_card(nvml, index) for index in range(count.value)]
+        return [cards[index] for index in _visible(os.environ.get("CUDA_VISIBLE_DEVICES"), len(cards))]
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _load_nvml() -> ctypes.CDLL | None:
+    # WSL2 keeps the library outside the loader's path.
+    for name in ("libnvidia-ml.so.1", "/usr/lib/wsl/lib/libnvidia-ml.so.1", "nvml.dll"):
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    return None
+
+
+def _read_card(nvml: ctypes.CDLL, index: int) -> NvidiaCard:
+    handle = ctypes.c_void_p()
+    nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle))
+    text = ctypes.create_string_buffer(96)
+    nvml.nvmlDeviceGetName(handle, text, 96)
+    name = text.value.decode()
+    memory = _NvmlMemory()
+    nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    nvml.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor))
+    driver = ctypes.create_string_buffer(96)
+    nvml.nvmlSystemGetDriverVersion(driver, 96)
+    return NvidiaCard(name, memory.total, memory.free, (major.value, minor.value), driver.value.decode())
+
+
+def _visible(variable: str | None, count: int) -> list[int]:
+    """Indices that CUDA_VISIBLE_DEVICES leaves; as CUDA does, the list ends at the first invalid entry."""
+    if variable is None:
+        return list(range(count))
+    if not variable.strip() or variable.strip() == "-1":
+        return []
+    parts = [part.strip() for part in variable.split(",")]
+    if not parts[0].lstrip("-").isdigit():
+        return list(range(min(count, len(parts))))  # UUIDs: which cards is not known here, how many is
+    chosen = []
+    for part in parts:
+        if not part.isdigit() or int(part) >= count:
+            break
+        chosen.append(int(part))
+    return chosen
+
+
+def _with_gpu(cpu: Hardware, cards: list[NvidiaCard]) -> Hardware:
+    card = cards[0]
+    key = gpu_key(card.name, card.total_bytes)
+    known = KNOWN_GPUS[key] if key else None
+    # NVML counts memory that the driver reserves (ECC, page tables); torch sees what the table says.
+    vram = min(card.total_bytes, known.vram_bytes) if known else int(card.total_bytes * 0.98)
+    return replace(
+        cpu,
+        name=card.name,
+        kind="cuda",
+        gpu_count=len(cards),
+        vram_bytes=vram,
+        vram_free_bytes=max(0, min(vram, card.free_bytes - (card.total_bytes - vram))),
+        capability=card.capability,
+        bf16=card.capability >= (8, 0),
+        bandwidth=known.bandwidth if known else None,
+        flops=known.flops if known else None,
+        notes=() if known else (f"{card.name} is not in the table of known cards: no time estimate",),
+    )
+
+
+def _torch_without_cuda() -> str | None:
+    """Return why torch cannot use an NVIDIA card, or None. Reads the version's local part, does not import."""
+    torch = sys.modules.get("torch")
+    if torch is not None and not torch.cuda.is_available():
+        return f"torch {torch.__version__} does not see it"
+    try:
+        version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return f"torch {version} is a CPU build" if version.endswith("+cpu") else None
+
+
+def _ram() -> tuple[int, int]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
+    for limit, used in _cgroup_memory():
+        total, free = min(total, limit), min(free, max(0, limit - used))
+    return total, free
+
+
+def _cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:
+    """Return (limit, used without the page cache) for each cgroup that bounds this process (v1 and v2)."""
+    bounds = []
+    for folder, limit_file, used_file in _cgroup_folders(root, own, "memory"):
+        limit, used = _read_int(folder / limit_file), _read_int(folder / used_file)
+        if limit is None or limit >= 1 << 60:  # v2 writes "max", v1 a number near 2**63
+            continue
+        stat = folder / "memory.stat"
+        # File pages are given back under pressure, so they are not "used".
+        cache = re.search(r"^(?:total_)?inactive_file (\d+)", stat.read_text(), re.M) if stat.is_file() else None
+        bounds.append((limit, max(0, (used or 0) - (int(cache[1]) if cache else 0))))
+    return bounds
+
+
+def _cgroup_folders(root: Path, own: Path, controller: str) -> list[tuple[Path, str, str]]:
+    """Return (folder, limit file, usage file) for this process's cgroup and each of its parents."""
+    found = []
+    for line in own.read_text().splitlines() if own.is_file() else []:
+        _, names, path = line.split(":", 2)
+        if names == "":
+            base, files = root, ("memory.max", "memory.current")
+        elif controller in names.split(","):
+            base, files = root / controller, ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        here = base / path.lstrip("/")
+        # Inside a container the path may be the host's: the mounted root is then the own group.
+        chain = [here, *here.parents] if here.is_dir() else [base]
+        found += [(folder, *files) for folder in chain if folder.is_relative_to(base)]
+    return found
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _usable_cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        allowed, period = quota.read_text().split()
+        if allowed != "max":
+            cores = min(cores, math.ceil(int(allowed) / int(period)))
+    return max(1, cores)
+
+
+def cpu_flags() -> frozenset[str]:
+    """Return the feature flags of the first CPU as the kernel names them (empty where there is no /proc)."""
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", info.read_text(), re.M) if info.is_file() else None
+    return frozenset(match[1].split()) if match else frozenset()
+
+
+def _cpu_bf16() -> bool:
+    if sys.platform == "darwin":
+        return _sysctl("hw.optional.arm.FEAT_BF16") == "1"
+    return bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def _cpu_name() -> str:
+    if sys.platform == "darwin":
+        return _sysctl("machdep.cpu.brand_string") or "Apple"
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"^model name\s*:\s*(.*)$", info.read_text(), re.M) if info.is_file() else None
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def _sysctl(key: str) -> str | None:
+    try:
+        return subprocess.run(["sysctl", "-n", key], capture_output=True, text=True, timeout=5).stdout.strip()
+    except OSError:
+        return None
+
+
+def is_colab() -> bool:
+    """Whether this process runs in Google Colab."""
+    return "COLAB_RELEASE_TAG" in os.environ or (importlib.util.find_spec("google") is not None and _has_colab())
+
+
+def _has_colab() -> bool:
+    return importlib.util.find_spec("google.colab") is not None
+
+
+def _is_wsl() -> bool:
+    release = Path("/proc/sys/kernel/osrelease")
+    return release.is_file() and "microsoft" in release.read_text().lower()
+
+
+def _disk_free(path: str | Path) -> int:
+    place = Path(path).expanduser().absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def compute_dtype(hardware: Hardware, requested: str = "auto") -> Choice[str]:
+    """Return float32, bfloat16 or float16 and why. Raises FastFTError for float16 on a CPU, which cannot train so."""
+    if requested == "float16" and hardware.kind == "cpu":
+        raise FastFTError(
+            "model.dtype float16 does not train on a CPU (no loss scaling there); set model.dtype: auto, which "
+            f"is {compute_dtype(hardware).value} here."
+        )
+    if requested != "auto":
+        slow = requested == "bfloat16" and not hardware.bf16
+        return Choice(requested, "asked for" + (f", although {hardware.name} only emulates bfloat16" if slow else ""))
+    if hardware.kind == "cuda":
+        major, minor = hardware.capability or (0, 0)
+        if hardware.bf16:
+            return Choice("bfloat16", f"{hardware.name} is SM {major}{minor}, which multiplies bfloat16 natively")
+        return Choice("float16", f"{hardware.name} is SM {major}{minor}, older than Ampere (SM 80): no bfloat16")
+    if hardware.bf16:
+        return Choice("bfloat16", f"{hardware.name} multiplies bfloat16 natively")
+    if hardware.kind == "mps":
+        return Choice("float16", f"{hardware.name} has no native bfloat16")
+    return Choice("float32", f"{hardware.name} has no bfloat16 instructions (AVX512-BF16, AMX or Arm BF16)")
+
+
+def optimizer(hardware: Hardware, requested: str = "auto") -> Choice[str]:
+    """Return adamw, adamw_8bit or paged_adamw_8bit and why."""
+    if hardware.kind != "cuda":
+        if requested in ("auto", "adamw"):
+            return Choice("adamw", "asked for" if requested == "adamw" else "fused AdamW: no GPU")
+        return Choice("adamw", f"{requested} needs an NVIDIA GPU; fused AdamW instead")
+    if requested != "auto":
+        return Choice(requested, "asked for")
+    return Choice("adamw_8bit", "on a GPU: 2 bytes of state a trained parameter instead of 8")
