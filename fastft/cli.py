@@ -1,0 +1,271 @@
+"""The command line: one command a verb, each a few lines over the function of the same name.
+
+Exit codes: 0 done, 1 the answer is no, 2 the input is wrong, 3 could not finish, 130 interrupted. With --json,
+standard output carries one JSON object and nothing else; everything a person reads goes to standard error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from fastft import __version__
+from fastft.config import redact
+from fastft.errors import FastFTError
+
+app = typer.Typer(
+    name="fastft",
+    help="Fine-tune language models with LoRA and QLoRA: exact, planned, resumable, with exports that carry a proof.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="the run's YAML config (fastft init writes one)")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a setting: --set lora.r=32 (repeatable)")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run folder, an adapter folder or a model folder")]
+Base = Annotated[str | None, typer.Option("--base", help="base model of an adapter that does not name it")]
+Out = Annotated[Path | None, typer.Option("--out", help="where exports go (default: the run's export/)")]
+
+
+def main() -> NoReturn:
+    """Run the command line; turns every error into one message and an exit code."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    answer = _claim_stdout() if "--json" in sys.argv else None
+    if not debug:
+        _quiet_libraries()
+    try:
+        result = app(standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+    except FastFTError as error:
+        _say(error, debug)
+        code = error.exit_code
+    except typer.Exit as leave:
+        code = leave.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except Exception as error:
+        if _is_usage_error(error):
+            error.show()  # type: ignore[attr-defined]
+            code = 2
+        else:
+            _say(f"unexpected {type(error).__name__}: {error}. This is a bug of fastft; --debug shows where.", debug)
+            code = 3
+    if answer is not None:
+        answer.flush()
+    sys.stderr.flush()
+    # Not sys.exit: threads that libraries leave behind must not hold up the shell. Output is flushed above.
+    os._exit(code) if "torch" in sys.modules else sys.exit(code)
+
+
+# --- the main job
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option("--out", help="where the run goes")] = Path("runs"), as_json: Json = False
+) -> None:
+    """Train the embedded tiny model, compare before and after, export, verify, chat. No network, no GPU."""
+    from fastft.quickstart.command import quickstart as run_quickstart
+
+    _print(run_quickstart(out), as_json)
+
+
+@app.command()
+def init(
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="fit it to this card (t4, l4, a100 ...); default: this machine")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Hub id or folder of the base model")] = None,
+    data: Annotated[str, typer.Option("--data", help="file or Hub id of the data")] = "data.jsonl",
+) -> None:
+    """Print a commented config: fastft init --gpu t4 > run.yaml."""
+    from fastft.init import commented_config
+
+    sys.stdout.write(commented_config(gpu=gpu, model=model, data=data))
+
+
+@app.command("config-schema")
+def config_schema() -> None:
+    """Print the JSON Schema of the config."""
+    from fastft.config import RunConfig
+
+    print(json.dumps(RunConfig.model_json_schema(), indent=1))
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    stop_after: Annotated[
+        int | None, typer.Option("--stop-after", help="end after so many more steps; the schedule stays")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train; the same command goes on after a stop."""
+    from fastft.config import load_config
+    from fastft.train import train as run_train
+
+    settings = load_config(config, overrides)
+    result = run_train(settings, stop_after=stop_after)
+    if result.status == "done" and settings.export.to != ["adapter"]:
+        from fastft.export import export as run_export
+
+        run_export(result.run, settings.export.to)
+    _print(result, as_json, text=f"{result.status}: {result.final or result.run}")
+
+
+@app.command()
+def data(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Show what will be trained on: formats, drops, lengths, a preview with the trained tokens in colour."""
+    from fastft.config import load_config
+    from fastft.inspect import inspect_data
+
+    settings = load_config(config, overrides)
+    report = inspect_data(settings, plot=settings.run_dir / "data.png" if not as_json else None)
+    _print(report, as_json, text="")
+
+
+@app.command()
+def chat(
+    target: Annotated[str, typer.Argument(metavar="RUN", help="a run, adapter or model folder, or a .gguf file")],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="one question; without it, a conversation")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="system prompt")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="most tokens of an answer")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="nucleus sampling")] = 1.0,
+    seed: Annotated[int, typer.Option(help="seed of the sampling")] = 3407,
+    compare: Annotated[bool, typer.Option("--compare", help="the base model's answer beside the adapter's")] = False,
+    base: Base = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    lora: Annotated[list[str] | None, typer.Option("--lora", help="adapter GGUF on a base GGUF (repeatable)")] = None,
+    gpu_layers: Annotated[
+        str, typer.Option("--gpu-layers", help="layers of a GGUF on the GPU: auto or a number")
+    ] = "auto",
+    n_ctx: Annotated[int | None, typer.Option("--n-ctx", help="context of a GGUF in tokens")] = None,
+    as_json: Json = False,
+) -> None:
+    """Talk to a run, a model or a GGUF file."""
+    from fastft.conversation import converse, single
+    from fastft.generate import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    layers: int | str = int(gpu_layers) if gpu_layers.lstrip("-").isdigit() else gpu_layers
+    keywords: dict[str, Any] = {"base": base, "dtype": dtype, "loras": lora, "gpu_layers": layers, "n_ctx": n_ctx}
+    if prompt is None:
+        if as_json:
+            raise FastFTError("--json needs --prompt.")
+        return converse(target, system=system, sampling=sampling, compare=compare, **keywords)
+    result = single(target, prompt, system=system, sampling=sampling, compare=compare, show=not as_json, **keywords)
+    _print(result, as_json, text="")
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    to: Annotated[
+        str, typer.Option("--to", help="adapter, merged, gguf:TYPE, gguf-lora, ollama; comma-separated")
+    ] = "merged",
+    out: Out = None,
+    base: Base = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="of merged: auto, float32, bfloat16, float16")] = "auto",
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="write the certificate")] = True,
+    imatrix: Annotated[str | None, typer.Option("--imatrix", help="auto: from the run's own data")] = None,
+    quant: Annotated[str | None, typer.Option("--quant", help="auto: the smallest GGUF type within --max-kl")] = None,
+    max_kl: Annotated[float, typer.Option("--max-kl", help="KL budget of --quant auto, nats a token")] = 0.01,
+    as_json: Json = False,
+) -> None:
+    """Export a run as adapter, merged model, GGUF or Ollama model."""
+    from fastft.export import export as run_export
+
+    targets = [part.strip() for part in to.split(",") if part.strip()]
+    result = run_export(
+        run, targets, out=out, base=base, dtype=dtype, certify=verify, imatrix=imatrix, quant=quant, max_kl=max_kl
+    )
+    _print(result, as_json)
+
+
+# --- how it is printed
+
+
+def _claim_stdout() -> Any:
+    """Point file descriptor 1 at standard error, so that no library can spoil the JSON; keep the real one aside."""
+    global _answer
+    sys.stdout.flush()
+    _answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    return _answer
+
+
+_answer: Any = None
+
+
+def _print(result: Any, as_json: bool, text: str | None = None) -> None:
+    """Print a command's result: JSON on the real standard output, or `text` for a person."""
+    values = _plain(result)
+    if as_json:
+        _answer.write(redact(json.dumps(values, ensure_ascii=False)) + "\n")
+        return
+    if text is None:
+        text = json.dumps(values, indent=1, ensure_ascii=False)
+    if text:
+        print(redact(text))
+
+
+def _plain(result: Any) -> Any:
+    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+        return dataclasses.asdict(result)
+    if hasattr(result, "model_dump"):
+        return result.model_dump(mode="json")
+    return result
+
+
+def _say(error: Any, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {redact(str(error))}", file=sys.stderr)
+
+
+def _is_usage_error(error: Exception) -> bool:
+    return hasattr(error, "show") and hasattr(error, "exit_code")
+
+
+def _quiet_libraries() -> None:
+    """Silence progress bars and warnings that are nothing to the user; --debug shows them."""
+    warnings.simplefilter("ignore")
+    for variable, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+        "BITSANDBYTES_NOWELCOME": "1",
+        "PYTHONWARNINGS": "ignore",
+    }.items():
+        os.environ.setdefault(variable, value)
+    for name in ("torch.utils._pytree", "bitsandbytes", "transformers", "datasets", "peft", "trl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks and the libraries' own messages")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit

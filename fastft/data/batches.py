@@ -1,0 +1,165 @@
+"""From the sequences of one optimizer step to the rows that go through the model.
+
+An optimizer step is `effective_batch_size` sequences and nothing else. How they are cut into micro-batches
+is free: each micro-batch's loss is the *sum* of its token losses divided by the number of supervised tokens
+of the whole step, so the gradient does not depend on the cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of tokens that attends only to itself: a conversation, or one document of a joined text."""
+
+    input_ids: np.ndarray  # (L,) int32
+    labels: np.ndarray  # (L,) int32, IGNORE where no loss; the first is always IGNORE, nothing predicts it
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def supervised(self) -> int:
+        """Number of tokens that carry loss."""
+        return int((self.labels != IGNORE).sum())
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Tensors of one forward pass."""
+
+    inputs: dict[str, Any]  # what the model is called with, labels included
+    tokens: int  # without padding
+    padded_tokens: int
+
+
+class StepBatches:
+    """The optimizer steps of an epoch as a map-style dataset: `[k]` is the list of samples of step k.
+
+    The order is a permutation drawn from (seed, epoch), so it is the same on every machine and after a resume.
+    """
+
+    def __init__(self, dataset: Any, effective_batch_size: int, seed: int) -> None:
+        self.dataset = dataset
+        self.effective_batch_size = effective_batch_size
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the order of `epoch`."""
+        self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.effective_batch_size)
+
+    def __getitem__(self, step: int) -> list[Any]:
+        first = step * self.effective_batch_size
+        return [self.dataset[int(i)] for i in self.order[first : first + self.effective_batch_size]]
+
+
+def segments_of(samples: Sequence[Any]) -> list[Segment]:
+    """Return the segments of `samples` (each with input_ids, labels and segments), first labels masked."""
+    result = []
+    for sample in samples:
+        start = 0
+        for length in sample.segments:
+            end = start + int(length)
+            labels = np.array(sample.labels[start:end], dtype=np.int64)
+            labels[0] = IGNORE
+            result.append(Segment(np.asarray(sample.input_ids[start:end], dtype=np.int64), labels))
+            start = end
+        assert start == len(sample.input_ids), "segments must add up to the sequence"
+    return result
+
+
+def supervised_tokens(segments: Sequence[Segment]) -> int:
+    """Return the number of tokens that carry loss: the divisor of the step's loss."""
+    return sum(segment.supervised for segment in segments)
+
+
+def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Return rows of indices, each of at most `budget` tokens (a longer sequence is a row of its own).
+
+    First-fit decreasing: at most 11/9 of the optimal number of rows, plus one (Johnson 1973). Deterministic.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[index]
+        fitting = next((row for row, left in enumerate(room) if length <= left), None)
+        if fitting is None:
+            rows.append([index])
+            room.append(budget - length)
+        else:
+            rows[fitting].append(index)
+            room[fitting] -= length
+    return rows
+
+
+def cut_padded(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Return batches of indices whose padded size (count x longest) is at most `budget` tokens, like lengths together."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        longest = lengths[batches[-1][0]] if batches else 0
+        if batches and longest * (len(batches[-1]) + 1) <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def micro_batches(
+    segments: Sequence[Segment], budget: int, *, padded: bool, pad_token_id: int, device: Any
+) -> Iterator[MicroBatch]:
+    """Yield the micro-batches of one step: padding-free rows, or padded batches where `padded`.
+
+    Segments without a supervised token are left out: they add nothing to loss or gradient.
+    """
+    useful = [segment for segment in segments if segment.supervised]
+    lengths = [len(segment) for segment in useful]
+    for indices in (cut_padded if padded else cut)(lengths, budget):
+        chosen = [useful[i] for i in indices]
+        yield _padded(chosen, pad_token_id, device) if padded else _padding_free(chosen, device)
+
+
+def _padding_free(segments: list[Segment], device: Any) -> MicroBatch:
+    """One row (1, T): position ids restart at each segment, `cu_seq_lens_q` holds the boundaries."""
+    import torch
+
+    lengths = [len(segment) for segment in segments]
+    boundaries = np.concatenate([[0], np.cumsum(lengths)])
+    row = {
+        "input_ids": np.concatenate([s.input_ids for s in segments]),
+        "labels": np.concatenate([s.labels for s in segments]),
+        "position_ids": np.concatenate([np.arange(length) for length in lengths]),
+    }
+    inputs: dict[str, Any] = {name: torch.from_numpy(a)[None].to(device) for name, a in row.items()}
+    inputs["cu_seq_lens_q"] = torch.from_numpy(boundaries.astype(np.int32))
+    return MicroBatch(inputs, tokens=sum(lengths), padded_tokens=sum(lengths))
+
+
+def _padded(segments: list[Segment], pad_token_id: int, device: Any) -> MicroBatch:
+    """A batch (B, T), padded on the right with the mask that hides the padding."""
+    import torch
+
+    longest = max(len(segment) for segment in segments)
+    shape = (len(segments), longest)
+    ids, labels = np.full(shape, pad_token_id, np.int64), np.full(shape, IGNORE, np.int64)
+    mask = np.zeros(shape, np.int64)
+    for row, segment in enumerate(segments):
+        ids[row, : len(segment)], labels[row, : len(segment)], mask[row, : len(segment)] = (
+            segment.input_ids,
+            segment.labels,
+            1,
+        )
+    arrays = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    inputs = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    return MicroBatch(inputs, tokens=int(mask.sum()), padded_tokens=mask.size)

@@ -1,0 +1,36 @@
+"""What an engine must offer. Both keep Unsloth's keyword names, so that one call site serves both."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+
+class Engine(Protocol):
+    """Loads a base model, attaches LoRA, and computes a training loss the way its kernels like it."""
+
+    name: str
+
+    def from_pretrained(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Return (model, tokenizer); Unsloth's keywords (model_name, max_seq_length, dtype, load_in_4bit ...)."""
+        ...
+
+    def get_peft_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the model with LoRA attached; Unsloth's keywords (r, target_modules, lora_alpha ...)."""
+        ...
+
+    def for_inference(self, model: Any) -> Any:
+        """Return the model switched to generation."""
+        ...
+
+    def for_training(self, model: Any, use_gradient_checkpointing: Any = None) -> Any:
+        """Return the model switched to training."""
+        ...
+
+    def loss_mode(self, model: Any) -> AbstractContextManager[None]:
+        """Inside, `model(labels=..., num_items_in_batch=n).loss` is the sum of token losses over n, without logits kept."""
+        ...
+
+    def patches(self) -> dict[str, str]:
+        """Return what the engine changed in this process, for run.json and `fastft doctor`."""
+        ...

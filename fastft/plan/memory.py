@@ -1,0 +1,192 @@
+"""Every byte of a run, as named terms with their formula and source. Pure arithmetic.
+
+Symbols in the formulas: T tokens in a micro-batch row, H hidden size, I intermediate size, V vocabulary, L layers,
+Q and K widths of all queries and all keys, r rank, c bytes of the compute type (2 or 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel
+
+from fastft.hardware import GIB
+from fastft.plan.shape import NF4_BITS, ModelShape
+
+Place = Literal["vram", "ram", "disk"]
+PHASES = ("load", "train", "eval", "merge", "export")
+
+
+class Term(BaseModel):
+    """One named part of a peak: bytes, the formula they come from, and where that formula comes from."""
+
+    name: str
+    bytes: int
+    formula: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Everything that decides the memory of a run, resolved: no `auto` is left."""
+
+    device: Literal["cuda", "mps", "cpu"]
+    kernels: Literal["unsloth", "peft", "compiled"]
+    """unsloth: fused CUDA kernels; peft: transformers' and peft's eager modules (any CPU); compiled: torch.compile."""
+    tokens: int
+    """T: most tokens in one forward pass."""
+    longest: int
+    """Tokens of the longest sequence."""
+    compute_bytes: int = 2
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    rank: int = 16
+    target_modules: str | tuple[str, ...] = "all-linear"
+    use_dora: bool = False
+    dropout: float = 0.0
+    train_tokens: int = 0
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    lora_bytes: int = 4
+    checkpointing: Literal["off", "recompute", "offload"] = "off"
+    loss: Literal["chunked", "full"] = "chunked"
+    upcast: bool = False
+    """peft's prepare_model_for_kbit_training: norms, embeddings and head in float32, so hidden states are too."""
+    full_finetuning: bool = False
+    allocator_slack: bool = True
+
+    @property
+    def lora(self) -> tuple[int, str | list[str]]:
+        """(rank, target modules) as ModelShape takes them."""
+        targets = self.target_modules
+        return self.rank, targets if isinstance(targets, str) else list(targets)
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of one number of the hidden state between layers."""
+        return 4 if self.upcast else self.compute_bytes
+
+
+def trainable(shape: ModelShape, s: Situation) -> int:
+    """Return the number of trained parameters."""
+    if s.full_finetuning:
+        return shape.parameters
+    return shape.lora_parameters(*s.lora, use_dora=s.use_dora, train_tokens=s.train_tokens)
+
+
+def weight_terms(shape: ModelShape, s: Situation) -> list[Term]:
+    """Base weights by role: what is quantised, and what stays in 16 bit (embeddings, head, norms, routers, biases)."""
+    packed = sum(w.parameters for w in shape.of("linear", "expert"))
+    rest = shape.parameters - packed
+    terms = []
+    if s.quantization == "nf4":
+        formula = f"{packed:,} x {NF4_BITS:.3f} bits"
+        terms.append(_term("weights in NF4", packed * NF4_BITS / 8, formula, "QLoRA, arXiv 2305.14314, section 3"))
+    elif s.quantization == "int8":
+        rows = sum(w.shape[0] * w.count for w in shape.of("linear", "expert"))
+        terms.append(_term("weights in int8", packed + 4 * rows, f"{packed:,} + 4 x rows", "LLM.int8, arXiv 2208.07339"))
+    else:
+        rest += packed
+    size = 4 if s.upcast else s.compute_bytes
+    name = "weights" if s.quantization == "none" else f"weights kept in {size * 8} bit"
+    return [*terms, _term(name, rest * size, f"{rest:,} x {size} bytes", "parameter count")]
+
+
+def training_state_terms(shape: ModelShape, s: Situation) -> list[Term]:
+    """Trained parameters, their gradients and the optimizer's state."""
+    n = trainable(shape, s)
+    adapter = [] if s.full_finetuning else [_term("LoRA", n * s.lora_bytes, f"{n:,} x {s.lora_bytes} bytes", "arXiv 2106.09685, section 4.1")]
+    gradients = _term("gradients", n * s.lora_bytes, f"{n:,} x {s.lora_bytes} bytes", "one for each trained parameter")
+    if s.optimizer == "adamw":
+        size = 2 * s.lora_bytes
+        return [*adapter, gradients, _term("optimizer", n * size, f"{n:,} x {size} bytes", "Adam: two moments, arXiv 1412.6980")]
+    formula = f"{n:,} x 2.06 bytes"  # two 8-bit moments and a float32 constant for 256 values of each
+    return [*adapter, gradients, _term("optimizer", n * 2.06, formula, "8-bit Adam, arXiv 2110.02861")]
+
+
+def layer_bytes_per_token(shape: ModelShape, s: Situation) -> dict[str, float]:
+    """Return what autograd keeps for one layer and token, by part, in bytes.
+
+    Counted with torch's saved-tensor hooks on the eager modules of transformers 5.17 and peft 0.21, and read from
+    Unsloth's autograd functions for its GPU kernels (LoRA_QKV, LoRA_MLP, RMSNorm: inputs, gate and up are kept).
+    """
+    c, h, q, k = s.compute_bytes, shape.hidden, shape.query_size, shape.kv_size
+    i = shape.intermediate * max(1, shape.experts_per_token)
+    norms = 4 if shape.family in {"gemma2", "gemma3_text"} else 2
+    qk_norm = (q + k) if shape.family in {"qwen3", "qwen3_moe", "gemma3_text"} else 0
+    targets = shape.lora_targets(s.lora[1]) if not s.full_finetuning else shape.of("linear")
+    inputs = [w.shape[1] for w in targets if w.name != "lm_head"]
+    if s.kernels != "peft":
+        shared = h + (h if s.kernels == "unsloth" else 0)  # the normed input of attention; Unsloth also keeps the MLP's
+        lora = (shared + (i if s.kernels == "compiled" else 0)) * c if inputs else 0
+        return {
+            "norms": norms * h * s.hidden_bytes,
+            "LoRA inputs": lora,
+            "attention": (2 * q + 2 * k) * c + qk_norm * c,
+            "MLP": 2 * i * c,
+            "rank-r products": s.rank * len(inputs) * c if s.kernels == "compiled" else 0,
+        }
+    # Under autocast every targeted layer makes its own 16-bit copy of its input; in float32 layers share it.
+    copies = sum(inputs) if c == 2 else sum({w.shape[1] if w.name in _OWN_INPUT else w.name in _ATTENTION_IN: w.shape[1] for w in targets}.values())
+    parts = {
+        "norms": norms * (4 * h + 4) + 4 * qk_norm,
+        "LoRA inputs": copies * c + (copies * (c + 1) if s.dropout else 0),
+        # SDPA on a padding-free row: queries, keys and values repeated to all heads, output, its contiguous copy.
+        "attention": (4 * q * c + 4 * shape.heads) + (q * c if "o_proj" not in {w.name for w in targets} else 0),
+        "MLP": 3 * i * c * (2 if shape.family == "gpt_oss" else 1),
+        "rank-r products": s.rank * len(inputs) * c,
+    }
+    if shape.family in {"gemma2", "gpt_oss"}:
+        # Softcaps and sinks need written-out attention: scores, mask and weights of every pair of positions.
+        parts["attention scores"] = shape.heads * min(s.longest, s.tokens) * (2 * c + 4 + 1)
+    return parts
+
+
+_OWN_INPUT = frozenset({"o_proj", "down_proj"})
+_ATTENTION_IN = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj"})
+
+
+def activation_terms(shape: ModelShape, s: Situation) -> list[Term]:
+    """What the forward pass leaves in device memory for the backward pass."""
+    parts = layer_bytes_per_token(shape, s)
+    one_layer = s.tokens * sum(parts.values())
+    listed = " + ".join(f"{name} {size:,.0f}" for name, size in parts.items() if size)
+    if s.checkpointing == "off":
+        formula = f"L {shape.layers} x T {s.tokens:,} x ({listed})"
+        return [_term("activations", shape.layers * one_layer, formula, "saved tensors, counted")]
+    terms = [_term("activations of one layer", one_layer, f"T {s.tokens:,} x ({listed})", "recomputed in backward")]
+    size = shape.layers * s.tokens * shape.hidden * s.hidden_bytes
+    if s.checkpointing == "recompute":
+        formula = f"L {shape.layers} x T {s.tokens:,} x H x {s.hidden_bytes}"
+        terms.append(_term("layer inputs", size, formula, "gradient checkpointing, arXiv 1604.06174"))
+    return terms
+
+
+def transient_terms(shape: ModelShape, s: Situation) -> list[Term]:
+    """The larger of what the loss and what one layer's backward needs while everything saved is still there."""
+    t, h, i, v, c = s.tokens, shape.hidden, shape.intermediate, shape.vocab, s.compute_bytes
+    i *= max(1, shape.experts_per_token)
+    largest = max((w.parameters // w.count for w in shape.of("linear", "expert")), default=0)
+    backward = _term("backward of one layer", t * (3 * i + 3 * h) * c, "T x 3 (I + H) x c", "gradients of gate, up, product and residual")
+    if s.quantization != "none":
+        extra = _term("dequantised weight", largest * 2, "largest quantised tensor x 2 bytes", "bitsandbytes dequantises one layer at a time")
+        return [_largest([loss_term(shape, s), backward]), extra]
+    del v
+    return [_largest([loss_term(shape, s), backward])]
+
+
+CHUNK = 16 * 1024 * 1024  # logits at a time in Unsloth's CPU loss (UNSLOTH_CPU_CE_CHUNK_ELEMENTS)
+CHUNK_GPU = 64 * 1024 * 1024
+
+
+def loss_term(shape: ModelShape, s: Situation) -> Term:
+    """Logits: a chunk at a time, or all of them in float32 where the loss is not fused."""
+    logits = s.tokens * shape.vocab
+    if s.loss == "full":
+        # logits, log-softmax, gradient of each in float32: all four live when log-softmax runs backward.
+        return _term("logits", logits * 16, f"T x V {shape.vocab:,} x 4 tensors x 4 bytes", "transformers' ForCausalLMLoss")
+    if s.kernels == "compiled":
+        return _term("logits", logits * 2, f"T x V {shape.vocab:,} x 2 bytes", "torchtune CEWithChunkedOutputLoss keeps 16-bit logits")
+    chunk = min(logits, CHUNK if s.device == "cpu" else CHUNK_GPU)
+    size = chunk * (8 if s.device == "cpu" else 10) + 2 * s.tokens * shape.hidden * s.compute_bytes
+    return _term("logits, chunked", size, f"min(T x V, {chunk / 2**20:.0f} Mi) x {8 if s.device == 'cpu' else 10} bytes + 2 T H c", "Unsloth's chunked cross entropy")

@@ -1,0 +1,408 @@
+"""What a model is made of, from its config.json and safetensors headers. No weight is ever read.
+
+A `ModelShape` is a list of `Weight`s: name of the leaf, logical shape, how often it occurs, and its role.
+The role decides everything later: what gets LoRA, what is quantised, what a token multiplies with.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from fastft.errors import FastFTError, did_you_mean
+
+Role = Literal["embedding", "head", "linear", "expert", "router", "norm", "other"]
+STORED_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1, "I8": 1, "F8_E4M3": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter tensor that occurs `count` times; linear layers have shape (out, in), experts (experts, in, out)."""
+
+    name: str
+    shape: tuple[int, ...]
+    count: int
+    role: Role
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all occurrences together."""
+        return math.prod(self.shape) * self.count
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The dimensions of a decoder and its weights; see `load_shape`."""
+
+    name: str
+    family: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    tied: bool
+    weights: tuple[Weight, ...]
+    experts: int = 0
+    experts_per_token: int = 0
+    sliding_window: int | None = None
+    stored: str = "bfloat16"
+    """How the checkpoint stores its weights: bfloat16, float16, float32, nf4 or mxfp4."""
+    checkpoint_bytes: int = 0
+    """Size of the safetensors files."""
+    local: bool = True
+    notes: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def parameters(self) -> int:
+        """All parameters; tied embeddings count once."""
+        return sum(w.parameters for w in self.weights)
+
+    @cached_property
+    def matmul_parameters(self) -> int:
+        """Parameters that one token is multiplied with: linear layers, the head, and only the experts it visits."""
+        dense = sum(w.parameters for w in self.weights if w.role in {"linear", "router", "head"})
+        head = self.hidden * self.vocab if self.tied else 0
+        share = self.experts_per_token / self.experts if self.experts else 0
+        return dense + head + int(share * sum(w.parameters for w in self.weights if w.role == "expert"))
+
+    @property
+    def query_size(self) -> int:
+        """Width of the queries of all heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of the keys (or values) of all key-value heads."""
+        return self.kv_heads * self.head_dim
+
+    def of(self, *roles: Role) -> list[Weight]:
+        """Return the weights with one of these roles."""
+        return [w for w in self.weights if w.role in roles]
+
+    def lora_targets(self, target_modules: str | list[str]) -> list[Weight]:
+        """Return the linear layers that LoRA is put on; all-linear leaves out the head, experts and routers.
+
+        Raises FastFTError for names that the model does not have.
+        """
+        linear = [w for w in self.of("linear") if len(w.shape) == 2]
+        if target_modules == "all-linear":
+            return linear
+        wanted = [target_modules] if isinstance(target_modules, str) else target_modules
+        known = {w.name for w in linear} | {"lm_head"}
+        wanted = [FUSED.get(n, n) if n not in known else n for n in wanted]
+        missing = [n for n in wanted if n not in known]
+        if missing:
+            listed = ", ".join(f"{n!r}{did_you_mean(n, known)}" for n in missing)
+            raise FastFTError(
+                f"lora.target_modules: {self.name} has no {listed}. It has: {', '.join(sorted(known))}; or use all-linear."
+            )
+        head = [Weight("lm_head", (self.vocab, self.hidden), 1, "head")] if "lm_head" in wanted else []
+        return [w for w in linear if w.name in wanted] + head
+
+    def lora_parameters(
+        self, r: int, target_modules: str | list[str] = "all-linear", *, use_dora: bool = False, train_tokens: int = 0
+    ) -> int:
+        """Trainable parameters: r (in + out) a layer (arXiv 2106.09685, 4.1), DoRA + out, each token row + hidden."""
+        targets = self.lora_targets(target_modules)
+        return sum(w.count * (r * sum(w.shape) + (w.shape[0] if use_dora else 0)) for w in targets) + (
+            train_tokens * self.hidden
+        )
+
+
+# Where a family fuses layers, the split names mean the fused one.
+FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | dict.fromkeys(
+    ("gate_proj", "up_proj"), "gate_up_proj"
+)
+NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+LLAMA_LIKE = frozenset({"llama", "mistral", "smollm3", "gemma", "granite"})
+KNOWN_FAMILIES = LLAMA_LIKE | {"qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_oss", "mixtral", "qwen3_moe", "olmo2"}
+TIED_BY_DEFAULT = frozenset({"gemma", "gemma2", "gemma3_text"})
+
+
+def shape_from_config(config: dict[str, Any], name: str = "model") -> ModelShape:
+    """Return the shape that a config.json describes.
+
+    Raises FastFTError listing every field that is missing. An unknown family is taken for Llama-like, and
+    `notes` says so.
+    """
+    outer, config = config, {**config, **(config.get("text_config") or {})}
+    family = config.get("model_type") or ""
+    missing = [key for key in NEEDED if not isinstance(config.get(key), int)]
+    if missing or not family:
+        what = ", ".join(missing + ([] if family else ["model_type"]))
+        raise FastFTError(f"the config.json of {name} lacks {what}; without them nothing can be said about its size.")
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    experts = config.get("num_local_experts") or config.get("num_experts") or 0
+    notes = []
+    if family not in KNOWN_FAMILIES:
+        notes.append(f"{family} is not a family fastft knows: taken for a Llama-like decoder")
+    if outer is not config and outer.get("vision_config"):
+        notes.append("only the language model is counted, not the vision tower")
+    tied = config.get("tie_word_embeddings")
+    shape = ModelShape(
+        name=name,
+        family=family,
+        hidden=hidden,
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or hidden // heads,
+        intermediate=config.get("moe_intermediate_size") or config["intermediate_size"]
+        if experts
+        else config["intermediate_size"],
+        vocab=config["vocab_size"],
+        tied=family in TIED_BY_DEFAULT if tied is None else bool(tied),
+        weights=(),
+        experts=experts,
+        experts_per_token=config.get("num_experts_per_tok") or config.get("experts_per_token") or 0,
+        sliding_window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
+        stored=_stored(config),
+        notes=tuple(notes),
+    )
+    shape = replace(shape, weights=tuple(_decoder_weights(shape, config)))
+    return replace(shape, checkpoint_bytes=_stored_size(shape))
+
+
+def _stored(config: dict[str, Any]) -> str:
+    quantization = config.get("quantization_config") or {}
+    method = quantization.get("quant_method", "")
+    if method == "mxfp4":
+        return "mxfp4"
+    if quantization.get("load_in_4bit") or quantization.get("_load_in_4bit"):
+        return "nf4"
+    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").replace("torch.", "")
+
+
+def _decoder_weights(s: ModelShape, config: dict[str, Any]) -> list[Weight]:
+    """The weights of the known families, in the layout of transformers 5."""
+    n, bias = s.layers, bool(config.get("attention_bias", s.family in {"qwen2", "gpt_oss"}))
+    weights = [Weight("embed_tokens", (s.vocab, s.hidden), 1, "embedding"), Weight("norm", (s.hidden,), 1, "norm")]
+    if not s.tied:
+        weights.append(Weight("lm_head", (s.vocab, s.hidden), 1, "head"))
+    if s.family == "phi3":
+        weights.append(Weight("qkv_proj", (s.query_size + 2 * s.kv_size, s.hidden), n, "linear"))
+    else:
+        for leaf, out in (("q_proj", s.query_size), ("k_proj", s.kv_size), ("v_proj", s.kv_size)):
+            weights.append(Weight(leaf, (out, s.hidden), n, "linear"))
+            weights += [Weight(f"{leaf}.bias", (out,), n, "other")] if bias else []
+    weights.append(Weight("o_proj", (s.hidden, s.query_size), n, "linear"))
+    if bias and s.family != "qwen2":  # Qwen2 has biases on q, k and v alone
+        weights.append(Weight("o_proj.bias", (s.hidden,), n, "other"))
+    norms = 4 if s.family in {"gemma2", "gemma3_text"} else 2
+    weights.append(Weight("layernorms", (s.hidden,), norms * n, "norm"))
+    if s.family in {"qwen3", "qwen3_moe", "gemma3_text"}:
+        weights.append(Weight("qk_norms", (s.head_dim,), 2 * n, "norm"))
+    if s.family == "olmo2":
+        weights += [Weight("q_norm", (s.query_size,), n, "norm"), Weight("k_norm", (s.kv_size,), n, "norm")]
+    return weights + (_expert_weights(s, n) if s.experts else _mlp_weights(s, n))
+
+
+def _mlp_weights(s: ModelShape, n: int) -> list[Weight]:
+    if s.family == "phi3":
+        up = [Weight("gate_up_proj", (2 * s.intermediate, s.hidden), n, "linear")]
+    else:
+        up = [Weight(leaf, (s.intermediate, s.hidden), n, "linear") for leaf in ("gate_proj", "up_proj")]
+    return [*up, Weight("down_proj", (s.hidden, s.intermediate), n, "linear")]
+
+
+def _expert_weights(s: ModelShape, n: int) -> list[Weight]:
+    weights = [
+        Weight("router", (s.experts, s.hidden), n, "router"),
+        Weight("experts.gate_up_proj", (s.experts, s.hidden, 2 * s.intermediate), n, "expert"),
+        Weight("experts.down_proj", (s.experts, s.intermediate, s.hidden), n, "expert"),
+    ]
+    if s.family == "gpt_oss":
+        biases = {"router.bias": (s.experts,), "sinks": (s.heads,)}
+        biases |= {"gate_up_proj_bias": (s.experts, 2 * s.intermediate), "down_proj_bias": (s.experts, s.hidden)}
+        weights += [Weight(leaf, size, n, "other") for leaf, size in biases.items()]
+    return weights
+
+
+def _stored_size(s: ModelShape) -> int:
+    """Bytes of a checkpoint stored as `s.stored`; 4-bit formats keep all but the linear layers (or experts) in 16 bit."""
+    if s.stored == "mxfp4":  # 4 bits and one 8-bit scale for 32 values: OCP Microscaling 1.0, section 5.2
+        packed = sum(w.parameters for w in s.of("expert"))
+        return int(packed * 4.25 / 8) + 2 * (s.parameters - packed)
+    if s.stored == "nf4":
+        packed = sum(w.parameters for w in s.of("linear", "expert"))
+        return int(packed * NF4_BITS / 8) + 2 * (s.parameters - packed)
+    return s.parameters * (4 if s.stored == "float32" else 2)
+
+
+# 4 bits, one 8-bit constant for 64 values, one float32 for 256 of those: QLoRA (arXiv 2305.14314), section 3.
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+
+
+def read_headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return {tensor: (stored dtype, shape)} of a .safetensors file, reading only its header."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(100_000_000, path.stat().st_size):
+            raise FastFTError(f"{path} is not a safetensors file, or is cut off. Download it again.")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise FastFTError(f"{path} has a damaged header: {error}. Download it again.") from error
+    return {k: (v["dtype"], tuple(v["shape"])) for k, v in header.items() if k != "__metadata__"}
+
+
+def with_headers(shape: ModelShape, tensors: dict[str, tuple[str, tuple[int, ...]]], size: int) -> ModelShape:
+    """Return `shape` checked against the tensors that the checkpoint really has; these win where they differ.
+
+    For 4-bit checkpoints, whose headers hold packed bytes, the config's logical shapes stay.
+    """
+    shape = replace(shape, checkpoint_bytes=size)
+    if shape.stored in {"nf4", "mxfp4"} or any(dtype == "U8" for dtype, _ in tensors.values()):
+        return shape
+    real = {n: (d, s) for n, (d, s) in tensors.items() if not (shape.tied and n.endswith("lm_head.weight"))}
+    shape = replace(shape, stored=_dtype_by_size(real))
+    if sum(math.prod(dims) for _, dims in real.values()) == shape.parameters:
+        return shape
+    grouped = Counter((_leaf(name), dims, _role(name, dims)) for name, (_, dims) in real.items())
+    weights = tuple(Weight(leaf, dims, count, role) for (leaf, dims, role), count in grouped.items())
+    note = f"{shape.name}: weights taken from the safetensors headers, which differ from what the config suggests"
+    return replace(shape, weights=weights, notes=(*shape.notes, note))
+
+
+def _dtype_by_size(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> str:
+    """The stored dtype that holds most of the parameters."""
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    total: Counter[str] = Counter()
+    for dtype, dims in tensors.values():
+        total[dtype] += math.prod(dims)
+    return names.get(total.most_common(1)[0][0], "bfloat16")
+
+
+def _leaf(name: str) -> str:
+    stem = name.removesuffix(".weight")
+    return re.sub(r".*\.\d+\.", "", stem).rsplit(".", 1)[-1] if "experts" not in stem else "experts." + stem.split(".")[-1]
+
+
+def _role(name: str, dims: tuple[int, ...]) -> Role:
+    if re.search(r"vision|visual|audio|projector", name):
+        return "other"
+    if "experts" in name and len(dims) >= 2:
+        return "expert"
+    if re.search(r"\.(router|gate)\.weight$", name):
+        return "router"
+    if len(dims) != 2:
+        return "norm" if "norm" in name else "other"
+    if re.search(r"embed|wte", name):
+        return "embedding"
+    return "head" if name.endswith(("lm_head.weight", "output.weight")) else "linear"
+
+
+def load_shape(name: str, revision: str | None = None) -> ModelShape:
+    """Return the shape of a model folder or Hub id. From the Hub come config.json and the headers, never weights.
+
+    Raises FastFTError where there is no such model, its config.json lacks what is needed, or the Hub cannot be
+    reached and the model is not one of KNOWN_MODELS.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _local_shape(folder)
+    if name.lower() in KNOWN_MODELS:
+        return known_shape(name)
+    return _hub_shape(name, revision)
+
+
+def _local_shape(folder: Path) -> ModelShape:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FastFTError(f"{folder} has no config.json, so it is not a model folder.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FastFTError(f"{path} is not valid JSON: {error}. Download the model again.") from error
+    shape = shape_from_config(config, folder.name)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        return shape
+    tensors = {k: v for file in files for k, v in read_headers(file).items()}
+    return with_headers(shape, tensors, sum(file.stat().st_size for file in files))
+
+
+def _hub_shape(name: str, revision: str | None) -> ModelShape:
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        NotASafetensorsRepoError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        config = json.loads(Path(hf_hub_download(name, "config.json", revision=revision)).read_text(encoding="utf-8"))
+        metadata = get_safetensors_metadata(name, revision=revision)
+    except HFValidationError as error:
+        raise FastFTError(f"{name!r} is neither a folder nor a Hub id (owner/name).") from error
+    except GatedRepoError as error:
+        raise FastFTError(f"model {name!r} is gated: accept its licence on its page and sign in (hf auth login).") from error
+    except NotASafetensorsRepoError as error:
+        raise FastFTError(f"model {name!r} has no safetensors weights; fastft does not load pickles.") from error
+    except RepositoryNotFoundError as error:
+        raise FastFTError(f"there is no model {name!r} on the Hub, nor a folder of that name.") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        known = _known_by_hub_id(name)
+        if known is None:
+            raise FastFTError(
+                f"model {name!r}: no such folder, and the Hub cannot be reached ({type(error).__name__}). Give a "
+                f"local folder, or one of: {', '.join(sorted(KNOWN_MODELS))}."
+            ) from error
+        return replace(known, name=name, local=False, notes=("sizes from fastft's own table: the Hub was not reached",))
+    shape = replace(shape_from_config(config, name), local=False)
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in metadata.files_metadata.values():
+        tensors |= {k: (str(t.dtype), tuple(t.shape)) for k, t in file.tensors.items()}
+    size = sum(math.prod(dims) * STORED_BYTES.get(dtype, 2) for dtype, dims in tensors.values())
+    return with_headers(shape, tensors, size)
+
+
+def _model(family: str, *sizes: int, tied: bool = False, head_dim: int = 128, **more: Any) -> dict[str, Any]:
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+    return {"model_type": family, **dict(zip(keys, sizes, strict=True)), "tie_word_embeddings": tied, "head_dim": head_dim} | more
+
+
+_MXFP4 = {"quantization_config": {"quant_method": "mxfp4"}}
+# Dimensions from the models' published config.json files.
+KNOWN_MODELS: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": _model("qwen3", 1024, 28, 16, 8, 3072, 151936, tied=True),
+    "qwen3-1.7b": _model("qwen3", 2048, 28, 16, 8, 6144, 151936, tied=True),
+    "qwen3-4b": _model("qwen3", 2560, 36, 32, 8, 9728, 151936, tied=True),
+    "qwen3-8b": _model("qwen3", 4096, 36, 32, 8, 12288, 151936),
+    "qwen3-14b": _model("qwen3", 5120, 40, 40, 8, 17408, 151936),
+    "qwen3-32b": _model("qwen3", 5120, 64, 64, 8, 25600, 151936),
+    "llama-3.2-1b": _model("llama", 2048, 16, 32, 8, 8192, 128256, tied=True, head_dim=64),
+    "llama-3.2-3b": _model("llama", 3072, 28, 24, 8, 8192, 128256, tied=True),
+    "llama-3.1-8b": _model("llama", 4096, 32, 32, 8, 14336, 128256),
+    "llama-3.3-70b": _model("llama", 8192, 80, 64, 8, 28672, 128256),
+    "llama-2-7b": _model("llama", 4096, 32, 32, 32, 11008, 32000),
+    "llama-65b": _model("llama", 8192, 80, 64, 64, 22016, 32000),
+    "mistral-7b": _model("mistral", 4096, 32, 32, 8, 14336, 32000),
+    "gpt-oss-20b": _model("gpt_oss", 2880, 24, 64, 8, 2880, 201088, head_dim=64, num_local_experts=32, num_experts_per_tok=4, **_MXFP4),
+    "gpt-oss-120b": _model("gpt_oss", 2880, 36, 64, 8, 2880, 201088, head_dim=64, num_local_experts=128, num_experts_per_tok=4, **_MXFP4),
+}
+
+
+def known_shape(name: str) -> ModelShape:
+    """Return the shape of one of KNOWN_MODELS."""
+    return replace(shape_from_config(KNOWN_MODELS[name.lower()], name.lower()), local=False)
+
+
+def _known_by_hub_id(name: str) -> ModelShape | None:
+    last = re.sub(r"^meta-", "", name.lower().rsplit("/", 1)[-1])
+    keys = [key for key in KNOWN_MODELS if last == key or last.startswith(key + "-")]
+    return known_shape(max(keys, key=len)) if keys else None

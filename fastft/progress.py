@@ -1,0 +1,95 @@
+"""What a person sees while fastft works: on standard error, so that standard output stays the answer's."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fastft.config import redact
+from fastft.hardware import Choice
+
+
+class Reporter:
+    """Prints choices, notes, a progress bar; `quiet` keeps only warnings."""
+
+    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self.quiet = quiet
+        self._bar: Progress | None = None
+        self._last_line = 0.0
+
+    def choice(self, name: str, choice: Choice) -> None:
+        """Print an automatic choice once, with its reason."""
+        self.note(f"{name}: [bold]{choice.value}[/bold] [dim]({choice.reason})[/dim]", markup=True)
+
+    def note(self, text: str, *, markup: bool = False) -> None:
+        """Print a line."""
+        if not self.quiet:
+            self.console.print(redact(text), markup=markup)
+
+    def warn(self, text: str) -> None:
+        """Print a line that must be seen."""
+        self.console.print(f"warning: {redact(text)}", style="yellow", markup=False)
+
+    def data(self, report: Any) -> None:
+        """Print one line on the data; `fastft data` prints the whole report."""
+        share = report.trained_tokens / max(report.tokens, 1)
+        self.note(
+            f"data: {report.rows_used:,} of {report.rows_total:,} rows ({report.format}), {report.tokens:,} tokens, "
+            f"{share:.0%} of them trained"
+        )
+        for reason, drop in report.dropped.items():
+            count, lines = (drop["count"], drop["lines"]) if isinstance(drop, dict) else (drop.count, drop.lines)
+            self.warn(f"{count:,} rows not used: {reason} (first lines: {', '.join(map(str, lines[:5]))})")
+
+    @contextlib.contextmanager
+    def training(self, total_steps: int) -> Iterator[None]:
+        """Show the progress bar of a training run (plain lines where nobody watches a terminal)."""
+        columns = (TextColumn("[bold]training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
+                   TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
+        if self.quiet or not self.console.is_terminal:
+            self._total = total_steps
+            yield
+            return
+        with Progress(*columns, console=self.console) as bar:
+            self._bar, self._task = bar, bar.add_task("training", total=total_steps, numbers="")
+            try:
+                yield
+            finally:
+                self._bar = None
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Show one line of log.jsonl."""
+        if "eval_loss" in record:
+            return self.note(f"step {record['step']}: held-out loss {record['eval_loss']:.4f}")
+        numbers = f"loss {record['loss']:.4f}  {record['tokens_per_sec']:,.0f} tok/s  {record['peak_memory_bytes'] / 2**30:.1f} GiB"
+        if self._bar is not None:
+            return self._bar.update(self._task, completed=record["step"], numbers=numbers)
+        if time.monotonic() - self._last_line > 5:  # a log file does not need every step
+            self._last_line = time.monotonic()
+            self.note(f"step {record['step']}: {numbers}")
+
+    def samples(self, record: dict[str, Any]) -> None:
+        """Show the sample answers before and after, side by side."""
+        before, after = record.get("samples_before") or [], record.get("samples_after") or []
+        if self.quiet or not after:
+            return
+        table = Table("held-out prompt", "before", "after", "reference", show_lines=True)
+        for old, new in zip(before, after, strict=False):
+            table.add_row(
+                *(_short(t) for t in (new["prompt"][-1]["content"], old["answer"], new["answer"], new["reference"]))
+            )
+        self.console.print(table)
+
+
+def _short(text: Any, limit: int = 160) -> str:
+    from rich.markup import escape
+
+    text = text if isinstance(text, str) else str(text)
+    return escape(text if len(text) <= limit else text[: limit - 1] + "…")

@@ -1,0 +1,427 @@
+"""`fastft train`: from a config to a run folder with a trained adapter, through kills and restarts.
+
+choose -> hold the run's lock -> tokenizer and data -> base model and LoRA -> before -> train -> after -> final/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastft import checkpoint, model
+from fastft.config import RunConfig
+from fastft.engines import get_engine
+from fastft.engines.base import Engine
+from fastft.errors import FastFTError, InterruptedRunError
+from fastft.hardware import Choice, Hardware, optimizer, probe
+from fastft.progress import Reporter
+from fastft.run import RunFolder, now, versions
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a call of `train` ended."""
+
+    run: str
+    """The run's folder."""
+    status: str
+    """done, or paused (--stop-after, max_minutes): the same command goes on."""
+    steps: int
+    total_steps: int
+    train_loss: float | None
+    """Mean loss per trained token over the last tenth of the steps."""
+    eval_loss_before: float | None
+    eval_loss_after: float | None
+    tokens_per_sec: float | None
+    """Without padding, median over this call's steps."""
+    seconds: float
+    final: str | None
+    """The adapter's folder, once the run is done."""
+
+
+def train(
+    config: RunConfig, *, stop_after: int | None = None, reporter: Reporter | None = None, restart: bool = False
+) -> RunResult:
+    """Train as `config` says, or go on where an earlier call of the same run stopped; returns how it ended.
+
+    `stop_after` ends after so many more steps and leaves the schedule as it is. Raises FastFTError (input),
+    CouldNotFinishError (out of memory, NaN, disk), InterruptedRunError (Ctrl-C, SIGTERM); state is saved.
+    """
+    started = time.monotonic()
+    report = reporter or Reporter()
+    if stop_after is not None and stop_after < 1:
+        raise FastFTError(f"--stop-after is {stop_after}; it must be at least 1.")
+    hardware = probe(config.output_dir)
+    choices = model.choose_loading(config.model, hardware)
+    choices["optimizer"] = optimizer(hardware, config.train.optimizer)
+    model.check_checkpoint(config.model.name, revision=config.model.revision)
+    run = RunFolder(config.run_dir)
+    with checkpoint.hold(run.path):
+        before = run.read_record()
+        if before:
+            checkpoint.refuse_differences(run.read_config().model_dump(), config)
+        session = _Session(config, run, hardware, choices, report, stop_after, started)
+        return session.go_on() if before else session.start()
+
+
+class _Session:
+    """One call of `train` on one run: what `start` and `go_on` share."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: RunFolder,
+        hardware: Hardware,
+        choices: dict[str, Choice],
+        report: Reporter,
+        stop_after: int | None,
+        started: float,
+    ) -> None:
+        self.config, self.run, self.hardware, self.choices, self.report = config, run, hardware, choices, report
+        self.stop_after, self.started = stop_after, started
+        self.history: list[dict[str, Any]] = []
+
+    # --- the two ways in
+
+    def start(self) -> RunResult:
+        """A new run."""
+        self._load_data()
+        self._load_model()
+        self.run.write_config(self.config)
+        self.run.update_record(
+            started=now(), versions=versions(), hardware=_plain(asdict(self.hardware)), seed=self.config.train.seed,
+            choices={k: {"value": c.value, "reason": c.reason} for k, c in self.choices.items()},
+            patches=self.engine.patches(), trainable_parameters=self.trainable,
+            dataset={"fingerprint": self.data.fingerprint, **self.data.report.model_dump(include=DATASET_KEYS)},
+            template={"name": self.data.template.name, "why": self.data.template.why},
+        )  # fmt: skip
+        trainer = self._trainer()
+        before = trainer.mean_loss(self.data.eval) if self.data.eval is not None else None
+        self.run.update_record(eval_loss_before=before, samples_before=self._sample_answers())
+        if before is not None:
+            self.report.note(f"held-out loss before training: {before:.4f}")
+        return self._run(trainer, resume_from=None)
+
+    def go_on(self) -> RunResult:
+        """A run that exists: finished, to be resumed, or killed before its first checkpoint."""
+        record = self.run.read_record()
+        newest, warnings = checkpoint.newest_whole(self.run.checkpoints)
+        for warning in warnings:
+            self.report.warn(warning)
+        self._load_data()
+        was = record["dataset"]["fingerprint"]
+        if self.data.fingerprint != was:
+            raise FastFTError(
+                f"the data of the run in {self.run.path} has changed since it was started (fingerprint {was[:12]}, now "
+                f"{self.data.fingerprint[:12]}: content, tokenizer, template or data settings). Put it back to go on, or "
+                "start a new run with another project name."
+            )
+        at = int(newest.name.split("-")[1]) if newest else 0
+        if (
+            record.get("status") == "done"
+            and at >= self._total_steps()
+            and (self.run.final / "adapter_config.json").exists()
+        ):
+            self.report.note(f"this run is finished ({at} steps); its adapter is in {self.run.final}")
+            return _result_of(self.run, "done")
+        self.history = self.run.cut_log(at)
+        self._load_model()
+        trainer = self._trainer()
+        self.report.note(
+            f"resuming after step {at}" if newest else "the run was stopped before its first checkpoint; starting over"
+        )
+        if record.get("versions") != versions():
+            self.report.warn(
+                f"the run was started with other versions ({_changed(record.get('versions', {}), versions())}); losses may differ"
+            )
+            self.run.update_record(versions_on_resume=versions())
+        if "samples_before" not in record:
+            before = trainer.mean_loss(self.data.eval) if self.data.eval is not None else None
+            self.run.update_record(eval_loss_before=before, samples_before=self._sample_answers())
+        return self._run(trainer, resume_from=newest)
+
+    # --- the parts
+
+    def _load_data(self) -> None:
+        """Tokenizer and data, before the weights: a fault in the data is found in seconds."""
+        config = self.config
+        self.engine: Engine = get_engine(self.choices["engine"].value)
+        # After the engine: Unsloth must be imported before transformers, which the data layer imports.
+        from fastft.data import prepare
+
+        self.tokenizer = model.load_tokenizer(config.model)
+        self.data = prepare(
+            config.data,
+            self.tokenizer,
+            max_seq_length=config.model.max_seq_length,
+            seed=config.train.seed,
+            cache_dir=self.run.path / "cache",
+        )
+        self.report.data(self.data.report)
+
+    def _load_model(self) -> None:
+        config = self.config
+        self.choices["gradient_checkpointing"] = _choose_checkpointing(config, self.hardware)
+        checkpointing = self.choices["gradient_checkpointing"].value
+        base, _, self.engine = model.load_for_training(
+            config.model, self.hardware, gradient_checkpointing=checkpointing, choices=self.choices
+        )
+        train_ids = model.tokens_to_train(config.lora, self.tokenizer, self.data.template)
+        self.model, self.trainable = model.attach_lora(
+            base,
+            self.engine,
+            config.lora,
+            seed=config.train.seed,
+            gradient_checkpointing=checkpointing,
+            train_token_ids=train_ids,
+        )
+        self._choose_batching()
+        for name, choice in self.choices.items():
+            self.report.choice(name, choice)
+        self.report.note(f"{self.trainable:,} trainable parameters")
+
+    def _choose_batching(self) -> None:
+        from fastft.engines.attention import is_known_family, text_config
+
+        wanted, known = self.config.train.padding_free, is_known_family(self.model)
+        family = text_config(self.model).model_type
+        if wanted is True and not known:
+            raise FastFTError(
+                f"train.padding_free is on, but {family}'s attention is not known to be exact without padding. Set it to auto."
+            )
+        if self.hardware.kind == "cuda" and self.engine.name == "unsloth":
+            self.choices["padding_free"] = Choice(False, "Unsloth's GPU kernels: padded batches, like lengths together")
+        elif wanted == "auto":
+            reason = f"{family}'s attention is known" if known else f"{family}'s attention is not known: padded batches"
+            self.choices["padding_free"] = Choice(known, reason)
+        else:
+            self.choices["padding_free"] = Choice(wanted, "asked for")
+        self.choices["micro_batch_tokens"] = _choose_budget(self.config, self.hardware)
+
+    def _trainer(self) -> Any:
+        from fastft.trainer import StepPolicy, StepTrainer, training_arguments
+
+        settings, total = self.config.train, self._total_steps()
+        arguments = training_arguments(
+            self.run.checkpoints, dtype=self.choices["dtype"].value, seed=settings.seed,
+            learning_rate=settings.learning_rate, scheduler=settings.scheduler, warmup_steps=self._warmup_steps(),
+            weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm,
+            optimizer=self._optimizer_name(), max_steps=total,
+            epochs=settings.epochs, save_steps=settings.save_steps, report_to=list(settings.report_to),
+            log_dir=self.run.path / "tensorboard", use_cpu=self.hardware.kind == "cpu",
+        )  # fmt: skip
+        policy = StepPolicy(
+            micro_batch_tokens=self.choices["micro_batch_tokens"].value,
+            padded=not self.choices["padding_free"].value,
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+        )
+        trainer = StepTrainer(
+            self.model,
+            arguments,
+            engine=self.engine,
+            train_dataset=self.data.train,
+            eval_dataset=self.data.eval,
+            effective_batch_size=settings.effective_batch_size,
+            policy=policy,
+            on_log=self._on_log,
+            on_note=self.report.warn,
+            save_extra=self.tokenizer.save_pretrained,
+            report_every=settings.logging_steps,
+        )
+        from fastft.callbacks import Steering
+
+        trainer.add_callback(
+            Steering(
+                trainer,
+                self.config,
+                self.history,
+                self.stop_after,
+                self.started,
+                self.run.checkpoints,
+                self.report,
+                total,
+            )
+        )
+        return trainer
+
+    def _run(self, trainer: Any, resume_from: Path | None) -> RunResult:
+        """The loop itself, then final/ and the report; or a clean stop."""
+        total = self._total_steps()
+        try:
+            with _stop_signals(trainer), self.report.training(total):
+                trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        finally:
+            self.run.plot_loss()
+        self.run.update_record(
+            seconds_training=self.run.read_record().get("seconds_training", 0)
+            + time.monotonic()
+            - trainer.progress.started,
+            seconds_saving=trainer.progress.saving_seconds,
+            micro_batch_tokens_used=trainer.policy.micro_batch_tokens,
+        )
+        if trainer.stopped_by_signal:
+            raise InterruptedRunError(
+                f"stopped after step {trainer.state.global_step} of {total}; state saved. The same command goes on."
+            )
+        if trainer.state.global_step < total and not trainer.stopped_early:
+            self.run.update_record(status="paused", steps=trainer.state.global_step, total_steps=total)
+            self.report.note(f"paused after step {trainer.state.global_step} of {total}; the same command goes on")
+            return _result_of(self.run, "paused", time.monotonic() - self.started)
+        self._finish(trainer)
+        return _result_of(self.run, "done", time.monotonic() - self.started)
+
+    def _finish(self, trainer: Any) -> None:
+        """Take the best checkpoint, judge it, write final/, the plot and the report."""
+        from fastft.export.adapter import write_adapter
+        from fastft.report import write_report
+
+        best = _best_step(self.history)
+        if best is not None and best != trainer.state.global_step:
+            self.report.note(f"the held-out loss was lowest at step {best}; that checkpoint becomes final/")
+            trainer._load_from_checkpoint(str(self.run.checkpoints / f"checkpoint-{best}"))
+        after = next((r["eval_loss"] for r in self.history if r["step"] == best and "eval_loss" in r), None)
+        self.run.update_record(
+            eval_loss_after=after, best_step=best, steps=trainer.state.global_step, total_steps=self._total_steps(),
+            samples_after=self._sample_answers(),
+        )  # fmt: skip
+        write_adapter(
+            self.model, self.tokenizer, self.run.final, config=self.config, record=self.run.read_record(),
+            end_token_ids=list(self.data.template.end_token_ids),
+        )  # fmt: skip
+        self.run.update_record(status="done", finished=now())
+        write_report(self.run)
+        self.report.samples(self.run.read_record())
+
+    # --- small answers
+
+    def _total_steps(self) -> int:
+        """Optimizer steps of the whole run: max_steps, or epochs times the steps that hold every sequence once."""
+        settings = self.config.train
+        if settings.max_steps is not None:
+            return settings.max_steps
+        return max(1, math.ceil(settings.epochs * math.ceil(len(self.data.train) / settings.effective_batch_size)))
+
+    def _warmup_steps(self) -> int:
+        settings = self.config.train
+        if settings.warmup_steps is not None:
+            return settings.warmup_steps
+        return math.ceil(settings.warmup_ratio * self._total_steps()) if settings.scheduler != "constant" else 0
+
+    def _optimizer_name(self) -> str:
+        """Transformers' name of the optimizer; fused AdamW has kernels for CUDA and CPU, not for MPS."""
+        name = self.choices["optimizer"].value
+        return {"adamw": "adamw_torch" if self.hardware.kind == "mps" else "adamw_torch_fused"}.get(name, name)
+
+    def _on_log(self, record: dict[str, Any]) -> None:
+        self.run.append_log(record)
+        self.history.append(record)
+        self.report.step(record)
+
+    def _sample_answers(self, count: int = 3) -> list[dict[str, Any]]:
+        """Greedy answers to held-out prompts, as the model is now."""
+        from fastft.generate import answer
+
+        samples = []
+        for conversation in self.data.eval_conversations(count):
+            text = answer(
+                self.model, self.engine, self.tokenizer, self.data.template, conversation.prompt,
+                max_new_tokens=96, tools=conversation.tools,
+            )  # fmt: skip
+            samples.append({"prompt": conversation.prompt, "reference": conversation.reference, "answer": text})
+        return samples
+
+
+DATASET_KEYS = {
+    "format",
+    "rows_total",
+    "rows_used",
+    "dropped",
+    "tokens",
+    "trained_tokens",
+    "truncated",
+    "duplicates",
+    "leakage",
+}
+
+
+def _choose_checkpointing(config: RunConfig, hardware: Hardware) -> Choice:
+    wanted = config.train.gradient_checkpointing
+    if wanted != "auto":
+        return Choice(wanted, "asked for")
+    if hardware.kind == "cuda":
+        return Choice(True, "on a GPU: saves VRAM (offloaded by Unsloth)")
+    return Choice(False, "on a CPU the activations of one micro-batch fit in RAM")
+
+
+def _choose_budget(config: RunConfig, hardware: Hardware) -> Choice:
+    wanted = config.train.micro_batch_tokens
+    if wanted != "auto":
+        return Choice(wanted, "asked for")
+    if hardware.kind == "cuda":
+        return Choice(max(4096, config.model.max_seq_length), "4,096 tokens, halved where memory runs out")
+    return Choice(max(1024, config.model.max_seq_length), "1,024 tokens keep a CPU busy and its caches warm")
+
+
+def _best_step(history: list[dict[str, Any]]) -> int | None:
+    """Return the step with the lowest held-out loss, the latest of equals; None without evaluations."""
+    evaluations = [(record["eval_loss"], -record["step"]) for record in history if "eval_loss" in record]
+    return -min(evaluations)[1] if evaluations else None
+
+
+@contextlib.contextmanager
+def _stop_signals(trainer: Any) -> Iterator[None]:
+    """First Ctrl-C or SIGTERM: finish the step, save, stop. Second: stop at once (the last checkpoint is whole)."""
+    trainer.stopped_by_signal = False
+    trainer.stopped_early = False
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(number: int, frame: Any) -> None:
+        if trainer.stopped_by_signal:
+            raise KeyboardInterrupt
+        trainer.stopped_by_signal = True
+        print("stopping after this step; once more to stop at once", file=sys.stderr)
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _result_of(run: RunFolder, status: str, seconds: float = 0.0) -> RunResult:
+    record, log = run.read_record(), run.read_log()
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    speeds = sorted(entry["tokens_per_sec"] for entry in log if "tokens_per_sec" in entry)
+    tail = losses[-max(1, len(losses) // 10) :]
+    return RunResult(
+        run=str(run.path),
+        status=status,
+        steps=record.get("steps", len(losses)),
+        total_steps=record.get("total_steps", len(losses)),
+        train_loss=sum(tail) / len(tail) if tail else None,
+        eval_loss_before=record.get("eval_loss_before"),
+        eval_loss_after=record.get("eval_loss_after"),
+        tokens_per_sec=speeds[len(speeds) // 2] if speeds else None,
+        seconds=round(seconds, 1),
+        final=str(run.final) if status == "done" else None,
+    )
+
+
+def _changed(before: dict[str, str], after: dict[str, str]) -> str:
+    names = sorted(n for n in {*before, *after} if before.get(n) != after.get(n))
+    return ", ".join(f"{n} {before.get(n, 'absent')} -> {after.get(n, 'absent')}" for n in names)
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

@@ -1,0 +1,362 @@
+"""The training loop: transformers' Trainer, with one optimizer step = `effective_batch_size` sequences.
+
+Import this module after the engine: Unsloth must come before transformers. What Trainer keeps doing:
+optimizer, schedule, gradient clipping, mixed precision, RNG and optimizer state. What differs: its "batch" is
+a whole optimizer step, which `training_step` cuts into micro-batches; checkpoints are sealed; a step whose
+loss is not finite, or that does not fit, is stopped before it can touch the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from fastft import checkpoint
+from fastft.data.batches import Segment, StepBatches, micro_batches, segments_of, supervised_tokens
+from fastft.engines.attention import padding_free
+from fastft.engines.base import Engine
+from fastft.errors import CouldNotFinishError
+
+
+@dataclass
+class StepPolicy:
+    """How a step is cut. `micro_batch_tokens` may shrink while the run goes on; what is learnt does not change."""
+
+    micro_batch_tokens: int
+    padded: bool
+    pad_token_id: int
+
+
+@dataclass
+class Progress:
+    """What the loop knows at any moment; callbacks read it, `training_step` writes it."""
+
+    tokens: int = 0  # without padding, since this process began
+    trained_tokens: int = 0
+    started: float = field(default_factory=time.monotonic)
+    step: dict[str, Any] = field(default_factory=dict)  # loss, tokens, seconds of the step just done
+    saving_seconds: list[float] = field(default_factory=list)
+
+
+class StepTrainer(Trainer):
+    """Trainer whose dataset is one of optimizer steps. See the module's docstring."""
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        *,
+        engine: Engine,
+        train_dataset: Any,
+        eval_dataset: Any | None,
+        effective_batch_size: int,
+        policy: StepPolicy,
+        on_log: Callable[[dict[str, Any]], None],
+        on_note: Callable[[str], None],
+        save_extra: Callable[[Path], None],
+        report_every: int = 1,
+    ) -> None:
+        self.steps = StepBatches(train_dataset, effective_batch_size, args.seed)
+        super().__init__(model=model, args=args, train_dataset=self.steps, data_collator=_the_step)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_SetEpoch(self.steps))
+        self.engine = engine
+        self.held_out = eval_dataset
+        self.policy = policy
+        self.on_log = on_log
+        self.on_note = on_note
+        self.save_extra = save_extra
+        self.report_every = report_every
+        self.progress = Progress()
+
+    # --- one step
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the steps in order, one a time; the order of the sequences is StepBatches'."""
+        return DataLoader(self.steps, batch_size=1, shuffle=False, collate_fn=_the_step)  # type: ignore[arg-type]
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], None]:
+        """Return the next step's samples; the tokens are counted in `training_step`."""
+        return [step for _, step in zip(range(num_batches), epoch_iterator, strict=False)], None
+
+    def training_step(self, model: Any, inputs: list[Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Accumulate the gradient of one whole step; returns its loss, the mean over its supervised tokens."""
+        started = time.perf_counter()
+        segments = segments_of(inputs)
+        rng = _rng_state()
+        while True:
+            try:
+                loss, tokens = self._accumulate(model, segments)
+                break
+            except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+            # Outside the except block: the traceback would keep the activations alive.
+            self._shrink(segments)
+            model.zero_grad(set_to_none=True)
+            _restore_rng(rng)  # the same dropout masks as if the smaller budget had been there from the start
+        if not math.isfinite(loss):
+            raise CouldNotFinishError(self._not_finite(loss))
+        seconds = time.perf_counter() - started
+        self.progress.step = {"loss": loss, "tokens": tokens, "seconds": seconds}
+        self.progress.tokens += tokens
+        self.progress.trained_tokens += supervised_tokens(segments)
+        return torch.tensor(loss, device=self.args.device)
+
+    def _accumulate(self, model: Any, segments: list[Segment]) -> tuple[float, int]:
+        """Run forward and backward of every micro-batch; returns (loss of the step, tokens without padding)."""
+        model.train()
+        supervised = supervised_tokens(segments)
+        policy, loss_sum = self.policy, torch.zeros((), device=self.args.device, dtype=torch.float64)
+        attention = contextlib.nullcontext() if policy.padded else padding_free(self.model)
+        with attention, self.engine.loss_mode(self.model):
+            for batch in micro_batches(
+                segments,
+                policy.micro_batch_tokens,
+                padded=policy.padded,
+                pad_token_id=policy.pad_token_id,
+                device=self.args.device,
+            ):
+                with self.compute_loss_context_manager():
+                    loss = model(**batch.inputs, num_items_in_batch=supervised, use_cache=False).loss
+                self.accelerator.backward(loss)
+                loss_sum += loss.detach()
+        return loss_sum.item(), sum(len(segment) for segment in segments)
+
+    def _shrink(self, segments: list[Segment]) -> None:
+        """Halve the budget after an out-of-memory; raises CouldNotFinishError where rows cannot get smaller."""
+        longest = max(len(segment) for segment in segments)
+        before = min(self.policy.micro_batch_tokens, sum(len(segment) for segment in segments))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if before <= longest:
+            raise CouldNotFinishError(
+                f"out of memory on a single sequence of {longest} tokens{_memory_numbers()}. Set model.max_seq_length below "
+                f"{longest}, train.gradient_checkpointing: true, or model.quantization: nf4. The last checkpoint is whole."
+            )
+        self.policy.micro_batch_tokens = max(before // 2, 1)
+        self.on_note(
+            f"out of memory with {before} tokens a micro-batch{_memory_numbers()}; the same step again with "
+            f"{self.policy.micro_batch_tokens} (the effective batch stays)"
+        )
+
+    def _not_finite(self, loss: float) -> str:
+        step, rate = self.state.global_step + 1, self._get_learning_rate()
+        return (
+            f"the loss is {loss} at step {step} (learning rate {rate:.2g}); nothing of this step was kept. Try a smaller "
+            "train.learning_rate, a longer warm-up, train.max_grad_norm: 0.3, or model.dtype: float32 where float16 was used. "
+            "`fastft data` shows whether the data is sound."
+        )
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return 0: transformers' estimate would count the list of samples."""
+        return 0
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        pass
+
+    # --- evaluation and logs
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Return {"eval_loss": mean loss per supervised token of the held-out data} and log it."""
+        if self.held_out is None:
+            return {}
+        metrics = {"eval_loss": self.mean_loss(self.held_out)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def mean_loss(self, dataset: Any) -> float:
+        """Return the mean loss per supervised token over `dataset`, in the training's precision."""
+        was_training = self.model.training
+        self.model.eval()
+        attention = contextlib.nullcontext() if self.policy.padded else padding_free(self.model)
+        total, supervised = 0.0, 0
+        with attention, self.autocast():
+            for first in range(0, len(dataset), 32):
+                segments = segments_of([dataset[i] for i in range(first, min(first + 32, len(dataset)))])
+                for batch in micro_batches(
+                    segments,
+                    self.policy.micro_batch_tokens,
+                    padded=self.policy.padded,
+                    pad_token_id=self.policy.pad_token_id,
+                    device=self.args.device,
+                ):
+                    total += self.model(**batch.inputs, num_items_in_batch=1, use_cache=False).loss.double().item()
+                supervised += supervised_tokens(segments)
+        self.model.train(was_training)
+        return total / max(supervised, 1)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the mixed precision that training uses (also before accelerate has wrapped the model)."""
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        return torch.autocast(self.args.device.type, dtype) if dtype else contextlib.nullcontext()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Hand every step to `on_log`, and every `report_every`-th on to TensorBoard or W&B."""
+        if "train_runtime" in logs:
+            return
+        record: dict[str, Any] = {"step": self.state.global_step}
+        if "eval_loss" in logs:
+            record["eval_loss"] = logs["eval_loss"]
+        else:
+            step = self.progress.step
+            record |= {"loss": step["loss"], "lr": logs["learning_rate"], "grad_norm": logs.get("grad_norm")}
+            record |= {"tokens": step["tokens"], "tokens_per_sec": step["tokens"] / step["seconds"]}
+            record |= {"seconds": step["seconds"], "peak_memory_bytes": peak_memory_bytes()}
+        self.on_log(record)
+        if "eval_loss" in logs or self.state.global_step % self.report_every == 0:
+            super().log(logs, start_time)
+
+    # --- checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write checkpoint-N under a temporary name, seal it, rename it."""
+        started = time.perf_counter()
+        step = self.state.global_step
+        root = Path(self.args.output_dir)
+        aside = root / f".writing-{step}"
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            # Trainer writes to _get_output_dir()/checkpoint-N.
+            self._aside = aside
+            super()._save_checkpoint(model, trial)
+            inner = aside / f"checkpoint-{step}"
+            self.save_extra(inner)
+            checkpoint.seal(inner, root / f"checkpoint-{step}")
+            shutil.rmtree(aside, ignore_errors=True)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise checkpoint.disk_error(error, root) from error
+        except RuntimeError as error:  # torch.save and safetensors wrap a full disk like this
+            shutil.rmtree(aside, ignore_errors=True)
+            if "write" not in str(error).lower() and "space" not in str(error).lower():
+                raise
+            raise checkpoint.disk_error(OSError(None, str(error).splitlines()[0]), root) from error
+        finally:
+            self._aside = None
+        self.progress.saving_seconds.append(time.perf_counter() - started)
+
+    _aside: Path | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
+
+
+class _SetEpoch(TrainerCallback):
+    """Draw the epoch's order before its first step (also when a resume begins in the middle)."""
+
+    def __init__(self, steps: StepBatches) -> None:
+        self.steps = steps
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps.set_epoch(int(state.epoch or 0))
+
+
+def _the_step(steps: list[Any]) -> Any:
+    """Collate function: the loader's "batch" is exactly one step."""
+    (step,) = steps
+    return step
+
+
+def peak_memory_bytes() -> int:
+    """Return the peak of allocated VRAM, or of resident memory where there is no GPU, in bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _memory_numbers() -> str:
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        peak = torch.cuda.max_memory_allocated()
+        return f" ({peak / 2**30:.1f} GiB peak, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free)"
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return f" ({memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB RAM free)"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
+        or "can't allocate memory" in text
+        or "out of memory" in text
+    )
+
+
+def _rng_state() -> tuple[Any, Any]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+
+
+def _restore_rng(state: tuple[Any, Any]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state_all(state[1])
+
+
+def training_arguments(
+    folder: Path,
+    *,
+    dtype: str,
+    seed: int,
+    learning_rate: float,
+    scheduler: str,
+    warmup_steps: int,
+    weight_decay: float,
+    max_grad_norm: float,
+    optimizer: str,
+    max_steps: int,
+    epochs: float,
+    save_steps: int,
+    report_to: list[str],
+    log_dir: Path,
+    use_cpu: bool,
+) -> TrainingArguments:
+    """Return transformers' arguments for the loop; `max_steps` and `epochs` agree by construction."""
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(log_dir)
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=1,  # of steps: StepBatches holds effective_batch_size sequences in each
+        gradient_accumulation_steps=1,
+        max_steps=max_steps,
+        num_train_epochs=epochs,
+        learning_rate=learning_rate,
+        lr_scheduler_type=scheduler,
+        warmup_steps=warmup_steps,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        optim=optimizer,
+        seed=seed,
+        data_seed=seed,
+        bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=save_steps,
+        eval_strategy="no",  # when to evaluate is train.py's decision, which also marks the best checkpoint
+        report_to=report_to or "none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        use_cpu=use_cpu,
+    )

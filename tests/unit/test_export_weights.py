@@ -1,0 +1,308 @@
+"""Weights: base plus adapter, tensor by tensor, against what peft itself computes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from families import make_checkpoint
+
+from fastft.errors import FastFTError
+from fastft.export.merged import export_merged
+from fastft.export.weights import Checkpoint, Weights, resolve_base
+
+LINEAR = ["q_proj", "k_proj", "down_proj"]
+# name: (family, LoraConfig keywords, new vocabulary size or None, embeddings come out untied)
+CASES = {
+    "plain": ("llama", {"target_modules": "all-linear"}, None, False),
+    "rslora": ("llama", {"target_modules": LINEAR, "use_rslora": True}, None, False),
+    "alpha-pattern": ("mistral", {"target_modules": LINEAR, "alpha_pattern": {"k_proj": 3, "0.mlp.*": 32}}, None, False),
+    "rank-pattern": ("mistral", {"target_modules": LINEAR, "rank_pattern": {"layers.1.*.q_proj": 2}}, None, False),
+    "both-patterns-rslora": (
+        "llama",
+        {"target_modules": LINEAR, "rank_pattern": {"k_proj": 2}, "alpha_pattern": {"k_proj": 5}, "use_rslora": True},
+        None,
+        False,
+    ),
+    "dora": ("llama", {"target_modules": "all-linear", "use_dora": True}, None, False),
+    "lora-bias": ("qwen2", {"target_modules": ["q_proj"], "lora_bias": True}, None, False),
+    "biases": ("qwen2", {"target_modules": ["q_proj"], "bias": "all"}, None, False),
+    "saved-norms": ("llama", {"target_modules": LINEAR, "modules_to_save": ["norm", "input_layernorm"]}, None, False),
+    "saved-both": ("llama", {"target_modules": LINEAR, "modules_to_save": ["embed_tokens", "lm_head"]}, None, False),
+    "saved-tied-embedding": ("qwen2", {"target_modules": LINEAR, "modules_to_save": ["embed_tokens"]}, None, True),
+    "saved-tied-head": ("qwen2", {"target_modules": LINEAR, "modules_to_save": ["lm_head"]}, None, True),
+    "saved-tied-both": (
+        "qwen2",
+        {"target_modules": LINEAR, "modules_to_save": ["lm_head", "embed_tokens"]},
+        None,
+        True,
+    ),
+    "saved-tied-together": (
+        "qwen2",
+        {"target_modules": LINEAR, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        None,
+        False,
+    ),
+    "token-rows": ("llama", {"target_modules": LINEAR, "trainable_token_indices": [3, 7, 450]}, None, False),
+    "token-rows-tied": ("qwen2", {"target_modules": LINEAR, "trainable_token_indices": [3, 7]}, None, False),
+    "token-rows-head": (
+        "llama",
+        {"target_modules": LINEAR, "trainable_token_indices": {"embed_tokens": [3, 7], "lm_head": [3, 5]}},
+        None,
+        False,
+    ),
+    "embedding-lora": ("llama", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, None, False),
+    "embedding-lora-tied": ("qwen2", {"target_modules": ["q_proj", "embed_tokens"]}, None, True),
+    "embedding-and-head-lora-tied": ("qwen2", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, None, True),
+    "resized": ("llama", {"target_modules": LINEAR}, 480, False),
+    "resized-tied": ("qwen2", {"target_modules": LINEAR}, 480, False),
+    "gpt-oss-attention": ("gpt-oss", {"target_modules": "all-linear"}, None, False),
+    "gemma3": ("gemma3", {"target_modules": "all-linear"}, None, False),
+    "phi3": ("phi3", {"target_modules": "all-linear"}, None, False),
+    "qwen3.5": ("qwen3.5", {"target_modules": "all-linear"}, None, False),
+    "gemma4": ("gemma4", {"target_modules": ["q_proj", "up_proj"]}, None, False),
+    "smollm3": ("smollm3", {"target_modules": "all-linear"}, None, False),
+}
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+def train_adapter(base: Path, folder: Path, vocabulary: int | None = None, scale: float = 0.1, **lora):
+    """Save an adapter with random weights in every trained tensor; return the peft model in float32."""
+    from peft import LoraConfig, get_peft_model
+
+    model = load(base)
+    torch.manual_seed(7)
+    if vocabulary:
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    model = get_peft_model(model, LoraConfig(**({"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | lora)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=scale)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merged_model_is_the_trained_model(case, tmp_path):
+    family, lora, vocabulary, untied = CASES[case]
+    base = make_checkpoint(family, tmp_path / "base")
+    trained = train_adapter(base, tmp_path / "adapter", vocabulary, **lora)
+    export_merged(base, tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+    merged = load(tmp_path / "merged")
+    ids = torch.tensor([[3, 7, 5, 21, 400, 3, 250, 17, 430, 99]])
+    with torch.no_grad():
+        expected = trained(ids).logits
+        got = merged(ids).logits
+        plain = load(base)(ids).logits
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() < 1e-4
+    assert (plain - expected[..., : plain.shape[-1]]).abs().max() > 1e-2  # the adapter does something
+    if load(base).config.tie_word_embeddings:
+        assert merged.config.tie_word_embeddings is not untied
+
+
+@pytest.mark.parametrize("case", ["plain", "rslora", "both-patterns-rslora", "dora", "embedding-lora", "token-rows"])
+def test_every_tensor_equals_pefts_own_merge(case, tmp_path):
+    family, lora, _, _ = CASES[case]
+    base = make_checkpoint(family, tmp_path / "base")
+    expected = train_adapter(base, tmp_path / "adapter", **lora).merge_and_unload().state_dict()
+    weights = Weights(base, tmp_path / "adapter")
+    assert set(weights.names) == set(expected)
+    for name in weights.names:
+        difference = (weights.tensor(name) - expected[name]).abs().max()
+        assert difference < 3e-6, name
+
+
+def test_rows_are_rows_of_the_whole(tmp_path):
+    base = make_checkpoint("qwen2", tmp_path / "base", dtype="bfloat16")
+    lora = {"target_modules": ["q_proj", "embed_tokens"], "use_dora": False}
+    train_adapter(base, tmp_path / "lora", **lora)
+    train_adapter(base, tmp_path / "dora", target_modules=["q_proj"], use_dora=True, trainable_token_indices=[9, 10, 40])
+    for adapter in ("lora", "dora"):
+        weights = Weights(base, tmp_path / adapter)
+        for name in weights.changed:
+            whole = weights.tensor(name)
+            parts = [weights.tensor(name, slice(i, i + 10)) for i in range(0, len(whole), 10)]
+            torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("bfloat16", "auto"), ("float32", "float16"), ("bfloat16", "float32")])
+def test_merged_tensor_is_the_rounded_sum(dtype, name, tmp_path):
+    base = make_checkpoint("llama", tmp_path / "base", dtype=dtype)
+    train_adapter(base, tmp_path / "adapter", target_modules="all-linear", r=8)
+    files = export_merged(base, tmp_path / "adapter", tmp_path / "merged", dtype=name, max_shard_bytes=100_000)
+    stored = getattr(torch, dtype if name == "auto" else name)
+    originals, merged = Checkpoint(base), Checkpoint(tmp_path / "merged")
+    adapter = Checkpoint(tmp_path / "adapter", "adapter_model.safetensors")
+    assert sum(f.suffix == ".safetensors" for f in files) > 2
+    for tensor in originals.names:
+        expected = originals.read(tensor).float()
+        key = "base_model.model." + tensor.removesuffix("weight") + "lora_{}.weight"
+        if key.format("A") in adapter:
+            expected = expected + adapter.read(key.format("B")).float() @ adapter.read(key.format("A")).float() * 1.0
+        assert torch.equal(merged.read(tensor), expected.to(stored)), tensor
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["dtype"] == str(stored).removeprefix("torch.")
+
+
+def test_merged_folder_is_complete_and_leaves_no_temporary_files(tmp_path):
+    from transformers import AutoTokenizer
+
+    base = make_checkpoint("mistral", tmp_path / "base")
+    train_adapter(base, tmp_path / "adapter", target_modules=LINEAR)
+    out = tmp_path / "out" / "merged"
+    files = export_merged(base, tmp_path / "adapter", out)
+    names = {f.name for f in files}
+    assert names == {p.name for p in out.iterdir()}
+    assert {"tokenizer.model", "tokenizer.json", "chat_template.jinja", "generation_config.json"} <= names
+    assert [p.name for p in out.parent.iterdir()] == ["merged"]
+    text = "吾輩は猫である。  two  spaces"
+    assert AutoTokenizer.from_pretrained(out)(text).input_ids == AutoTokenizer.from_pretrained(base)(text).input_ids
+
+
+def test_the_trained_tokenizer_wins_over_the_bases(tmp_path):
+    from transformers import AutoTokenizer
+
+    base = make_checkpoint("qwen2", tmp_path / "base")
+    train_adapter(base, tmp_path / "adapter", 480, target_modules=LINEAR)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.chat_template = "{{ 'mine' }}"
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    export_merged(base, tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert merged.convert_tokens_to_ids("<tool>") == len(tokenizer) - 1
+    assert merged.chat_template == "{{ 'mine' }}"
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["vocab_size"] == 480
+
+
+def test_nf4_adapter_merges_onto_the_16_bit_base_and_a_quantised_base_is_refused(tmp_path):
+    import copy
+
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    base = make_checkpoint("llama", tmp_path / "base", dtype="bfloat16", hidden_size=128)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    config.bnb_4bit_compute_dtype = torch.float32
+    quantized = AutoModelForCausalLM.from_pretrained(base, quantization_config=copy.copy(config), dtype=torch.bfloat16)
+    quantized.save_pretrained(tmp_path / "nf4")
+    train_adapter(base, tmp_path / "adapter", target_modules=LINEAR)
+    with pytest.raises(FastFTError, match=r"quantised \(bitsandbytes\).*--base"):
+        Weights(tmp_path / "nf4", tmp_path / "adapter")
+    weights = Weights(tmp_path / "nf4", tmp_path / "adapter", dequantize=True)
+    exact = Weights(base, tmp_path / "adapter")
+    assert set(weights.names) == set(exact.names)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    relative = (weights.tensor(name) - exact.tensor(name)).norm() / exact.tensor(name).norm()
+    assert weights.shape(name) == exact.shape(name)
+    assert 0.01 < relative < 0.15  # NF4's own rounding, and nothing more
+
+
+def test_refusals_name_the_problem_and_the_fix(tmp_path):
+    base = make_checkpoint("llama", tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    train_adapter(base, adapter, target_modules=LINEAR)
+    other = make_checkpoint("llama", tmp_path / "other", hidden_size=128)
+    with pytest.raises(FastFTError, match=r"another base.*6 problems(.|\n)*\[64, 64\], the base's tensor \[128, 128\]"):
+        Weights(other, adapter)
+    shallow = make_checkpoint("llama", tmp_path / "shallow", num_hidden_layers=1)
+    with pytest.raises(FastFTError, match=r"layers\.1\..*does not have"):
+        Weights(shallow, adapter)
+    for change, words in {
+        "fan_in_fan_out": "fan_in_fan_out",
+        "target_parameters": "target_parameters",
+        "peft_type": "peft_type",
+    }.items():
+        _rewrite(adapter, tmp_path / change, **{change: ["x"] if change == "target_parameters" else "IA3"})
+        with pytest.raises(FastFTError, match=words):
+            Weights(base, tmp_path / change)
+    _rewrite(adapter, tmp_path / "pissa", init_lora_weights="pissa_niter_4")
+    with pytest.raises(FastFTError, match="path_initial_model_for_weight_conversion"):
+        Weights(base, tmp_path / "pissa")
+    _rewrite(adapter, tmp_path / "rank", r=5)
+    with pytest.raises(FastFTError, match=r"rank 4 in the file, 5 in adapter_config\.json"):
+        Weights(base, tmp_path / "rank")
+
+
+def test_broken_checkpoints_are_refused(tmp_path):
+    base = make_checkpoint("llama", tmp_path / "base")
+    pickled = tmp_path / "pickled"
+    shutil.copytree(base, pickled, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save({}, pickled / "pytorch_model.bin")
+    with pytest.raises(FastFTError, match=r"pickle weights only \(pytorch_model\.bin\)"):
+        Weights(pickled)
+    with pytest.raises(FastFTError, match=r"has no config\.json"):
+        Weights(tmp_path)
+    data = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(data[:-100])
+    with pytest.raises(FastFTError, match="truncated"):
+        Weights(base)
+    sharded = make_checkpoint("llama", tmp_path / "sharded", shard_bytes=100_000)
+    next(sharded.glob("model-00002*")).unlink()
+    with pytest.raises(FastFTError, match=r"lacks 1 of \d+ weight files: model-00002"):
+        Weights(sharded)
+
+
+def test_base_of_an_adapter(tmp_path, monkeypatch):
+    base = make_checkpoint("llama", tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    train_adapter(base, adapter, target_modules=LINEAR)
+    assert resolve_base(adapter) == base
+    assert resolve_base(adapter, tmp_path) == tmp_path
+    _rewrite(adapter, tmp_path / "gone", base_model_name_or_path="/nowhere/model")
+    with pytest.raises(FastFTError, match=r"/nowhere/model.*--base"):
+        resolve_base(tmp_path / "gone")
+    _rewrite(adapter, tmp_path / "hub", base_model_name_or_path="unsloth/tiny-unsloth-bnb-4bit")
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **_: asked.append(repo) or str(base))
+    assert resolve_base(tmp_path / "hub") == base
+    assert asked == ["unsloth/tiny"]
+
+
+def test_a_full_disk_is_refused_before_a_byte_is_written(tmp_path, monkeypatch):
+    base = make_checkpoint("llama", tmp_path / "base")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(FastFTError, match=r"needs .* free, .* has 1,000"):
+        export_merged(base, None, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_killed_merge_leaves_nothing_that_looks_whole(tmp_path):
+    import subprocess
+
+    base = make_checkpoint("llama", tmp_path / "base")
+    code = (
+        "import os, sys, pathlib; from fastft.export import merged, weights\n"
+        "real = weights.Weights.tensor\n"
+        "def dying(self, name, rows=None):\n"
+        "    if name.endswith('1.mlp.up_proj.weight'): os._exit(9)\n"
+        "    return real(self, name, rows)\n"
+        "weights.Weights.tensor = dying\n"
+        "merged.export_merged(pathlib.Path(sys.argv[1]), None, pathlib.Path(sys.argv[2]), max_shard_bytes=50000)"
+    )
+    out = tmp_path / "merged"
+    done = subprocess.run([sys.executable, "-c", code, str(base), str(out)], check=False)
+    assert done.returncode == 9
+    assert not out.exists()
+    assert any(p.name.startswith(".merged") for p in tmp_path.iterdir())
+    export_merged(base, None, out)
+    assert load(out).config.hidden_size == 64
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "merged"]
+
+
+def _rewrite(adapter: Path, copy: Path, **changes) -> None:
+    shutil.copytree(adapter, copy)
+    path = copy / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
