@@ -18,7 +18,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from fastft.errors import FastFTError, one_of
 
@@ -468,7 +468,7 @@ def compute_dtype(hardware: Hardware, requested: str = "auto") -> Choice[str]:
     return Choice("float32", f"{hardware.name} has no bfloat16 instructions (AVX512-BF16, AMX or Arm BF16)")
 
 
-def optimizer(hardware: Hardware, requested: str = "auto") -> Choice[str]:
+def optimizer(hardware: Hardware, requested: str = "auto") -> Choice[Any]:
     """Return adamw, adamw_8bit or paged_adamw_8bit and why."""
     if hardware.kind != "cuda":
         if requested in ("auto", "adamw"):

@@ -84,7 +84,9 @@ def weight_terms(shape: ModelShape, s: Situation) -> list[Term]:
         terms.append(_term("weights in NF4", packed * NF4_BITS / 8, formula, "QLoRA, arXiv 2305.14314, section 3"))
     elif s.quantization == "int8":
         rows = sum(w.shape[0] * w.count for w in shape.of("linear", "expert"))
-        terms.append(_term("weights in int8", packed + 4 * rows, f"{packed:,} + 4 x rows", "LLM.int8, arXiv 2208.07339"))
+        terms.append(
+            _term("weights in int8", packed + 4 * rows, f"{packed:,} + 4 x rows", "LLM.int8, arXiv 2208.07339")
+        )
     else:
         rest += packed
     size = 4 if s.upcast else s.compute_bytes
@@ -95,11 +97,19 @@ def weight_terms(shape: ModelShape, s: Situation) -> list[Term]:
 def training_state_terms(shape: ModelShape, s: Situation) -> list[Term]:
     """Trained parameters, their gradients and the optimizer's state."""
     n = trainable(shape, s)
-    adapter = [] if s.full_finetuning else [_term("LoRA", n * s.lora_bytes, f"{n:,} x {s.lora_bytes} bytes", "arXiv 2106.09685, section 4.1")]
+    adapter = (
+        []
+        if s.full_finetuning
+        else [_term("LoRA", n * s.lora_bytes, f"{n:,} x {s.lora_bytes} bytes", "arXiv 2106.09685, section 4.1")]
+    )
     gradients = _term("gradients", n * s.lora_bytes, f"{n:,} x {s.lora_bytes} bytes", "one for each trained parameter")
     if s.optimizer == "adamw":
         size = 2 * s.lora_bytes
-        return [*adapter, gradients, _term("optimizer", n * size, f"{n:,} x {size} bytes", "Adam: two moments, arXiv 1412.6980")]
+        return [
+            *adapter,
+            gradients,
+            _term("optimizer", n * size, f"{n:,} x {size} bytes", "Adam: two moments, arXiv 1412.6980"),
+        ]
     formula = f"{n:,} x 2.06 bytes"  # two 8-bit moments and a float32 constant for 256 values of each
     return [*adapter, gradients, _term("optimizer", n * 2.06, formula, "8-bit Adam, arXiv 2110.02861")]
 
@@ -126,9 +136,11 @@ def layer_bytes_per_token(shape: ModelShape, s: Situation) -> dict[str, float]:
             "MLP": 2 * i * c,
             "rank-r products": s.rank * len(inputs) * c if s.kernels == "compiled" else 0,
         }
-    # Under autocast every targeted layer makes its own 16-bit copy of its input; in float32 layers share it.
-    copies = sum(inputs) if c == 2 else sum({w.shape[1] if w.name in _OWN_INPUT else w.name in _ATTENTION_IN: w.shape[1] for w in targets}.values())
-    parts = {
+    # Under autocast every targeted layer makes its own 16-bit copy of its input; in float32 q, k and v share one,
+    # gate and up another.
+    owners = {_SHARED_INPUT.get(w.name, w.name) if c == 4 else w.name: w.shape[1] for w in targets}
+    copies = sum(owners.values())
+    parts: dict[str, float] = {
         "norms": norms * (4 * h + 4) + 4 * qk_norm,
         "LoRA inputs": copies * c + (copies * (c + 1) if s.dropout else 0),
         # SDPA on a padding-free row: queries, keys and values repeated to all heads, output, its contiguous copy.
@@ -142,8 +154,7 @@ def layer_bytes_per_token(shape: ModelShape, s: Situation) -> dict[str, float]:
     return parts
 
 
-_OWN_INPUT = frozenset({"o_proj", "down_proj"})
-_ATTENTION_IN = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj"})
+_SHARED_INPUT = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 
 
 def activation_terms(shape: ModelShape, s: Situation) -> list[Term]:
@@ -164,29 +175,139 @@ def activation_terms(shape: ModelShape, s: Situation) -> list[Term]:
 
 def transient_terms(shape: ModelShape, s: Situation) -> list[Term]:
     """The larger of what the loss and what one layer's backward needs while everything saved is still there."""
-    t, h, i, v, c = s.tokens, shape.hidden, shape.intermediate, shape.vocab, s.compute_bytes
-    i *= max(1, shape.experts_per_token)
-    largest = max((w.parameters // w.count for w in shape.of("linear", "expert")), default=0)
-    backward = _term("backward of one layer", t * (3 * i + 3 * h) * c, "T x 3 (I + H) x c", "gradients of gate, up, product and residual")
+    t, c = s.tokens, s.compute_bytes
+    i = shape.intermediate * max(1, shape.experts_per_token)
+    backward = _term(
+        "backward of one layer",
+        t * 3 * (i + shape.hidden) * c,
+        "T x 3 (I + H) x c",
+        "gradients of gate, up and product",
+    )
+    terms = [max(loss_term(shape, s), backward, key=lambda term: term.bytes)]
     if s.quantization != "none":
-        extra = _term("dequantised weight", largest * 2, "largest quantised tensor x 2 bytes", "bitsandbytes dequantises one layer at a time")
-        return [_largest([loss_term(shape, s), backward]), extra]
-    del v
-    return [_largest([loss_term(shape, s), backward])]
+        largest = max(w.parameters // w.count for w in shape.of("linear"))
+        source = "bitsandbytes dequantises one layer at a time"
+        terms.append(_term("dequantised weight", largest * 2, "largest linear layer x 2 bytes", source))
+    return terms
 
 
-CHUNK = 16 * 1024 * 1024  # logits at a time in Unsloth's CPU loss (UNSLOTH_CPU_CE_CHUNK_ELEMENTS)
-CHUNK_GPU = 64 * 1024 * 1024
+CHUNK = {"cpu": 16 * 2**20, "cuda": 64 * 2**20, "mps": 64 * 2**20}  # logits at a time
 
 
 def loss_term(shape: ModelShape, s: Situation) -> Term:
     """Logits: a chunk at a time, or all of them in float32 where the loss is not fused."""
-    logits = s.tokens * shape.vocab
+    logits, v = s.tokens * shape.vocab, shape.vocab
     if s.loss == "full":
-        # logits, log-softmax, gradient of each in float32: all four live when log-softmax runs backward.
-        return _term("logits", logits * 16, f"T x V {shape.vocab:,} x 4 tensors x 4 bytes", "transformers' ForCausalLMLoss")
+        # Logits, log-softmax and the gradient of each, in float32: all live while log-softmax runs backward.
+        return _term("logits", logits * 16, f"T x V {v:,} x 4 tensors x 4 bytes", "transformers' ForCausalLMLoss")
     if s.kernels == "compiled":
-        return _term("logits", logits * 2, f"T x V {shape.vocab:,} x 2 bytes", "torchtune CEWithChunkedOutputLoss keeps 16-bit logits")
-    chunk = min(logits, CHUNK if s.device == "cpu" else CHUNK_GPU)
-    size = chunk * (8 if s.device == "cpu" else 10) + 2 * s.tokens * shape.hidden * s.compute_bytes
-    return _term("logits, chunked", size, f"min(T x V, {chunk / 2**20:.0f} Mi) x {8 if s.device == 'cpu' else 10} bytes + 2 T H c", "Unsloth's chunked cross entropy")
+        source = "torchtune's CEWithChunkedOutputLoss keeps 16-bit logits"
+        return _term("logits", logits * 2, f"T x V {v:,} x 2 bytes", source)
+    chunk = min(logits, CHUNK[s.device])
+    # Measured on the CPU: 134 MB above the resident memory for 16 Mi logits: two float32 copies.
+    size = chunk * 8 + 2 * s.tokens * shape.hidden * s.compute_bytes
+    formula = f"min(T x V {v:,}, {CHUNK[s.device] >> 20} Mi) x 8 bytes + 2 T H c"
+    return _term("logits in chunks", size, formula, "Unsloth's chunked cross entropy")
+
+
+CUDA_CONTEXT = int(0.45 * GIB)
+CUDA_SLACK = 0.05
+HEAP_FRAGMENTATION = 0.8
+IMPORTS = {"cpu": int(0.62e9), "cuda": int(3.0e9), "mps": int(1.0e9)}
+
+
+def train_terms(shape: ModelShape, s: Situation) -> list[Term]:
+    """Everything in the memory that computes (VRAM, or RAM on a CPU) at the peak of a training step."""
+    states = training_state_terms(shape, s)
+    if s.optimizer == "paged_adamw_8bit":
+        states = states[:-1]  # its pages move to RAM under pressure
+    fixed = [*weight_terms(shape, s), *states]
+    moving = [*activation_terms(shape, s), *transient_terms(shape, s)]
+    return [*fixed, *moving, *overhead_terms(s, moving, shape)]
+
+
+def overhead_terms(s: Situation, moving: Iterable[Term], shape: ModelShape) -> list[Term]:
+    """What the allocator holds beyond the live tensors, and the CUDA context."""
+    if not s.allocator_slack:
+        return []
+    live = sum(term.bytes for term in moving)
+    if s.device == "cpu":
+        kept = shape.layers * s.tokens * sum(layer_bytes_per_token(shape, s).values())
+        formula = f"{HEAP_FRAGMENTATION} x L x T x saved bytes of a layer"
+        source = "glibc keeps the holes that freed activations leave; measured (docs/plan.md)"
+        return [_term("heap fragmentation", HEAP_FRAGMENTATION * kept, formula, source)]
+    slack = _term(
+        "allocator slack", CUDA_SLACK * live, f"{CUDA_SLACK:.0%} of what comes and goes", "rounding to 2 MiB blocks"
+    )
+    context = _term(
+        "CUDA context", CUDA_CONTEXT if s.device == "cuda" else 0, "0.45 GiB", "typical: kernels, cuBLAS workspace"
+    )
+    return [slack, context] if s.device == "cuda" else [slack]
+
+
+def eval_terms(shape: ModelShape, s: Situation) -> list[Term]:
+    """A forward pass without gradients: nothing is saved, but the logits of a row are whole."""
+    t, c = s.tokens, s.compute_bytes
+    i = shape.intermediate * max(1, shape.experts_per_token)
+    states = training_state_terms(shape, s)
+    states = [term for term in states if term.name != "gradients"]
+    layer = _term(
+        "one layer's forward", t * (4 * shape.hidden + 3 * i) * c, "T x (4 H + 3 I) x c", "inputs and products"
+    )
+    logits = _term(
+        "logits", t * shape.vocab * (c + 8), f"T x V {shape.vocab:,} x (c + 8) bytes", "c, float32, log-softmax"
+    )
+    if s.device != "cpu":
+        logits = loss_term(shape, s)
+    moving = [max(layer, logits, key=lambda term: term.bytes)]
+    context = [_term("CUDA context", CUDA_CONTEXT, "0.45 GiB", "typical")] if s.device == "cuda" else []
+    return [*weight_terms(shape, s), *states, *moving, *context]
+
+
+def load_terms(shape: ModelShape, s: Situation) -> list[Term]:
+    """The weights, and the tensor that is being converted or quantised."""
+    largest = max(w.parameters // w.count for w in shape.weights)
+    stored = 4 if shape.stored == "float32" else 2
+    staging = _term("tensor being loaded", largest * stored, "largest tensor as stored", "loaded one by one")
+    context = [_term("CUDA context", CUDA_CONTEXT, "0.45 GiB", "typical")] if s.device == "cuda" else []
+    return [*weight_terms(shape, s), staging, *context]
+
+
+def host_terms(shape: ModelShape, s: Situation, phase: str) -> list[Term]:
+    """RAM beside a GPU: libraries, offloaded layer inputs, paged optimizer state, checkpoint pages while loading."""
+    terms = [imports_term(s)]
+    if phase == "load":
+        largest = max(w.parameters // w.count for w in shape.weights)
+        terms.append(_term("tensor being loaded", largest * 2, "largest tensor x 2 bytes", "safetensors are mapped"))
+    if phase == "train" and s.checkpointing == "offload":
+        size = shape.layers * s.tokens * shape.hidden * s.hidden_bytes
+        terms.append(
+            _term("layer inputs", size, f"L {shape.layers} x T {s.tokens:,} x H x c", "Unsloth offloads them to RAM")
+        )
+    if phase == "train" and s.optimizer == "paged_adamw_8bit":
+        terms.append(training_state_terms(shape, s)[-1])
+    return terms
+
+
+def imports_term(s: Situation) -> Term:
+    """Python with its libraries loaded."""
+    source = {"cpu": "measured: import unsloth, one thread"}.get(s.device, "typical, not measured")
+    return _term("Python and libraries", IMPORTS[s.device], "constant", source)
+
+
+def merge_terms(shape: ModelShape, s: Situation) -> list[Term]:
+    """Writing base + LoRA tensor by tensor: one tensor in float32, its delta, and the result."""
+    largest = max((w for w in shape.weights if w.role != "norm"), key=lambda w: w.parameters // w.count)
+    return [
+        imports_term(s),
+        _term(
+            "one tensor",
+            largest.parameters // largest.count * 10,
+            f"{largest.name}: parameters x (4 + 4 + 2) bytes",
+            "W, delta and result",
+        ),
+    ]
+
+
+def _term(name: str, size: float, formula: str, source: str) -> Term:
+    return Term(name=name, bytes=int(size), formula=formula, source=source)

@@ -103,9 +103,8 @@ class ModelShape:
         missing = [n for n in wanted if n not in known]
         if missing:
             listed = ", ".join(f"{n!r}{did_you_mean(n, known)}" for n in missing)
-            raise FastFTError(
-                f"lora.target_modules: {self.name} has no {listed}. It has: {', '.join(sorted(known))}; or use all-linear."
-            )
+            has = ", ".join(sorted(known))
+            raise FastFTError(f"lora.target_modules: {self.name} has no {listed}. It has: {has}; or use all-linear.")
         head = [Weight("lm_head", (self.vocab, self.hidden), 1, "head")] if "lm_head" in wanted else []
         return [w for w in linear if w.name in wanted] + head
 
@@ -125,7 +124,17 @@ FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | dic
 )
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 LLAMA_LIKE = frozenset({"llama", "mistral", "smollm3", "gemma", "granite"})
-KNOWN_FAMILIES = LLAMA_LIKE | {"qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_oss", "mixtral", "qwen3_moe", "olmo2"}
+KNOWN_FAMILIES = LLAMA_LIKE | {
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "gpt_oss",
+    "mixtral",
+    "qwen3_moe",
+    "olmo2",
+}
 TIED_BY_DEFAULT = frozenset({"gemma", "gemma2", "gemma3_text"})
 
 
@@ -222,14 +231,14 @@ def _expert_weights(s: ModelShape, n: int) -> list[Weight]:
         Weight("experts.down_proj", (s.experts, s.intermediate, s.hidden), n, "expert"),
     ]
     if s.family == "gpt_oss":
-        biases = {"router.bias": (s.experts,), "sinks": (s.heads,)}
+        biases: dict[str, tuple[int, ...]] = {"router.bias": (s.experts,), "sinks": (s.heads,)}
         biases |= {"gate_up_proj_bias": (s.experts, 2 * s.intermediate), "down_proj_bias": (s.experts, s.hidden)}
         weights += [Weight(leaf, size, n, "other") for leaf, size in biases.items()]
     return weights
 
 
 def _stored_size(s: ModelShape) -> int:
-    """Bytes of a checkpoint stored as `s.stored`; 4-bit formats keep all but the linear layers (or experts) in 16 bit."""
+    """Bytes of a checkpoint stored as `s.stored`; 4-bit formats keep all but linear layers (or experts) in 16 bit."""
     if s.stored == "mxfp4":  # 4 bits and one 8-bit scale for 32 values: OCP Microscaling 1.0, section 5.2
         packed = sum(w.parameters for w in s.of("expert"))
         return int(packed * 4.25 / 8) + 2 * (s.parameters - packed)
@@ -286,7 +295,9 @@ def _dtype_by_size(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> str:
 
 def _leaf(name: str) -> str:
     stem = name.removesuffix(".weight")
-    return re.sub(r".*\.\d+\.", "", stem).rsplit(".", 1)[-1] if "experts" not in stem else "experts." + stem.split(".")[-1]
+    return (
+        re.sub(r".*\.\d+\.", "", stem).rsplit(".", 1)[-1] if "experts" not in stem else "experts." + stem.split(".")[-1]
+    )
 
 
 def _role(name: str, dims: tuple[int, ...]) -> Role:
@@ -350,7 +361,9 @@ def _hub_shape(name: str, revision: str | None) -> ModelShape:
     except HFValidationError as error:
         raise FastFTError(f"{name!r} is neither a folder nor a Hub id (owner/name).") from error
     except GatedRepoError as error:
-        raise FastFTError(f"model {name!r} is gated: accept its licence on its page and sign in (hf auth login).") from error
+        raise FastFTError(
+            f"model {name!r} is gated: accept its licence on its page and sign in (hf auth login)."
+        ) from error
     except NotASafetensorsRepoError as error:
         raise FastFTError(f"model {name!r} has no safetensors weights; fastft does not load pickles.") from error
     except RepositoryNotFoundError as error:
@@ -371,9 +384,21 @@ def _hub_shape(name: str, revision: str | None) -> ModelShape:
     return with_headers(shape, tensors, size)
 
 
-def _model(family: str, *sizes: int, tied: bool = False, head_dim: int = 128, **more: Any) -> dict[str, Any]:
-    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
-    return {"model_type": family, **dict(zip(keys, sizes, strict=True)), "tie_word_embeddings": tied, "head_dim": head_dim} | more
+def _model(family: str, *sizes: int, tied: Any = False, head_dim: Any = 128, **more: Any) -> dict[str, Any]:
+    keys = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+        "vocab_size",
+    )
+    return {
+        "model_type": family,
+        **dict(zip(keys, sizes, strict=True)),
+        "tie_word_embeddings": tied,
+        "head_dim": head_dim,
+    } | more
 
 
 _MXFP4 = {"quantization_config": {"quant_method": "mxfp4"}}
@@ -392,8 +417,12 @@ KNOWN_MODELS: dict[str, dict[str, Any]] = {
     "llama-2-7b": _model("llama", 4096, 32, 32, 32, 11008, 32000),
     "llama-65b": _model("llama", 8192, 80, 64, 64, 22016, 32000),
     "mistral-7b": _model("mistral", 4096, 32, 32, 8, 14336, 32000),
-    "gpt-oss-20b": _model("gpt_oss", 2880, 24, 64, 8, 2880, 201088, head_dim=64, num_local_experts=32, num_experts_per_tok=4, **_MXFP4),
-    "gpt-oss-120b": _model("gpt_oss", 2880, 36, 64, 8, 2880, 201088, head_dim=64, num_local_experts=128, num_experts_per_tok=4, **_MXFP4),
+    "gpt-oss-20b": _model(
+        "gpt_oss", 2880, 24, 64, 8, 2880, 201088, head_dim=64, num_local_experts=32, num_experts_per_tok=4, **_MXFP4
+    ),
+    "gpt-oss-120b": _model(
+        "gpt_oss", 2880, 36, 64, 8, 2880, 201088, head_dim=64, num_local_experts=128, num_experts_per_tok=4, **_MXFP4
+    ),
 }
 
 

@@ -1,0 +1,169 @@
+"""From a config and a machine to a `Situation`: every `auto` decided, each with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from fastft.config import RunConfig
+from fastft.hardware import GIB, Choice, Hardware, compute_dtype, optimizer
+from fastft.plan.memory import Situation, Term, eval_terms, host_terms, imports_term, train_terms
+from fastft.plan.shape import ModelShape
+
+MARGIN = 0.10
+"""Share of the memory that automatic choices leave free, and below which a plan is `tight`: the published error."""
+CPU_ROW = 1024
+"""More tokens in a row make a CPU no faster: its matrix products are at full speed and the caches are not."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A situation, and the choices that led to it."""
+
+    situation: Situation
+    choices: dict[str, Choice]
+
+
+def resolve(config: RunConfig, hardware: Hardware, shape: ModelShape) -> Resolved:
+    """Return the situation that `fastft train` would be in. Raises FastFTError for what cannot be trained here."""
+    quantization = pick_quantization(config.model.quantization, shape, hardware)
+    dtype = compute_dtype(hardware, config.model.dtype)
+    longest = config.model.max_seq_length
+    tokens = config.lora.train_tokens
+    optimizer_choice = optimizer(hardware, config.train.optimizer)
+    start = Situation(
+        device=hardware.kind,
+        kernels="unsloth" if hardware.kind == "cuda" and config.model.engine != "stock" else "peft",
+        tokens=longest,
+        longest=longest,
+        compute_bytes=4 if dtype.value == "float32" else 2,
+        quantization=quantization.value,
+        rank=config.lora.r,
+        target_modules=_frozen(config.lora.target_modules),
+        use_dora=config.lora.use_dora,
+        dropout=config.lora.dropout,
+        train_tokens=0 if tokens == "auto" else len(tokens),
+        optimizer=optimizer_choice.value,
+        loss="full" if config.model.engine == "stock" else "chunked",
+    )
+    shape.lora_parameters(*start.lora)  # refuses unknown target modules now
+    checkpointing = pick_gradient_checkpointing(
+        config.train.gradient_checkpointing, shape=shape, situation=start, hardware=hardware
+    )
+    start = replace(start, checkpointing=_how(checkpointing.value, start))
+    budget = pick_micro_batch_tokens(
+        config.train.micro_batch_tokens,
+        shape=shape,
+        situation=start,
+        hardware=hardware,
+        effective_batch_size=config.train.effective_batch_size,
+    )
+    choices: dict[str, Choice[Any]] = {
+        "quantization": quantization,
+        "dtype": dtype,
+        "optimizer": optimizer_choice,
+        "gradient_checkpointing": checkpointing,
+        "micro_batch_tokens": budget,
+    }
+    return Resolved(replace(start, tokens=max(longest, budget.value)), choices)
+
+
+def _frozen(targets: str | list[str]) -> str | tuple[str, ...]:
+    return targets if isinstance(targets, str) else tuple(targets)
+
+
+def _how(checkpointing: bool, s: Situation) -> Literal["off", "recompute", "offload"]:
+    if not checkpointing:
+        return "off"
+    return "offload" if s.kernels == "unsloth" else "recompute"
+
+
+def pick_quantization(requested: str, shape: ModelShape, hardware: Hardware) -> Choice[Any]:
+    """Return none, nf4 or int8 and why: nf4 on a GPU whose memory 16-bit weights would fill to more than 60 %."""
+    if requested != "auto":
+        return Choice(requested, "asked for")
+    if shape.stored == "nf4":
+        return Choice("nf4", "the checkpoint is stored in bitsandbytes 4 bit")
+    if hardware.kind != "cuda":
+        return Choice("none", "no NVIDIA GPU: 16-bit weights are faster than NF4")
+    weights, free = 2 * shape.parameters, hardware.vram_free_bytes
+    numbers = f"16-bit weights take {weights / GIB:.1f} of {free / GIB:.1f} GiB"
+    if weights > 0.6 * free:
+        return Choice("nf4", numbers)
+    return Choice("none", f"{numbers} and need no dequantisation")
+
+
+def available_bytes(hardware: Hardware) -> int:
+    """Memory that training may take where the tensors live: free VRAM, or free RAM on a CPU."""
+    return hardware.ram_free_bytes if hardware.kind == "cpu" else hardware.vram_free_bytes
+
+
+def train_peak_bytes(shape: ModelShape, s: Situation) -> int:
+    """Peak of a training step (or of the evaluation between, where that is larger), with the CPU's imports."""
+    peak = max(_total(train_terms(shape, s)), _total(eval_terms(shape, s)))
+    return peak + (imports_term(s).bytes if s.device == "cpu" else 0)
+
+
+def pick_gradient_checkpointing(
+    requested: bool | str, *, shape: ModelShape, situation: Situation, hardware: Hardware
+) -> Choice[bool]:
+    """Return whether layers are recomputed, and why: off where one full-length sequence fits without it.
+
+    `situation.tokens` is the row that must fit; checkpointing costs one more forward pass, a third of the time.
+    """
+    if requested != "auto":
+        return Choice(bool(requested), "asked for")
+    peak = train_peak_bytes(shape, replace(situation, checkpointing="off"))
+    free = available_bytes(hardware)
+    numbers = f"{peak / GIB:.1f} GiB without it, {free / GIB:.1f} GiB free"
+    if peak <= (1 - MARGIN) * free:
+        return Choice(False, f"not needed: {numbers}")
+    return Choice(True, f"needed: {numbers}")
+
+
+def pick_micro_batch_tokens(
+    requested: int | str,
+    *,
+    shape: ModelShape,
+    situation: Situation,
+    hardware: Hardware,
+    effective_batch_size: int,
+) -> Choice[int]:
+    """Return the most tokens of one forward pass, and why: the largest budget that fits with a margin of 10 %.
+
+    Never more than a whole step (`effective_batch_size` sequences of `situation.longest`), nor, on a CPU, than
+    keeps it busy; never less than the longest sequence, which is a row of its own anyway.
+    """
+    if requested != "auto":
+        return Choice(int(requested), "asked for")
+    longest = situation.longest
+    whole = longest * effective_batch_size
+    cap = min(whole, max(CPU_ROW, longest)) if hardware.kind == "cpu" else whole
+    allowed = (1 - MARGIN) * available_bytes(hardware)
+    fits = longest
+    while fits < cap and train_peak_bytes(shape, replace(situation, tokens=min(cap, 2 * fits))) <= allowed:
+        fits = min(cap, 2 * fits)
+    peak = train_peak_bytes(shape, replace(situation, tokens=fits))
+    numbers = f"{peak / GIB:.1f} of {available_bytes(hardware) / GIB:.1f} GiB"
+    if fits == cap:
+        why = "keeps a CPU busy" if hardware.kind == "cpu" and cap < whole else "a whole step in one pass"
+        return Choice(fits, f"{why}: {numbers}")
+    # Between the doubling that fits and the one that does not, in steps of 512 tokens.
+    low, high = fits, min(cap, 2 * fits)
+    while high - low > 512:
+        middle = (low + high) // 2
+        if train_peak_bytes(shape, replace(situation, tokens=middle)) <= allowed:
+            low = middle
+        else:
+            high = middle
+    peak = train_peak_bytes(shape, replace(situation, tokens=low))
+    return Choice(low, f"the largest that fits: {peak / GIB:.1f} of {available_bytes(hardware) / GIB:.1f} GiB")
+
+
+def _total(terms: list[Term]) -> int:
+    return sum(term.bytes for term in terms)
+
+
+def ram_terms(shape: ModelShape, s: Situation, phase: str) -> list[Term]:
+    """RAM of a phase beside a GPU, or the imports alone on a CPU (whose tensors are counted apart)."""
+    return [imports_term(s)] if s.device == "cpu" else host_terms(shape, s, phase)

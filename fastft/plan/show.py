@@ -1,0 +1,184 @@
+"""A plan on the terminal, as a PNG, and the README's table of models and cards."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastft.hardware import GIB, Hardware, named_gpu
+from fastft.plan.memory import Situation, Term
+from fastft.plan.resolve import train_peak_bytes
+from fastft.plan.shape import ModelShape, known_shape
+
+if TYPE_CHECKING:
+    from fastft.plan import Plan
+
+COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#edc948", "#b07aa1", "#9c755f", "#bab0ac")
+VERDICTS = {
+    "fits": "[bold green]fits[/]",
+    "tight": "[bold yellow]tight[/]",
+    "does_not_fit": "[bold red]does not fit[/]",
+}
+BAR_WIDTH = 60
+
+
+def print_plan(plan: Plan, console: Any = None) -> None:
+    """Print the verdict, the phases, the bar of the training step, time, choices, changes and notes."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = console or Console()
+    console.print(f"{escape(plan.model)} on {escape(plan.hardware)}: {VERDICTS[plan.verdict]} ({plan.reason})")
+    table = Table("phase", *(_heading(plan, place) for place in ("vram", "ram", "disk")), box=None, pad_edge=False)
+    for name, phase in plan.phases.items():
+        table.add_row(name, *(_gb(size) for size in (phase.vram_bytes, phase.ram_bytes, phase.disk_bytes)))
+    console.print(table)
+    place = "vram" if plan.phases["train"].vram_bytes else "ram"
+    terms = getattr(plan.phases["train"], f"{place}_terms")
+    console.print(f"\ntraining step, {place.upper()}:")
+    console.print(_bar(terms, plan.available[place]))
+    for term, colour in zip(_by_size(terms), _colours(terms), strict=True):
+        console.print(f"  [{colour}]█[/] {_gb(term.bytes):>9}  {term.name}  [dim]{escape(term.formula)}[/]")
+    if plan.seconds_per_step is None:
+        console.print(f"\ntime: unknown ({plan.time_basis})")
+    else:
+        speed = f"{plan.tokens_per_step:,} tokens, {plan.tokens_per_sec:,.0f} tokens/s"
+        console.print(f"\nabout {plan.seconds_per_step:.1f} s a step ({speed}): {escape(plan.time_basis)}")
+    for name, (value, reason) in plan.choices.items():
+        console.print(f"  {name}: {value} [dim]({escape(reason)})[/]")
+    if plan.changes:
+        console.print("\nto make it fit, in this order:")
+    for number, change in enumerate(plan.changes, 1):
+        console.print(
+            f"  {number}. {change.key}: {escape(str(change.old))} -> {escape(str(change.new))}  [dim]{change.cost}[/]"
+        )
+    for note in plan.notes:
+        console.print(f"[dim]note: {escape(note)}[/]")
+
+
+def _heading(plan: Plan, place: str) -> str:
+    return f"{place} ({plan.available[place] / 1e9:.1f} GB free)"
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size else "-"
+
+
+def _by_size(terms: list[Term]) -> list[Term]:
+    return sorted((t for t in terms if t.bytes), key=lambda t: -t.bytes)
+
+
+def _colours(terms: list[Term]) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(len(_by_size(terms)))]
+
+
+def _bar(terms: list[Term], available: int) -> str:
+    """One line: a block a term, scaled to what is free; `|` marks the end of the free memory."""
+    total = sum(t.bytes for t in terms)
+    scale = BAR_WIDTH / max(total, available, 1)
+    line, used = "", 0.0
+    for term, colour in zip(_by_size(terms), _colours(terms), strict=True):
+        start, used = round(used), used + term.bytes * scale
+        line += f"[{colour}]{'█' * (round(used) - start)}[/]"
+    return f"  {line}{'·' * (BAR_WIDTH - round(used))}| {total / 1e9:.1f} of {available / 1e9:.1f} GB free"
+
+
+def plot_plan(plan: Plan, path: Path) -> Path:
+    """Write one stacked bar for each phase (VRAM, or RAM on a CPU), with the free memory as a line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    place = "vram" if plan.phases["train"].vram_bytes else "ram"
+    names = list(dict.fromkeys(t.name for phase in plan.phases.values() for t in getattr(phase, f"{place}_terms")))
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for row, phase in enumerate(plan.phases.values()):
+        left = 0.0
+        for term in getattr(phase, f"{place}_terms"):
+            colour = COLOURS[names.index(term.name) % len(COLOURS)]
+            axes.barh(row, term.bytes / 1e9, left=left, color=colour, label=term.name)
+            left += term.bytes / 1e9
+    axes.axvline(plan.available[place] / 1e9, color="black", linestyle="--", label="free")
+    axes.set_yticks(range(len(plan.phases)), list(plan.phases))
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{place.upper()}, GB")
+    axes.set_title(f"{plan.model} on {plan.hardware}: {plan.verdict.replace('_', ' ')}")
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    axes.legend(handles.values(), handles.keys(), fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+TABLE_MODELS = (
+    "qwen3-0.6b", "llama-3.2-1b", "qwen3-1.7b", "llama-3.2-3b", "qwen3-4b", "llama-3.1-8b", "qwen3-14b",
+    "qwen3-32b", "llama-3.3-70b", "gpt-oss-20b", "gpt-oss-120b",
+)  # fmt: skip
+TABLE_CARDS = ("rtx3060", "t4", "l4", "rtx4090", "a100-40", "a100-80", "h100", "h200")
+TABLE_LENGTHS = (1024, 2048, 8192)
+
+
+def plan_table(
+    models: tuple[str, ...] = TABLE_MODELS, cards: tuple[str, ...] = TABLE_CARDS, rank: int = 16
+) -> list[dict[str, Any]]:
+    """Return one row for each model, method and length: the peak of a training step and whether it fits each card.
+
+    One sequence a row, LoRA of `rank` on all linear layers, checkpointing where it is needed, 8-bit AdamW on a
+    GPU; the last column is the RAM that the same run needs on a CPU with bfloat16.
+    """
+    rows = []
+    for model in models:
+        shape = known_shape(model)
+        for method in ("LoRA", "QLoRA"):
+            for length in TABLE_LENGTHS:
+                fits = {card: _fits(shape, method, length, rank, named_gpu(card)) for card in cards}
+                gpu = replace(_table_situation(method, length, rank, "cuda"), checkpointing="offload")
+                cpu = replace(_table_situation(method, length, rank, "cpu"), checkpointing="recompute")
+                rows.append(
+                    {
+                        "model": model,
+                        "method": method,
+                        "tokens": length,
+                        "vram_bytes": train_peak_bytes(shape, gpu),
+                        **fits,
+                        "cpu_ram_bytes": train_peak_bytes(shape, cpu),
+                    }
+                )
+    return rows
+
+
+def _table_situation(method: str, length: int, rank: int, device: str) -> Situation:
+    return Situation(
+        device="cuda" if device == "cuda" else "cpu",
+        kernels="unsloth" if device == "cuda" else "peft",
+        tokens=length,
+        longest=length,
+        quantization="nf4" if method == "QLoRA" else "none",
+        rank=rank,
+        optimizer="adamw_8bit" if device == "cuda" else "adamw",
+    )
+
+
+def _fits(shape: ModelShape, method: str, length: int, rank: int, hardware: Hardware) -> str:
+    """Return yes (fast: no checkpointing needed), yes with it, tight, or no."""
+    s = _table_situation(method, length, rank, "cuda")
+    free = hardware.vram_free_bytes
+    if train_peak_bytes(shape, s) <= 0.9 * free:
+        return "yes, fast"
+    peak = train_peak_bytes(shape, replace(s, checkpointing="offload"))
+    return "yes" if peak <= 0.9 * free else "tight" if peak <= free else "no"
+
+
+def table_markdown(rows: list[dict[str, Any]]) -> str:
+    """Return `plan_table`'s rows as a Markdown table."""
+    cards = [key for key in rows[0] if key not in {"model", "method", "tokens", "vram_bytes", "cpu_ram_bytes"}]
+    head = ["model", "method", "tokens", "VRAM", *cards, "RAM on a CPU"]
+    lines = [" | ".join(head), " | ".join(["---"] * len(head))]
+    for row in rows:
+        sizes = [f"{row[key] / GIB:.1f} GiB" for key in ("vram_bytes", "cpu_ram_bytes")]
+        cells = [row["model"], row["method"], f"{row['tokens']:,}", sizes[0], *(row[card] for card in cards), sizes[1]]
+        lines.append(" | ".join(cells))
+    return "\n".join(f"| {line} |" for line in lines)
