@@ -11,6 +11,7 @@ import ctypes
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,12 @@ INSTALL_HINT = (
 LOGITS_CHUNK_BYTES = 64 * 2**20  # how much of the logits llama.cpp holds at a time
 DEFAULT_CHAT_CTX = 8192  # context of a chat where the model could do more: its cache stays small
 
+LOG_KEPT = {3, 4}  # ggml's log levels: 1 debug, 2 info, 3 warning, 4 error
+LOG_CONTINUES = 5  # the rest of a line that was begun
+
 _log: deque[str] = deque(maxlen=200)
+_last_level = [0]
+_sinks: list[list[str]] = []
 _callbacks: list[Any] = []  # ctypes callbacks must outlive the library's use of them
 
 
@@ -42,13 +48,27 @@ def bindings() -> Any:
 
         @llama_cpp.llama_log_callback
         def capture(level: int, text: bytes, _: Any) -> None:
-            if level in (2, 3, 5):  # warning, error, and the rest of a line that was begun
+            _last_level[0] = level if level != LOG_CONTINUES else _last_level[0]
+            for sink in _sinks:
+                sink.append(text.decode("utf-8", "replace"))
+            if _last_level[0] in LOG_KEPT:
                 _log.append(text.decode("utf-8", "replace"))
 
         _callbacks.append(capture)
         llama_cpp.llama_log_set(capture, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
     return llama_cpp
+
+
+@contextmanager
+def everything_logged(lines: list[str]) -> Iterator[None]:
+    """Collect all that llama.cpp logs, of every level, in `lines` while inside."""
+    bindings()
+    _sinks.append(lines)
+    try:
+        yield
+    finally:
+        _sinks.pop()
 
 
 def captured_log() -> str:
@@ -198,7 +218,7 @@ class GgufModel:
     def tokens(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Return the token ids of `text`.
 
-        `add_special`: add BOS / EOS as the file asks for; `parse_special`: read "<|im_end|>" as that token, not as text.
+        `add_special`: add BOS / EOS as the file asks for; `parse_special`: read "<|im_end|>" as that token.
         """
         data = text.encode("utf-8")
         size = len(data) + 8
@@ -221,10 +241,12 @@ class GgufModel:
 
     def text(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Return the text of token ids (the space that SentencePiece puts in front of a text is not part of it)."""
-        pieces = (
-            self.piece(t, special=special, strip_space=i == 0 and self._prefixes_space) for i, t in enumerate(ids)
-        )
-        return b"".join(pieces).decode("utf-8", "replace")
+        text, strip = b"", self._prefixes_space
+        for token in ids:
+            piece = self.piece(token, special=special, strip_space=strip)
+            text += piece
+            strip = strip and not piece  # BOS is empty: the space comes after it
+        return text.decode("utf-8", "replace")
 
     @property
     def _prefixes_space(self) -> bool:
