@@ -1,3 +1,73 @@
-"""fastft: Unsloth-first LoRA and QLoRA fine-tuning, from a dataset to a file that llama.cpp runs."""
+"""fastft: Unsloth-first LoRA and QLoRA fine-tuning, from a dataset to a file that llama.cpp runs.
+
+The names below are loaded when they are first used (PEP 562); importing fastft imports nothing heavy.
+`fastft.FastLanguageModel` imports Unsloth at that moment, so read it before importing trl or transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# name: module that defines it
+_PUBLIC = {
+    "FastFTError": "fastft.errors",
+    "FastLanguageModel": "fastft.model",
+    "RunConfig": "fastft.config",
+    "RunResult": "fastft.train",
+    "chat": "fastft.generate",
+    "export": "fastft.export",
+    "inspect_data": "fastft.inspect",
+    "load_config": "fastft.config",
+    "train": "fastft.train",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604 (the names of the table above)
+
+if TYPE_CHECKING:
+    from fastft.config import RunConfig, load_config
+    from fastft.errors import FastFTError
+    from fastft.export import export
+    from fastft.generate import chat
+    from fastft.inspect import inspect_data
+    from fastft.model import FastLanguageModel
+    from fastft.train import RunResult, train
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'fastft' has no attribute {name!r}")
+    if name == "FastLanguageModel":
+        _import_unsloth_first()
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    setattr(sys.modules[__name__], name, value)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+def _import_unsloth_first() -> None:
+    """Import Unsloth where this machine will use it, so that what is imported afterwards is patched."""
+    from fastft.engines import choose_engine
+    from fastft.hardware import probe
+
+    if choose_engine("auto", probe()).value == "unsloth":
+        importlib.import_module("fastft.engines.unsloth")
+
+
+class _Package(ModuleType):
+    """The package, in which a verb is the function even after the submodule of that name was imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _PUBLIC and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from fastft.config import redact
@@ -63,6 +72,16 @@ class Reporter:
                 yield
             finally:
                 self._bar = None
+
+    @contextlib.contextmanager
+    def bytes(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """Show the progress of a long write; yields a function of (bytes done, bytes total)."""
+        if self.quiet or not self.console.is_terminal:
+            yield lambda done, total: None
+            return
+        with Progress(TextColumn(f"[bold]{what}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=self.console) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
 
     def step(self, record: dict[str, Any]) -> None:
         """Show one line of log.jsonl."""

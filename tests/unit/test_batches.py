@@ -1,0 +1,87 @@
+"""How a step is cut: nothing lost, nothing over budget, the order a function of the seed."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastft.data.batches import IGNORE, StepBatches, cut, cut_padded, micro_batches, segments_of, supervised_tokens
+
+lengths = st.lists(st.integers(1, 300), min_size=1, max_size=40)
+
+
+def sample(ids, labels=None, segments=None):
+    ids = np.asarray(ids, dtype=np.int32)
+    labels = ids if labels is None else np.asarray(labels, dtype=np.int32)
+    return SimpleNamespace(input_ids=ids, labels=labels, segments=segments or [len(ids)])
+
+
+@given(lengths, st.integers(1, 400))
+def test_rows_hold_every_sequence_once_and_keep_the_budget(sizes, budget):
+    rows = cut(sizes, budget)
+    assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
+    assert all(sum(sizes[i] for i in row) <= budget or len(row) == 1 for row in rows)
+
+
+@given(lengths, st.integers(1, 400))
+def test_first_fit_decreasing_keeps_its_bound(sizes, budget):
+    sizes = [min(size, budget) for size in sizes]
+    least = -(-sum(sizes) // budget)
+    # Every two rows together hold more than a budget, else the second would have been put into the first.
+    assert len(cut(sizes, budget)) <= max(1, 2 * least)
+
+
+@given(lengths, st.integers(1, 400))
+def test_padded_batches_keep_the_budget_with_their_padding(sizes, budget):
+    batches = cut_padded(sizes, budget)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(sizes)))
+    assert all(len(b) * max(sizes[i] for i in b) <= budget or len(b) == 1 for b in batches)
+
+
+def test_the_first_label_of_every_segment_is_masked():
+    segments = segments_of([sample([5, 6, 7, 8, 9], segments=[2, 3])])
+    assert [s.labels.tolist() for s in segments] == [[IGNORE, 6], [IGNORE, 8, 9]]
+    assert supervised_tokens(segments) == 3
+
+
+def test_a_padding_free_row_restarts_positions_and_marks_boundaries():
+    segments = segments_of([sample([1, 2, 3]), sample([4, 5])])
+    (row,) = micro_batches(segments, 10, padded=False, pad_token_id=0, device="cpu")
+    assert row.inputs["input_ids"].tolist() == [[1, 2, 3, 4, 5]]
+    assert row.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert row.inputs["cu_seq_lens_q"].tolist() == [0, 3, 5]
+    assert row.tokens == row.padded_tokens == 5
+
+
+def test_a_padded_batch_hides_its_padding():
+    segments = segments_of([sample([1, 2, 3]), sample([4, 5])])
+    (batch,) = micro_batches(segments, 10, padded=True, pad_token_id=9, device="cpu")
+    assert batch.inputs["input_ids"].tolist() == [[1, 2, 3], [4, 5, 9]]
+    assert batch.inputs["labels"].tolist() == [[IGNORE, 2, 3], [IGNORE, 5, IGNORE]]
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert (batch.tokens, batch.padded_tokens) == (5, 6)
+
+
+def test_segments_must_add_up():
+    with pytest.raises(AssertionError, match="add up"):
+        segments_of([sample([1, 2, 3], segments=[2])])
+
+
+@given(st.integers(1, 50), st.integers(1, 9), st.integers(0, 5))
+def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch_alone(count, batch, epoch):
+    steps = StepBatches(list(range(count)), batch, seed=7)
+    steps.set_epoch(epoch)
+    seen = [i for k in range(len(steps)) for i in steps[k]]
+    again = StepBatches(list(range(count)), batch, seed=7)
+    again.set_epoch(epoch)
+    assert sorted(seen) == list(range(count))
+    assert seen == [i for k in range(len(again)) for i in again[k]]
+
+
+def test_epochs_differ():
+    steps = StepBatches(list(range(100)), 100, seed=7)
+    first = steps[0]
+    steps.set_epoch(1)
+    assert steps[0] != first
