@@ -6,6 +6,7 @@ Q and K widths of all queries and all keys, r rank, c bytes of the compute type 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -53,6 +54,8 @@ class Situation:
     upcast: bool = False
     """peft's prepare_model_for_kbit_training: norms, embeddings and head in float32, so hidden states are too."""
     full_finetuning: bool = False
+    free_bytes: int = 0
+    """VRAM left once weights are loaded, which Unsloth's loss sizes its chunks by; 0: plenty."""
     allocator_slack: bool = True
 
     @property
@@ -157,41 +160,53 @@ def layer_bytes_per_token(shape: ModelShape, s: Situation) -> dict[str, float]:
 _SHARED_INPUT = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 
 
-def activation_terms(shape: ModelShape, s: Situation) -> list[Term]:
-    """What the forward pass leaves in device memory for the backward pass."""
-    parts = layer_bytes_per_token(shape, s)
-    one_layer = s.tokens * sum(parts.values())
-    listed = " + ".join(f"{name} {size:,.0f}" for name, size in parts.items() if size)
+def moving_terms(shape: ModelShape, s: Situation) -> list[Term]:
+    """What comes and goes in a step, at its fullest moment.
+
+    Without checkpointing that is the end of the forward pass: all saved tensors, and the larger of the loss and one
+    layer's backward. With it, all layer inputs and either the loss or one recomputed layer, which never meet.
+    """
+    loss, layer = [loss_term(shape, s)], _backward_terms(shape, s)
     if s.checkpointing == "off":
-        formula = f"L {shape.layers} x T {s.tokens:,} x ({listed})"
-        return [_term("activations", shape.layers * one_layer, formula, "saved tensors, counted")]
-    terms = [_term("activations of one layer", one_layer, f"T {s.tokens:,} x ({listed})", "recomputed in backward")]
-    size = shape.layers * s.tokens * shape.hidden * s.hidden_bytes
-    if s.checkpointing == "recompute":
-        formula = f"L {shape.layers} x T {s.tokens:,} x H x {s.hidden_bytes}"
-        terms.append(_term("layer inputs", size, formula, "gradient checkpointing, arXiv 1604.06174"))
-    return terms
+        parts = layer_bytes_per_token(shape, s)
+        size = shape.layers * s.tokens * sum(parts.values())
+        formula = f"L {shape.layers} x T {s.tokens:,} x ({_listed(parts)})"
+        kept = [_term("activations", size, formula, "saved tensors, counted (layer_bytes_per_token)")]
+    else:
+        layer = [_recomputed_term(shape, s), *layer]
+        kept = [_layer_inputs_term(shape, s)] if s.checkpointing == "recompute" else []
+    return [*kept, *max(loss, layer, key=lambda terms: sum(term.bytes for term in terms))]
 
 
-def transient_terms(shape: ModelShape, s: Situation) -> list[Term]:
-    """The larger of what the loss and what one layer's backward needs while everything saved is still there."""
-    t, c = s.tokens, s.compute_bytes
+def _backward_terms(shape: ModelShape, s: Situation) -> list[Term]:
     i = shape.intermediate * max(1, shape.experts_per_token)
-    backward = _term(
-        "backward of one layer",
-        t * 3 * (i + shape.hidden) * c,
-        "T x 3 (I + H) x c",
-        "gradients of gate, up and product",
-    )
-    terms = [max(loss_term(shape, s), backward, key=lambda term: term.bytes)]
+    size = s.tokens * 3 * (i + shape.hidden) * s.compute_bytes
+    terms = [_term("backward of one layer", size, "T x 3 (I + H) x c", "gradients of gate, up and their product")]
     if s.quantization != "none":
         largest = max(w.parameters // w.count for w in shape.of("linear"))
-        source = "bitsandbytes dequantises one layer at a time"
+        source = "bitsandbytes and Unsloth dequantise one layer at a time"
         terms.append(_term("dequantised weight", largest * 2, "largest linear layer x 2 bytes", source))
     return terms
 
 
-CHUNK = {"cpu": 16 * 2**20, "cuda": 64 * 2**20, "mps": 64 * 2**20}  # logits at a time
+def _recomputed_term(shape: ModelShape, s: Situation) -> Term:
+    parts = layer_bytes_per_token(shape, s)
+    size = s.tokens * sum(parts.values())
+    return _term("activations of one layer", size, f"T {s.tokens:,} x ({_listed(parts)})", "recomputed in backward")
+
+
+def _layer_inputs_term(shape: ModelShape, s: Situation) -> Term:
+    size = shape.layers * s.tokens * shape.hidden * s.hidden_bytes
+    formula = f"L {shape.layers} x T {s.tokens:,} x H {shape.hidden:,} x {s.hidden_bytes}"
+    return _term("layer inputs", size, formula, "gradient checkpointing, arXiv 1604.06174")
+
+
+def _listed(parts: dict[str, float]) -> str:
+    return " + ".join(f"{name} {size:,.0f}" for name, size in parts.items() if size)
+
+
+CPU_CHUNK = 16 * 2**20  # logits at a time: UNSLOTH_CPU_CE_CHUNK_ELEMENTS
+GPU_LOSS_BUDGET = 4 * GIB  # or half of the free memory, where that is less
 
 
 def loss_term(shape: ModelShape, s: Situation) -> Term:
@@ -203,11 +218,17 @@ def loss_term(shape: ModelShape, s: Situation) -> Term:
     if s.kernels == "compiled":
         source = "torchtune's CEWithChunkedOutputLoss keeps 16-bit logits"
         return _term("logits", logits * 2, f"T x V {v:,} x 2 bytes", source)
-    chunk = min(logits, CHUNK[s.device])
-    # Measured on the CPU: 134 MB above the resident memory for 16 Mi logits: two float32 copies.
-    size = chunk * 8 + 2 * s.tokens * shape.hidden * s.compute_bytes
-    formula = f"min(T x V {v:,}, {CHUNK[s.device] >> 20} Mi) x 8 bytes + 2 T H c"
-    return _term("logits in chunks", size, formula, "Unsloth's chunked cross entropy")
+    if s.device == "cpu":
+        # Measured: 134 MB above the resident memory for 16 Mi logits, two float32 copies.
+        size = min(logits, CPU_CHUNK) * 8 + 2 * s.tokens * shape.hidden * s.compute_bytes
+        formula = f"min(T x V {v:,}, {CPU_CHUNK >> 20} Mi) x 8 bytes + 2 T H c"
+        return _term("logits in chunks", size, formula, "unsloth_zoo.cpu.ops, chunked cross entropy")
+    # 16-bit logits, float32 copy, log-softmax, gradient: 14 bytes. Unsloth plans with 16 and cuts into 4, 8, 12 ...
+    budget = min(GPU_LOSS_BUDGET, s.free_bytes // 2) if s.free_bytes else GPU_LOSS_BUDGET
+    need = logits * 16 / budget
+    chunks = 1 if need <= 1 else 4 * math.ceil(need / 4)
+    formula = f"T x V {v:,} x 14 bytes / {chunks} chunks"
+    return _term("logits", logits * 14 / chunks, formula, "unsloth_zoo.fused_losses, fused cross entropy")
 
 
 CUDA_CONTEXT = int(0.45 * GIB)
@@ -222,7 +243,7 @@ def train_terms(shape: ModelShape, s: Situation) -> list[Term]:
     if s.optimizer == "paged_adamw_8bit":
         states = states[:-1]  # its pages move to RAM under pressure
     fixed = [*weight_terms(shape, s), *states]
-    moving = [*activation_terms(shape, s), *transient_terms(shape, s)]
+    moving = moving_terms(shape, s)
     return [*fixed, *moving, *overhead_terms(s, moving, shape)]
 
 
