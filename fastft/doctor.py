@@ -211,9 +211,7 @@ def check_gpu(hardware: Hardware) -> Iterator[Check]:
         )
     elif cards:
         detail = "; ".join(hardware.notes)
-        fix = (
-            f"pip install --force-reinstall torch=={TESTED['torch']} --index-url https://download.pytorch.org/whl/cu128"
-        )
+        fix = f"pip uninstall -y torch && pip install torch=={TESTED['torch']}   (on Linux this is the CUDA build)"
         yield Check(name="GPU", status="warning", detail=detail, fix=fix)
     elif hardware.kind == "mps":
         yield Check(
@@ -302,7 +300,8 @@ def check_llama_cpp(hardware: Hardware) -> Check:
     code = "import llama_cpp; print(bool(llama_cpp.llama_supports_gpu_offload()))"
     build = {"cuda": "-DGGML_CUDA=on", "mps": "-DGGML_METAL=on"}.get(hardware.kind, "")
     environment = f"CMAKE_ARGS='{build}' " if build else ""
-    fix = f"{environment}pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python=={TESTED['llama-cpp-python']}"
+    package = f"llama-cpp-python=={TESTED['llama-cpp-python']}"
+    fix = f"{environment}pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python {package}"
     done = _python(code, timeout=60)
     if done is None or done.returncode != 0:
         reason = "it does not load in 60 s" if done is None else _last_line(done.stderr)
@@ -329,12 +328,12 @@ if backend == "cpu":
     from unsloth_zoo.cpu.runtime import cpu_capabilities
     can = cpu_capabilities()
     note("bfloat16 compute", can["bf16"], "" if can["bf16"] else "no AVX512-BF16, AMX or Arm BF16: float32")
-    note("NF4 on the CPU", can["bnb_4bit"], "" if can["bnb_4bit"] else "a trial forward and backward of bitsandbytes failed")
+    note("NF4 on the CPU", can["bnb_4bit"], "" if can["bnb_4bit"] else "a trial run of bitsandbytes failed")
     note("SFTTrainer on the CPU", getattr(trl.SFTTrainer, "_unsloth_cpu", False), "trl's own trainer is in place")
     loss = getattr(trl.trainer.sft_trainer.SFTTrainer.compute_loss, "_unsloth_cpu", False)
     note("chunked cross entropy", loss, "" if loss else "trl's own loss: whole logits")
     note("Triton kernels", False, "no GPU")
-    note("packing and padding_free in trl", False, "SDPA would attend across sequences; fastft's own padding-free rows are used instead")
+    note("trl's packing", False, "SDPA would attend across sequences; fastft's own padding-free rows instead")
 else:
     for name, package, why in (
         ("FlashAttention 2", "flash_attn", "not installed: xformers or SDPA instead"),
@@ -344,7 +343,8 @@ else:
     ):
         found = importlib.util.find_spec(package) is not None
         note(name, found, "" if found else why)
-    note("Unsloth's trainer", "unsloth" in trl.SFTTrainer.__module__.lower() or "Unsloth" in trl.SFTTrainer.__name__, "trl's own trainer is in place")
+    trainer = f"{trl.SFTTrainer.__module__}.{trl.SFTTrainer.__name__}"
+    note("Unsloth's trainer", "unsloth" in trainer.lower(), f"{trainer} is in place")
 print("FASTFT " + json.dumps(state))
 """
 
