@@ -123,8 +123,8 @@ def judge_distance(measured: dict[str, float], file_type: str) -> Check:
         verdict = "pass"
     detail = (
         f"{file_type}: KL mean {kl:.3g} (pass up to {limits.kl_pass:g}, fail above {limits.kl_fail:g}), "
-        f"p99 {measured['kl_p99']:.3g}, top-1 agreement {measured['top1']:.2%}, perplexity x{measured['ppl_ratio']:.4f} "
-        f"over {n} positions"
+        f"p99 {measured['kl_p99']:.3g}, top-1 agreement {measured['top1']:.2%}, "
+        f"perplexity x{measured['ppl_ratio']:.4f} over {n} positions"
     )
     return Check("distance", verdict, detail)
 

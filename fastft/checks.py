@@ -317,10 +317,17 @@ def explain(found: np.ndarray, expected: np.ndarray, plain: np.ndarray | None, l
     if zero_rows:
         return f"has {zero_rows} of {len(found)} compared rows that are all zeros"
     if plain is not None:
-        norms = [np.sort(np.linalg.norm(x.reshape(len(x), -1).astype(np.float64), axis=1)) for x in (found, expected)]
-        if relative_error(found, plain) <= limit or np.allclose(*norms, rtol=limit):
+        same_rows = np.allclose(sorted_norms(found), sorted_norms(expected), rtol=limit)
+        if same_rows or relative_error(found, plain) <= limit:
             return "has the rows of its heads in the wrong order (the permutation of q and k is missing or wrong)"
     return "is another weight than the trained one"
+
+
+def sorted_norms(rows: np.ndarray) -> np.ndarray:
+    """Return the Euclidean norms of the rows in ascending order: the same for rows in any order."""
+    import numpy as np
+
+    return np.sort(np.linalg.norm(rows.reshape(len(rows), -1).astype(np.float64), axis=1))
 
 
 def check_lora_tensors(path: Path, adapter: str) -> Check:
@@ -343,27 +350,49 @@ def check_lora_tensors(path: Path, adapter: str) -> Check:
 
 
 def check_tokens(model: GgufModel, reference: dict[str, Any]) -> Check:
-    """The ids of the hard texts, the run's data and the conversations are the trained tokenizer's."""
-    compared, differing, spaces_only = 0, [], []
+    """The ids of the hard texts, the run's data and the conversations are the trained tokenizer's.
+
+    Where only a known limit of llama.cpp shows (`known_limit`), a made-up text is noted and the run's own text warns.
+    """
+    cases = 0
+    found: dict[str, list[str]] = {"pass": [], "warn": [], "fail": []}
     for origin, text, expected, add_special in token_cases(reference):
-        compared += 1
-        found = model.tokens(text, add_special=add_special)
-        if found == expected:
+        cases += 1
+        ids = model.tokens(text, add_special=add_special)
+        if ids == expected:
             continue
-        case = f"{origin} text {text[:40]!r}: {around(found, expected)}"
-        alike = [model.piece(t, special=True).strip() for t in found if model.piece(t, special=True).strip()] == [
-            model.piece(t, special=True).strip() for t in expected if model.piece(t, special=True).strip()
-        ]
-        # An artificial text with special tokens in its middle, or another number of spaces, is not what was trained.
-        (spaces_only if alike or origin == "special tokens" else differing).append(case)
+        limit = known_limit(model, text, ids, expected, add_special)
+        if limit:
+            verdict = "warn" if origin in {"data", "chat"} else "pass"
+        else:
+            verdict = "warn" if origin == "special tokens" else "fail"  # nobody trains on special tokens in mid-text
+        found[verdict].append(f"{origin} text {text[:40]!r} ({limit or around(ids, expected)})")
     kind = f"tokenizer {model.metadata('tokenizer.ggml.model')}, pre-tokenizer {model.metadata('tokenizer.ggml.pre')}"
-    if differing:
-        detail = f"{len(differing)} of {compared} texts are split differently ({kind}): {'; '.join(differing[:3])}"
-        return Check("tokens", "fail", detail)
-    if spaces_only:
-        detail = f"{len(spaces_only)} of {compared} texts differ around spaces or special tokens: {spaces_only[0]}"
-        return Check("tokens", "warn", detail)
-    return Check("tokens", "pass", f"{compared} texts have the same ids ({kind})")
+    for verdict in ("fail", "warn", "pass"):
+        if cases_here := found[verdict]:
+            detail = f"{len(cases_here)} of {cases} texts are split differently ({kind}): {'; '.join(cases_here[:3])}"
+            return Check("tokens", verdict, detail)
+    return Check("tokens", "pass", f"{cases} texts have the same ids ({kind})")
+
+
+def known_limit(model: GgufModel, text: str, ids: list[int], expected: list[int], add_special: bool) -> str | None:
+    """Return which known limit of llama.cpp explains that `text` got `ids`, or None.
+
+    It does not compose characters, as some tokenizers do (NFC); and its SentencePiece puts no space behind a special
+    token where some published tokenizers do, so that the number of spaces there differs.
+    """
+    import unicodedata
+
+    composed = unicodedata.normalize("NFC", text)
+    if composed != text and model.tokens(composed, add_special=add_special) == expected:
+        return "llama.cpp does not compose characters; write the text in NFC"
+
+    def words(tokens: list[int]) -> list[bytes]:
+        return [piece for t in tokens if (piece := model.piece(t, special=True).strip())]
+
+    if model.metadata("tokenizer.ggml.model") == "llama" and words(ids) == words(expected):
+        return "another number of spaces beside a special token"
+    return None
 
 
 def token_cases(reference: dict[str, Any]) -> Iterator[tuple[str, str, list[int], bool]]:

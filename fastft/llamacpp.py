@@ -186,7 +186,7 @@ class GgufModel:
     # What the file says about itself
 
     def metadata(self, key: str) -> str | None:
-        """Return the metadata value of `key` as text, or None. (llama.cpp gives no arrays.)"""
+        """Return the metadata value of `key` as text, or None; llama.cpp gives no arrays."""
         size = self._api.llama_model_meta_val_str(self._model, key.encode(), None, 0)
         if size < 0:
             return None

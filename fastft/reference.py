@@ -104,7 +104,7 @@ def load_trained(base: str, adapter: str | None) -> tuple[Any, str]:
     device, free = _roomiest_device()
     fits = 4 * parameters * 1.15 < free
     dtype = torch.float32 if fits else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager")
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager")
     if adapter is not None:
         from peft import PeftModel
 
@@ -234,7 +234,7 @@ def turn_end(tokenizer: Any) -> int | None:
 
 def chat_prompts(facts: dict[str, Any], samples: list[Any], tokenizer: Any) -> list[list[int]]:
     """Return up to eight prompts for greedy answers: of the samples' conversations, else of the built-in ones."""
-    prompts = []
+    prompts: list[Any] = []
     for messages in filter(None, map(as_messages, samples)):
         last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
         prompts.append(render_chat(tokenizer, messages[:last], True)["ids"] if last else None)

@@ -1,4 +1,4 @@
-"""Certificates: is this file the model that was trained?
+"""Certificates: whether an exported file is the model that was trained.
 
 Every file is compared with the trained model (base plus adapter, plain transformers and peft). The reference and the
 checks of each file run in processes of their own: a crash of llama.cpp is a failed check that says where, never a
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def verify_files(
     with tempfile.TemporaryDirectory(dir=out, prefix=".verify-") as work:
         folder = Path(work)
         say("trained model: logits, answers and weights to compare with")
-        about = make_reference(folder, str(base), adapter and str(adapter), list(samples), max_new_tokens)
+        about = make_reference(folder, str(base), str(adapter) if adapter else None, list(samples), max_new_tokens)
         for path, kind in zip(paths, kinds, strict=True):
             job = {"path": str(path), "kind": kind, "base": str(base), "adapter": adapter and str(adapter)}
             job["base_gguf"] = base_gguf and str(base_gguf)
@@ -100,7 +100,7 @@ def make_reference(
     positions = sum(len(sample["counted"]) for sample in facts["sequences"])
     what = "built-in texts" if facts["built_in_samples"] else "held-out samples"
     return {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "reference": {
             "compute": facts["compute"],
