@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from fastft.config import RunConfig
 from fastft.hardware import GIB, Choice, Hardware, compute_dtype, optimizer
-from fastft.plan.memory import Situation, Term, eval_terms, host_terms, imports_term, train_terms
+from fastft.plan.memory import Situation, Term, eval_terms, host_terms, imports_term, train_terms, weight_terms
 from fastft.plan.shape import ModelShape
 
 MARGIN = 0.10
@@ -44,9 +44,13 @@ def resolve(config: RunConfig, hardware: Hardware, shape: ModelShape) -> Resolve
         dropout=config.lora.dropout,
         train_tokens=0 if tokens == "auto" else len(tokens),
         optimizer=optimizer_choice.value,
-        loss="full" if config.model.engine == "stock" else "chunked",
+        loss=_loss_of(config, hardware, shape),
     )
     shape.lora_parameters(*start.lora)  # refuses unknown target modules now
+    weights = _total(weight_terms(shape, start))
+    start = replace(
+        start, free_bytes=max(GIB // 2, hardware.vram_free_bytes - weights) if hardware.kind == "cuda" else 0
+    )
     checkpointing = pick_gradient_checkpointing(
         config.train.gradient_checkpointing, shape=shape, situation=start, hardware=hardware
     )
@@ -66,6 +70,15 @@ def resolve(config: RunConfig, hardware: Hardware, shape: ModelShape) -> Resolve
         "micro_batch_tokens": budget,
     }
     return Resolved(replace(start, tokens=max(longest, budget.value)), choices)
+
+
+# Unsloth's CPU path chunks the loss of these; elsewhere (softcaps, MoE heads) the logits stay whole.
+CHUNKED_ON_CPU = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma3_text", "olmo2", "smollm3"})
+
+
+def _loss_of(config: RunConfig, hardware: Hardware, shape: ModelShape) -> Literal["chunked", "full"]:
+    stock = config.model.engine == "stock" or hardware.kind == "mps"
+    return "full" if stock or (hardware.kind == "cpu" and shape.family not in CHUNKED_ON_CPU) else "chunked"
 
 
 def _frozen(targets: str | list[str]) -> str | tuple[str, ...]:

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import socket
 import struct
+import urllib.parse
+import urllib.request
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -345,7 +349,7 @@ def _local_shape(folder: Path) -> ModelShape:
 
 
 def _hub_shape(name: str, revision: str | None) -> ModelShape:
-    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -355,7 +359,11 @@ def _hub_shape(name: str, revision: str | None) -> ModelShape:
         RepositoryNotFoundError,
     )
 
+    cached = try_to_load_from_cache(name, "config.json", revision=revision) if "/" in name else None
+    if isinstance(cached, str) and any(Path(cached).parent.glob("*.safetensors")):
+        return replace(_local_shape(Path(cached).parent), name=name)
     try:
+        _reach_hub()
         config = json.loads(Path(hf_hub_download(name, "config.json", revision=revision)).read_text(encoding="utf-8"))
         metadata = get_safetensors_metadata(name, revision=revision)
     except HFValidationError as error:
@@ -382,6 +390,15 @@ def _hub_shape(name: str, revision: str | None) -> ModelShape:
         tensors |= {k: (str(t.dtype), tuple(t.shape)) for k, t in file.tensors.items()}
     size = sum(math.prod(dims) * STORED_BYTES.get(dtype, 2) for dtype, dims in tensors.values())
     return with_headers(shape, tensors, size)
+
+
+def _reach_hub(timeout: float = 3.0) -> None:
+    """Raise OSError where the Hub's host does not answer; huggingface_hub would retry for half a minute."""
+    url = urllib.parse.urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    if urllib.request.getproxies() or not url.hostname:
+        return  # a proxy decides, and names may only resolve there
+    port = url.port or (80 if url.scheme == "http" else 443)
+    socket.create_connection((url.hostname, port), timeout=timeout).close()
 
 
 def _model(family: str, *sizes: int, tied: Any = False, head_dim: Any = 128, **more: Any) -> dict[str, Any]:
