@@ -1,0 +1,462 @@
+"""From messages to token ids and a mask that is proven, sample by sample.
+
+What is trained is defined by generation: for the assistant's message i, the template is asked for the prompt
+before it (`P`, with the generation prompt) and for the conversation through it (`E`). `E` must begin with `P`;
+what follows, up to the token that ends the turn, is trained:
+
+    text    <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>
+            |---------------- P --------------------------------||-- trained ----|
+    labels  -100 ...                                              ids of the trained tokens
+
+No marker string is searched for. The end of the turn is found by rendering an answer made of a private-use
+character and looking at what the template writes after it. The proof decodes the trained tokens and compares.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+from fastft.data.template import ChatTemplate, Message, Messages, TemplateRefusedError
+from fastft.errors import FastFTError
+
+IGNORE = -100
+_GUARD = 0xF1000  # private use, plane 15: stands for a control token that somebody wrote into a text
+_SENTINEL = "\U000f0ff2"
+
+
+class UnusableRowError(FastFTError):
+    """This conversation cannot be trained on; `reason` is the key it is counted under."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class TurnEnd:
+    """What a template writes after an answer: `tail`, from `token` (the one that ends the turn) on."""
+
+    token: str | None
+    tail: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One assistant's turn: what it is asked for with, what is trained, whether EOS must be added."""
+
+    index: int
+    prompt: str
+    answer: str
+    adds_eos: bool
+
+
+@dataclasses.dataclass
+class Encoded:
+    """One sequence: ids (L,), labels (L,) of the tokens themselves (-100: no loss), the texts that are trained."""
+
+    input_ids: list[int]
+    labels: list[int]
+    answers: list[str]
+    lossy: bool = False
+    """Whether the tokenizer lacks characters of the answer (they became its unknown token)."""
+
+
+class Coder:
+    """A fast tokenizer used without its surprises: no BOS added, no truncation, guards resolved."""
+
+    def __init__(self, tokenizer: Any, template: ChatTemplate) -> None:
+        from tokenizers import Tokenizer
+
+        if not getattr(tokenizer, "is_fast", False):
+            raise FastFTError(
+                f"{type(tokenizer).__name__} is no fast tokenizer (no tokenizer.json): token positions are not known. "
+                "Convert it once: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+            )
+        self.tokenizer, self.template = tokenizer, template
+        self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.as_text = Tokenizer.from_str(self.backend.to_str())
+        self.as_text.encode_special_tokens = True
+        self.controls = sorted(template.control_tokens, key=len, reverse=True)
+        self.guards = {token: chr(_GUARD + i) for i, token in enumerate(self.controls)}
+        self.unguard_table = {ord(char): token for token, char in self.guards.items()}
+        self._plain_ids: dict[str, list[int]] = {}
+        self._suffix_ids: dict[str, list[int]] = {}
+        self.ends: dict[Any, TurnEnd] = {}
+        probe = "a  b\n c"
+        self.keeps_spaces = self.backend.decode(self.ids(probe), skip_special_tokens=False).strip() == probe
+
+    @classmethod
+    def of(cls, tokenizer: Any, template: ChatTemplate) -> Coder:
+        """Return the coder of the pair, made once."""
+        known = template.__dict__.get("_coder")
+        if known is None or known.tokenizer is not tokenizer:
+            known = template.__dict__["_coder"] = cls(tokenizer, template)
+        return known
+
+    def guard(self, value: Any) -> Any:
+        """Return `value` (text, or anything made of texts) with control tokens in it replaced by guards."""
+        if isinstance(value, str):
+            return self.template.control_pattern.sub(lambda match: self.guards[match.group()], value)
+        if isinstance(value, dict):
+            return {key: self.guard(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.guard(item) for item in value]
+        return value
+
+    def unguard(self, text: str) -> str:
+        """Return `text` with the guards replaced by what they stand for."""
+        return text.translate(self.unguard_table)
+
+    def ids(self, text: str) -> list[int]:
+        """Return the ids of template text, in which control tokens count."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def text_ids(self, text: str) -> list[int]:
+        """Return the ids of somebody's text, in which control tokens are text."""
+        return self.as_text.encode(text, add_special_tokens=False).ids
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a rendered text, guards resolved."""
+        return self.encode_spans(text, [])[0]
+
+    def encode_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of `text` and, for character spans (in order), their token spans.
+
+        Where a token would reach over the edge of a span (the prompt's last and the answer's first character in
+        one token), the text is encoded in two parts: that is what generation sees.
+        """
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        offsets = encoding.offsets if spans or not text.isascii() else []
+        ids = encoding.ids
+        token_spans = []
+        for start, end in spans:
+            first, last = _first_at(offsets, start), _first_at(offsets, end)
+            for edge, token in ((start, first), (end, last)):
+                if token > 0 and offsets[token - 1][1] > edge > offsets[token - 1][0]:
+                    return self._encode_cut(text, spans, edge)
+            token_spans.append((first, last))
+        if not text.isascii() and any(_GUARD <= ord(char) < _GUARD + len(self.guards) for char in set(text)):
+            return self._resolve(text, ids, offsets, token_spans)
+        return ids, token_spans
+
+    def _encode_cut(
+        self, text: str, spans: Sequence[tuple[int, int]], edge: int
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encode the parts before and after `edge` on their own; the proof finds out where that is not the same text."""
+        left, left_spans = self.encode_spans(text[:edge], [s for s in spans if s[1] <= edge])
+        rest = [(max(s, edge) - edge, e - edge) for s, e in spans if e > edge]
+        right, right_spans = self.encode_spans(text[edge:], rest)
+        moved = [(a + len(left), b + len(left)) for a, b in right_spans]
+        return left + right, left_spans + moved
+
+    def _resolve(
+        self, text: str, ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Put the ordinary tokens of a control token's spelling where its guard stands."""
+        out: list[int] = []
+        moved = [0] * (len(ids) + 1)
+        previous = -1
+        for token, (start, end) in enumerate(offsets):
+            moved[token] = len(out)
+            known = self.unguard_table.get(ord(text[start])) if start < end else None
+            if known is None:
+                if any(ord(char) in self.unguard_table for char in text[start:end]):
+                    raise UnusableRowError(
+                        "special_token_text", "a control token in the text merges with its neighbours"
+                    )
+                out.append(ids[token])
+            elif start != previous:  # several byte tokens may share one guard
+                out.extend(self._spelled(known))
+                previous = start
+        moved[len(ids)] = len(out)
+        return out, [(moved[a], moved[b]) for a, b in spans]
+
+    def _spelled(self, token: str) -> list[int]:
+        """Return the ordinary ids of a control token's spelling, as it stands inside a text."""
+        if token not in self._plain_ids:
+            encoding = self.as_text.encode("\n" + token, add_special_tokens=False)
+            ids = [i for i, (_, end) in zip(encoding.ids, encoding.offsets, strict=True) if end > 1]
+            self._plain_ids[token] = ids
+        return self._plain_ids[token]
+
+    def decode(self, ids: Sequence[int], start: int, end: int) -> str:
+        """Return the text of tokens start..end as it stands in the whole (some decoders drop a first space)."""
+        before = max(0, start - 8)
+        prefix = self.backend.decode(list(ids[before:start]), skip_special_tokens=False)
+        return self.backend.decode(list(ids[before:end]), skip_special_tokens=False)[len(prefix) :]
+
+    def same(self, decoded: str, expected: str) -> bool:
+        """Whether `decoded` is `expected`, up to what the tokenizer normalises away (NFC, spaces, unknown characters)."""
+        if decoded == expected:
+            return True
+        normalizer = self.backend.normalizer
+        if normalizer is not None:
+            expected = normalizer.normalize_str(expected).replace("▁", " ")
+        pair = [unicodedata.normalize("NFC", text) for text in (decoded, expected)]
+        if not self.keeps_spaces:
+            pair = ["".join(text.split()) for text in pair]
+        unknown = self.tokenizer.unk_token
+        if unknown and unknown in pair[0]:
+            return _fits(pair[0].split(unknown), pair[1])
+        return pair[0] == pair[1] or pair[0].lstrip(" ") == pair[1].lstrip(" ")
+
+
+def encode_turns(
+    tokenizer: Any,
+    template: ChatTemplate,
+    messages: Messages,
+    tools: Sequence[Any] | None = None,
+    *,
+    train_all: bool = False,
+) -> list[Encoded]:
+    """Return the sequences in which each of the assistant's turns is trained exactly once, the longest first.
+
+    Mostly that is one. Where a template writes an earlier turn otherwise than it was generated (Qwen3 drops old
+    thinking, gpt-oss ends old turns with another token), that turn is trained in a sequence that ends with it.
+    `train_all`: every token carries loss, and there is one sequence.
+    Raises UnusableRowError with the reason, TemplateRefusedError with the template's words.
+    """
+    coder = Coder.of(tokenizer, template)
+    guarded = [coder.guard(message) for message in messages]
+    tools = coder.guard(list(tools)) if tools else None
+    if train_all:
+        return [_everything(coder, guarded, tools)]
+    left = [_turn(coder, guarded, tools, i) for i, m in enumerate(guarded) if _is_trained(guarded, i, m)]
+    if not left:
+        raise UnusableRowError("no_answer", "no assistant's turn with something before it that could be trained")
+    sequences = []
+    while left:
+        last = left.pop()
+        text = last.prompt + last.answer
+        here = [turn for turn in left if _stands_in(turn, text)]
+        left = [turn for turn in left if turn not in here]
+        sequences.append(_sequence(coder, text, [*here, last]))
+    return sequences
+
+
+def prove(coder: Coder, input_ids: Sequence[int], labels: Sequence[int], answers: Sequence[str]) -> None:
+    """Raise UnusableRowError unless the runs of trained tokens decode to exactly `answers`, in order."""
+    runs = []
+    start = None
+    for position in range(len(labels) + 1):
+        trained = position < len(labels) and labels[position] != IGNORE
+        if trained and start is None:
+            start = position
+        elif not trained and start is not None:
+            runs.append((start, position))
+            start = None
+    wrong = [i for i, (label, token) in enumerate(zip(labels, input_ids, strict=True)) if label not in (IGNORE, token)]
+    decoded = [coder.decode(input_ids, a, b) for a, b in runs]
+    if len(decoded) != len(answers):  # answers that follow each other without a token between are one run
+        decoded, answers = ["".join(decoded)], ["".join(answers)]
+    for got, expected in zip(decoded, answers, strict=True):
+        if wrong or not coder.same(got, expected):
+            raise UnusableRowError(
+                "mask_not_proven", f"the trained tokens read {got[-80:]!r}, but the template renders {expected[-80:]!r}"
+            )
+
+
+def check_mask(
+    tokenizer: Any,
+    template: ChatTemplate,
+    messages: Messages,
+    input_ids: Sequence[int],
+    labels: Sequence[int],
+    tools: Sequence[Any] | None = None,
+) -> None:
+    """Raise UnusableRowError unless this mask, whoever made it, is what the template renders for the last turns.
+
+    The proof for masks from elsewhere: the answers are rendered anew from `messages`.
+    """
+    coder = Coder.of(tokenizer, template)
+    expected = encode_turns(tokenizer, template, messages, tools)[0]
+    prove(coder, input_ids, labels, expected.answers)
+
+
+def turn_end(
+    template: ChatTemplate, before: Messages, shape: Message, tools: Sequence[Any] | None, switches: dict[str, bool]
+) -> TurnEnd:
+    """Return how the template ends a turn of this shape (with tool calls or not, with reasoning or not)."""
+    thinking = next(iter(switches.values()), None)
+    probe = _with_sentinel(shape)
+    text = template.render([*before, probe], tools, thinking=thinking)
+    if _SENTINEL not in text:
+        raise UnusableRowError("answer_not_rendered", f"the chat template {template.name} leaves the answer out")
+    tail = text[text.rindex(_SENTINEL) + 1 :]
+    controls = list(template.control_pattern.finditer(tail))
+    if not controls:
+        return TurnEnd(None, tail)
+    shared = 0
+    follow: list[Message] = [{"role": "user", "content": "x"}]
+    if shape.get("tool_calls"):
+        follow.insert(0, {"role": "tool", "content": "x", "name": "f", "tool_call_id": "abcdefghi"})
+    for message in follow:
+        try:
+            longer = template.render([*before, probe, message], tools, thinking=thinking)
+        except TemplateRefusedError:
+            continue
+        other = longer[longer.rindex(_SENTINEL) + 1 :]
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(tail, other, strict=False)) if a != b), min(len(tail), len(other))
+        )
+        break
+    ends = [match for match in controls if match.end() <= shared] or controls[:1]
+    return TurnEnd(ends[-1].group(), tail[ends[-1].start() :])
+
+
+def _turn(coder: Coder, messages: Messages, tools: Sequence[Any] | None, index: int) -> Turn:
+    template, message = coder.template, messages[index]
+    reasoning = bool(message.get("reasoning_content"))
+    thinking = reasoning if template.switch else None
+    prompt = template.render(messages[:index], tools, prompt=True, thinking=thinking)
+    whole = template.render(messages[: index + 1], tools, thinking=thinking)
+    if not whole.startswith(prompt):
+        whole = _bridged(template, message, prompt, whole)
+    end = _end_of(coder, messages, tools, index, thinking)
+    answer = whole[len(prompt) :]
+    if end.token is not None:
+        if not answer.endswith(end.tail):
+            raise UnusableRowError(
+                "template_mismatch", f"the answer does not end with {end.tail!r} in the rendered text"
+            )
+        answer = answer[: len(answer) - len(end.tail) + len(end.token)]
+    content = message["content"].strip()
+    names = [call["function"]["name"] for call in message.get("tool_calls") or []]
+    lost = [part for part in (*names, content) if part and part not in answer]
+    if lost and not (content in lost and template.reasoning_key and "</think>" in content):
+        raise UnusableRowError("answer_not_rendered", f"the chat template {template.name} leaves out {lost[0][:60]!r}")
+    return Turn(index, prompt, answer, adds_eos=end.token is None)
+
+
+def _bridged(template: ChatTemplate, message: Message, prompt: str, whole: str) -> str:
+    """Return the text for a template that asks with a think block which it leaves out of finished turns.
+
+    prompt  ...<Assistant><think>\n          whole   ...<Assistant>Hello!<end>
+    return  ...<Assistant><think>\n the reasoning \n</think>\n\nHello!<end>
+
+    A block that the prompt has closed already (Gemma 4, thinking off) is followed by the answer at once.
+    """
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))
+    )
+    asked, answered = prompt[shared:], whole[shared:]
+    first = message["content"].strip()[:20]
+    if not asked.strip().endswith(">") or not answered.lstrip().startswith(first or "<"):
+        raise UnusableRowError(
+            "template_mismatch",
+            f"the chat template {template.name} asks for an answer with {prompt[-60:]!r}, but does not write answers after it",
+        )
+    if asked.count("<think>") > asked.count("</think>"):
+        return f"{prompt}{message.get('reasoning_content') or ''}\n</think>\n\n{answered.lstrip()}"
+    return prompt + answered
+
+
+def _end_of(coder: Coder, messages: Messages, tools: Any, index: int, thinking: bool | None) -> TurnEnd:
+    message = messages[index]
+    calls = message.get("tool_calls") or []
+    text_arguments = bool(calls) and isinstance(calls[-1]["function"].get("arguments"), str)
+    shape = (len(calls), text_arguments, bool(message["content"]), bool(message.get("reasoning_content")), thinking)
+    if shape not in coder.ends:
+        switches = coder.template._switched(thinking)
+        coder.ends[shape] = turn_end(coder.template, messages[:index], message, tools, switches)
+    return coder.ends[shape]
+
+
+def _with_sentinel(shape: Message) -> Message:
+    """Return the answer with its content, and its last tool call's arguments, replaced by the sentinel."""
+    probe = dict(shape)
+    if probe.get("content") or not probe.get("tool_calls"):
+        probe["content"] = _SENTINEL
+    if probe.get("tool_calls"):
+        *first, last = probe["tool_calls"]
+        is_text = isinstance(last["function"].get("arguments"), str)
+        function = {**last["function"], "arguments": _SENTINEL if is_text else {"x": _SENTINEL}}
+        probe["tool_calls"] = [*first, {**last, "function": function}]
+    return probe
+
+
+def _is_trained(messages: Messages, index: int, message: Message) -> bool:
+    """The assistant's messages, unless they have weight 0 or nothing stands before them that asks for them."""
+    asked = any(m["role"] != "system" for m in messages[:index])
+    return message["role"] == "assistant" and message.get("weight", 1) != 0 and asked
+
+
+def _stands_in(turn: Turn, text: str) -> bool:
+    return not turn.adds_eos and text.startswith(turn.prompt) and text.startswith(turn.answer, len(turn.prompt))
+
+
+def _sequence(coder: Coder, text: str, turns: list[Turn]) -> Encoded:
+    """Encode `text` with the answers of `turns` trained, and prove it."""
+    spans = [(len(t.prompt), len(t.prompt) + len(t.answer)) for t in turns]
+    ids, token_spans = coder.encode_spans(text, spans)
+    answers = [coder.unguard(turn.answer) for turn in turns]
+    labels = [IGNORE] * len(ids)
+    for first, last in token_spans:
+        labels[first:last] = ids[first:last]
+    if turns[-1].adds_eos and coder.tokenizer.eos_token_id is not None:
+        ids, labels = [*ids, coder.tokenizer.eos_token_id], [*labels, coder.tokenizer.eos_token_id]
+        answers[-1] += coder.tokenizer.eos_token
+    _prove_prompt(coder, turns[-1].prompt, ids, token_spans[-1][0])
+    prove(coder, ids, labels, answers)
+    unknown = coder.tokenizer.unk_token_id
+    return Encoded(ids, labels, answers, lossy=unknown is not None and unknown in labels)
+
+
+def _prove_prompt(coder: Coder, prompt: str, ids: list[int], first: int) -> None:
+    """The tokens before the answer are those that generation is asked with (compared from the last control token on)."""
+    controls = list(coder.template.control_pattern.finditer(prompt))
+    suffix = prompt[controls[-1].start() :] if controls else prompt
+    expected = coder._suffix_ids.get(suffix)
+    if expected is None:
+        expected = coder.encode(suffix)
+        if len(suffix) < 200 and len(coder._suffix_ids) < 1000:
+            coder._suffix_ids[suffix] = expected
+    if ids[max(0, first - len(expected)) : first] != expected:
+        raise UnusableRowError(
+            "prompt_not_proven", f"the tokens of {suffix[-60:]!r} differ between training and generation"
+        )
+
+
+def _everything(coder: Coder, messages: Messages, tools: Sequence[Any] | None) -> Encoded:
+    """One sequence with loss on every token (`train_on: everything`)."""
+    if messages[-1]["role"] == "assistant" and len(messages) > 1:
+        turn = _turn(coder, messages, tools, len(messages) - 1)
+        text, adds_eos = turn.prompt + turn.answer, turn.adds_eos
+    else:
+        text, adds_eos = coder.template.render(messages, tools), False
+    ids = coder.encode(text)
+    answer = coder.unguard(text)
+    if adds_eos and coder.tokenizer.eos_token_id is not None:
+        ids, answer = [*ids, coder.tokenizer.eos_token_id], answer + coder.tokenizer.eos_token
+    prove(coder, ids, ids, [answer])
+    return Encoded(ids, list(ids), [answer])
+
+
+def _first_at(offsets: list[tuple[int, int]], position: int) -> int:
+    """Return the first token that starts at or after `position` (binary search; offsets never go back)."""
+    low, high = 0, len(offsets)
+    while low < high:
+        middle = (low + high) // 2
+        if offsets[middle][0] < position:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def _fits(parts: list[str], text: str) -> bool:
+    """Whether `text` begins with the first part, ends with the last, and holds the others in order."""
+    if not text.startswith(parts[0]) or not text.endswith(parts[-1]):
+        return False
+    at = 0
+    for part in parts:
+        at = text.find(part, at)
+        if at < 0:
+            return False
+        at += len(part)
+    return True

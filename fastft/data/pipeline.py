@@ -1,0 +1,465 @@
+"""`prepare`: from the data section of a config to tokenised, masked, proven samples and the report on them.
+
+    source -> chunks of rows -> (worker) samples -> store -> groups of duplicates -> train and eval -> report
+
+Nothing but hashes of the rows and a few raw conversations is kept in memory; the samples are in memory where the
+source is small and in memory-mapped files of the cache where it is large.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import heapq
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastft.config import DataConfig
+from fastft.data import split as splitting
+from fastft.data.encode import IGNORE
+from fastft.data.formats import Format, detect
+from fastft.data.read import Bad, Source, open_source
+from fastft.data.report import DataReport, Dropped, ReportSample, histogram
+from fastft.data.rows import KEEP_EXAMPLES, Conversation, Counts, RowMaker, RowMarks, Settings
+from fastft.data.store import Packed, TokenDataset, Writer, in_memory, is_whole, open_folder
+from fastft.data.template import ChatTemplate, choose_template
+from fastft.data.workers import map_in_order
+from fastft.errors import FastFTError
+
+VERSION = 1
+"""Part of the fingerprint: raised where the same rows become other samples."""
+SMALL_BYTES = 32 << 20
+"""Sources up to this size are tokenised here and held in memory; larger ones in workers, into the cache."""
+LOOKED_AT = 200
+
+
+@dataclasses.dataclass
+class Prepared:
+    """What training needs to know of its data."""
+
+    train: TokenDataset
+    eval: TokenDataset | None
+    report: DataReport
+    template: ChatTemplate
+    fingerprint: str
+    held_out: list[Conversation]
+    """A few raw conversations: of the held-out rows, or of the training rows where nothing is held out."""
+
+    def eval_conversations(self, count: int) -> list[Conversation]:
+        """Return up to `count` raw samples: the messages before the last answer, and that answer for reference."""
+        return self.held_out[:count]
+
+
+@dataclasses.dataclass
+class _Side:
+    """One source, tokenised: all its samples, and what was counted."""
+
+    samples: TokenDataset
+    marks: RowMarks
+    counts: Counts
+    examples: list[tuple[int, Conversation]]
+    format: Format
+    source: Source
+
+
+def prepare(
+    config: DataConfig,
+    tokenizer: Any,
+    *,
+    max_seq_length: int,
+    seed: int = 0,
+    cache_dir: Path | None = None,
+    project_secrets_check: bool = True,
+    processes: int | None = None,
+) -> Prepared:
+    """Read, tokenise, mask, prove and split the data of `config`. The order of samples is the source's.
+
+    `seed` changes nothing here (the split depends on the content only) and is part of no fingerprint. Large data is
+    kept below `cache_dir` (default: FASTFT_CACHE or ~/.cache/fastft), found again by its fingerprint.
+    Raises FastFTError where nothing can be trained on, or, with `strict`, where any row cannot.
+    """
+    del seed
+    started = time.perf_counter()
+    template = choose_template(tokenizer, config.chat_template)
+    settings = Settings(max_seq_length, config.train_on, config.long_text, config.over_long, project_secrets_check)
+    source = open_source(config.source, name=config.name, split=config.split, streaming=config.streaming)
+    own_eval = open_source(config.eval_source, name=config.name, split=config.split) if config.eval_source else None
+    fingerprint = _fingerprint(config, tokenizer, template, settings, source, own_eval)
+    large = config.streaming or source.size is None or source.size > SMALL_BYTES
+    folder = _cache_folder(cache_dir) / fingerprint[:16] if large else None
+    if folder is not None and (folder / "prepared.json").is_file():
+        return _from_cache(folder, template, fingerprint)
+    with _work_folder(folder) as work:
+        if processes is None:
+            processes = (os.cpu_count() or 1) if large else 1
+        main = _tokenise(config, tokenizer, template, settings, source, work and work / "samples", processes)
+        other = own_eval and _tokenise(
+            config, tokenizer, template, settings, own_eval, work and work / "eval_samples", processes
+        )
+        _refuse(config, main)
+        if other:
+            _refuse(config, other)
+        prepared = _divide(config, template, settings, main, other or None, fingerprint, work)
+        seconds = time.perf_counter() - started
+        prepared.report.seconds = round(seconds, 3)
+        prepared.report.rows_per_sec = round(prepared.report.rows_total / max(seconds, 1e-9), 1)
+        if work is not None:
+            _write_index(work, prepared)
+    if folder is not None:
+        return dataclasses.replace(_from_cache(folder, template, fingerprint), report=prepared.report)
+    return prepared
+
+
+def _fingerprint(
+    config: DataConfig,
+    tokenizer: Any,
+    template: ChatTemplate,
+    settings: Settings,
+    source: Source,
+    own_eval: Source | None,
+) -> str:
+    parts = {
+        "version": VERSION,
+        "content": source.digest(),
+        "eval": own_eval.digest() if own_eval else config.eval_fraction,
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        if getattr(tokenizer, "is_fast", False)
+        else None,
+        "template": template.source,
+        "format": config.format,
+        "columns": config.columns,
+        "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "check_secrets"},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _cache_folder(cache_dir: Path | None) -> Path:
+    return Path(cache_dir or os.environ.get("FASTFT_CACHE") or "~/.cache/fastft").expanduser() / "data"
+
+
+class _work_folder:
+    """A folder beside the final one, renamed when all is written and removed when not; None for data in memory."""
+
+    def __init__(self, final: Path | None) -> None:
+        self.final = final
+        self.work: Path | None = None
+
+    def __enter__(self) -> Path | None:
+        if self.final is not None:
+            try:
+                self.final.parent.mkdir(parents=True, exist_ok=True)
+                self.work = Path(tempfile.mkdtemp(dir=self.final.parent, prefix=".tokenising-"))
+            except OSError as error:
+                raise FastFTError(f"the data cache {self.final.parent} cannot be written: {error}.") from error
+        return self.work
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if self.work is None or self.final is None:
+            return
+        if kind is None:
+            shutil.rmtree(self.final, ignore_errors=True)
+            self.work.rename(self.final)
+        else:
+            shutil.rmtree(self.work, ignore_errors=True)
+
+
+def _tokenise(
+    config: DataConfig,
+    tokenizer: Any,
+    template: ChatTemplate,
+    settings: Settings,
+    source: Source,
+    folder: Path | None,
+    processes: int,
+) -> _Side:
+    format = detect(_first_rows(source), format=config.format, columns=config.columns)
+    # A fresh copy of the template: what was cached on it while probing need not travel to the workers.
+    maker = _Job(tokenizer, dataclasses.replace(template), format, settings)
+    writer = Writer(folder) if folder is not None else None
+    flats: list[list[np.ndarray]] = []
+    lengths: list[list[np.ndarray]] = []
+    marks: list[RowMarks] = []
+    counts = Counts()
+    examples: list[tuple[int, Conversation]] = []
+    for result in map_in_order(maker, source.chunks(), processes):
+        if writer:
+            writer.add_many(*result.flat, *result.lengths)
+        else:
+            flats.append(result.flat)
+            lengths.append(result.lengths)
+        if len(result.marks.lines):
+            marks.append(result.marks)
+        counts.add(result.counts)
+        examples = heapq.nsmallest(KEEP_EXAMPLES, examples + result.examples, key=lambda item: item[0])
+    samples = writer.close() if writer else TokenDataset.joined(flats, lengths)
+    return _Side(samples, RowMarks.joined(marks), counts, examples, format, source)
+
+
+class _Job:
+    """A RowMaker that is made where it works, in the worker."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self._arguments = arguments
+        self._maker: RowMaker | None = None
+
+    def chunk(self, chunk: Any) -> Any:
+        if self._maker is None:
+            self._maker = RowMaker(*self._arguments)
+        return self._maker.chunk(chunk)
+
+
+def _first_rows(source: Source) -> list[Any]:
+    """Return the first rows that can be read. Raises where none can."""
+    rows: list[Any] = []
+    bad: list[str] = []
+    for chunk in source.chunks():
+        for line, row in chunk.parsed():
+            if isinstance(row, Bad):
+                bad.append(f"line {line}: {row.message}")
+            else:
+                rows.append(row)
+            if len(rows) >= LOOKED_AT:
+                return rows
+        if rows and len(bad) + len(rows) >= LOOKED_AT:
+            break
+    if rows:
+        return rows
+    if bad:
+        raise FastFTError(f"{source.name}: none of its {len(bad):,} rows can be read. First: {'; '.join(bad[:3])}.")
+    raise FastFTError(f"{source.name} has no rows.")
+
+
+def _refuse(config: DataConfig, side: _Side) -> None:
+    """Refuse data without a usable row, and with `strict` data with an unusable one."""
+    dropped = side.counts.dropped
+    used = len(side.marks.lines)
+    if used and not (config.strict and dropped):
+        return
+    reasons = "".join(
+        f"\n  - {reason}: {entry['count']:,} rows (lines {', '.join(map(str, entry['lines'][:5]))}): {entry['example']}"
+        for reason, entry in sorted(dropped.items(), key=lambda item: -item[1]["count"])
+    )
+    if not used:
+        raise FastFTError(
+            f"{side.source.name}: no row of {side.counts.rows_total:,} can be trained on ({side.format.name}: "
+            f"{side.format.evidence}).{reasons}"
+        )
+    raise FastFTError(
+        f"{side.source.name}: {side.counts.rows_total - used:,} of {side.counts.rows_total:,} rows cannot be used, and "
+        f"data.strict is on.{reasons}"
+    )
+
+
+def _divide(
+    config: DataConfig,
+    template: ChatTemplate,
+    settings: Settings,
+    main: _Side,
+    other: _Side | None,
+    fingerprint: str,
+    work: Path | None,
+) -> Prepared:
+    groups = splitting.group_rows(main.marks)
+    held = (
+        np.zeros(len(main.marks.lines), bool) if other else splitting.held_out(main.marks, groups, config.eval_fraction)
+    )
+    of_sample = np.repeat(held, main.marks.samples)
+    train, evaluation = main.samples[np.flatnonzero(~of_sample)], main.samples[np.flatnonzero(of_sample)]
+    train_marks = _subset(main.marks, ~held)
+    held_marks = other.marks if other else _subset(main.marks, held)
+    if other:
+        evaluation = other.samples
+    if main.format.name == "text" and settings.long_text == "split":
+        train = _joined_documents(train, settings.max_seq_length, work and work / "train")
+        evaluation = _joined_documents(evaluation, settings.max_seq_length, work and work / "eval")
+    thinks = main.counts.reasoning_turns * 2 >= main.counts.turns > 0 and main.counts.reasoning_turns > 0
+    template = template.with_thinking(thinks) if main.format.name != "text" else template
+    leak = splitting.leaked(train_marks, held_marks) if len(held_marks.lines) else 0
+    report = _report(config, template, settings, main, train, evaluation, groups, leak)
+    conversations = _conversations(main, other, held)
+    if not len(evaluation) and (config.eval_fraction > 0 or other):
+        report.notices.append(
+            f"nothing is held out: {len(main.marks.lines)} rows are too few for eval_fraction {config.eval_fraction}"
+        )
+    return Prepared(train, evaluation if len(evaluation) else None, report, template, fingerprint, conversations)
+
+
+def _subset(marks: RowMarks, keep: np.ndarray) -> RowMarks:
+    return RowMarks(*(getattr(marks, field.name)[keep] for field in dataclasses.fields(marks)))
+
+
+def _joined_documents(documents: TokenDataset, length: int, folder: Path | None) -> TokenDataset:
+    samples = join_documents(documents, length)
+    if folder is None:
+        return in_memory(samples)
+    writer = Writer(folder)
+    for sample in samples:
+        writer.add(sample)
+    return writer.close()
+
+
+def join_documents(documents: TokenDataset, length: int) -> Iterator[Packed]:
+    """Yield sequences of at most `length` tokens made of whole and cut documents, one attention segment a piece.
+
+        documents   A A A A A A A   B B B      length 6
+        sequences   A A A A A A | a A . B B B  -> [6], [2, 3]     (a: the last token again, for context, no loss)
+
+    Each token of a document carries loss exactly once. A piece that goes on begins with the token before it, whose
+    label is masked, so that the cut costs no prediction.
+    """
+    ids: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    room = length
+    for number in range(len(documents)):
+        tokens = documents[number].input_ids
+        at = 0
+        while at < len(tokens):
+            context = 1 if at else 0
+            if room < 2 + context and room < len(tokens) - at + context:
+                yield _closed(ids, labels)
+                ids, labels, room = [], [], length
+            take = min(len(tokens) - at, room - context)
+            piece = tokens[at - context : at + take]
+            mask = piece.copy()
+            mask[:context] = IGNORE
+            ids.append(piece)
+            labels.append(mask)
+            at += take
+            room -= len(piece)
+            if room == 0:
+                yield _closed(ids, labels)
+                ids, labels, room = [], [], length
+    if ids:
+        yield _closed(ids, labels)
+
+
+def _closed(ids: list[np.ndarray], labels: list[np.ndarray]) -> Packed:
+    return Packed.of(np.concatenate(ids), np.concatenate(labels), [len(piece) for piece in ids])
+
+
+def _conversations(main: _Side, other: _Side | None, held: np.ndarray) -> list[Conversation]:
+    if other:
+        return [conversation for _, conversation in other.examples]
+    of_held = set(main.marks.content[held].tolist())
+    chosen = [conversation for key, conversation in main.examples if key in of_held]
+    return chosen or [conversation for _, conversation in main.examples]
+
+
+def _report(
+    config: DataConfig,
+    template: ChatTemplate,
+    settings: Settings,
+    main: _Side,
+    train: TokenDataset,
+    evaluation: TokenDataset,
+    groups: splitting.Groups,
+    leak: int,
+) -> DataReport:
+    counts = main.counts
+    lengths = np.concatenate([train.lengths, evaluation.lengths])
+    quantile = {"min": 0, "median": 50, "p95": 95, "p99": 99, "max": 100}
+    return DataReport(
+        source=main.source.name, kind=main.source.kind, format=main.format.name, evidence=main.format.evidence,
+        template=template.name, template_why=template.why,
+        rows_total=counts.rows_total, rows_used=len(main.marks.lines),
+        dropped={reason: Dropped(**entry) for reason, entry in counts.dropped.items()},
+        samples=len(lengths), train_samples=len(train), eval_samples=len(evaluation),
+        tokens=train.tokens + evaluation.tokens, trained_tokens=train.trained_tokens + evaluation.trained_tokens,
+        truncated=counts.truncated, truncated_tokens=counts.truncated_tokens, over_long=counts.over_long,
+        duplicates=groups.duplicates, near_duplicates=groups.near_duplicates, leakage=leak,
+        max_seq_length=settings.max_seq_length,
+        lengths={k: int(np.percentile(lengths, q)) for k, q in quantile.items()} | {"mean": int(lengths.mean())},
+        histogram=histogram(lengths), secrets=counts.secrets, secret_lines=counts.secret_lines,
+        notices=_notices(config, template, main), preview=_preview(template, train),
+    )  # fmt: skip
+
+
+def _notices(config: DataConfig, template: ChatTemplate, main: _Side) -> list[str]:
+    counts = main.counts
+    notices = list(dict.fromkeys(main.source.notices))
+    if main.format.name != "text":
+        notices += template.notices
+        if template.switch:
+            state = "on" if template.thinking else "off"
+            notices.append(
+                f"this template can think: {counts.reasoning_turns:,} of {counts.turns:,} answers come with reasoning, so "
+                f"thinking is {state} unless it is asked for otherwise"
+            )
+    if counts.unrolled:
+        notices.append(
+            f"{counts.unrolled:,} conversations became several samples: this template writes earlier answers differently "
+            "once they are history, so each answer is trained as it is generated"
+        )
+    said = [
+        (counts.lossy, "rows hold characters that the tokenizer does not know"),
+        (counts.control_characters, "rows hold control characters; they are kept"),
+        (counts.special_token_text, "rows spell out a special token; it is read as text"),
+    ]
+    notices += [f"{count:,} {what}" for count, what in said if count]
+    if counts.secrets:
+        lines = ", ".join(map(str, counts.secret_lines[:5]))
+        notices.append(
+            f"{sum(counts.secrets.values()):,} rows hold what looks like a key (lines {lines}); a model learns them by heart"
+        )
+    if config.train_on == "everything":
+        notices.append("train_on: everything, so what is asked is trained too")
+    return notices
+
+
+def _preview(template: ChatTemplate, train: TokenDataset, count: int = 3) -> list[ReportSample]:
+    """Return the first, the middle and the last sample as pieces of text, trained or not."""
+    chosen = sorted({0, len(train) // 2, len(train) - 1})[:count]
+    made = []
+    for index in chosen:
+        sample = train[index]
+        ids, mask = sample.input_ids[:2000], (sample.labels != IGNORE)[:2000]
+        edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
+        pieces = [
+            (template.tokenizer.decode(ids[a:b].tolist(), skip_special_tokens=False), bool(mask[a]))
+            for a, b in zip(edges, edges[1:], strict=False)
+        ]
+        made.append(ReportSample(tokens=len(sample.input_ids), pieces=pieces))
+    return made
+
+
+def _write_index(work: Path, prepared: Prepared) -> None:
+    """Write what `_from_cache` reads, `prepared.json` last."""
+    for name in ("train", "eval"):
+        dataset = getattr(prepared, name)
+        if dataset is not None and not is_whole(work / name):
+            np.save(work / f"{name}.order.npy", dataset.order)
+    values = {
+        "report": prepared.report.model_dump(),
+        "thinking": prepared.template.thinking,
+        "held_out": [dataclasses.asdict(c) for c in prepared.held_out],
+    }
+    (work / "prepared.json").write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+
+
+def _from_cache(folder: Path, template: ChatTemplate, fingerprint: str) -> Prepared:
+    values = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
+    datasets: dict[str, TokenDataset | None] = {}
+    for name, own in (("train", "samples"), ("eval", "eval_samples")):
+        order = folder / f"{name}.order.npy"
+        if is_whole(folder / name):
+            datasets[name] = open_folder(folder / name)
+        elif order.is_file():
+            store = folder / own if is_whole(folder / own) else folder / "samples"
+            datasets[name] = open_folder(store)[np.load(order)]
+        else:
+            datasets[name] = None
+    train = datasets["train"]
+    assert train is not None
+    if values["thinking"] is not None:
+        template = template.with_thinking(values["thinking"])
+    report = DataReport.model_validate(values["report"] | {"cached": True})
+    held_out = [Conversation(**c) for c in values["held_out"]]
+    return Prepared(train, datasets["eval"], report, template, fingerprint, held_out)

@@ -1,0 +1,469 @@
+"""Rows out of files, folders and the Hub, in passes: JSON, JSONL, CSV, TSV, Parquet, Arrow, `datasets` folders.
+
+A source yields chunks of unparsed rows (lines, or objects), so that parsing happens where tokenising happens. What
+cannot be read is a `Bad` row with its line and reason; only a file that is no dataset at all is an error.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import dataclasses
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from fastft.errors import FastFTError
+
+CHUNK_ROWS = 1000
+CHUNK_BYTES = 1 << 20
+_HEAD = 1 << 22  # bytes looked at to tell encoding and kind
+SUFFIXES = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".tab": "tsv",
+    ".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow",
+    ".txt": "text", ".md": "text",
+}  # fmt: skip
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bad:
+    """A row that cannot be read, and the reason it is counted under."""
+
+    reason: str
+    message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Some rows as they stand in the source, with their numbers: lines (bytes) to be parsed, or objects."""
+
+    lines: list[int]
+    rows: list[Any]
+    encoding: str | None = None
+
+    def parsed(self) -> Iterator[tuple[int, Any]]:
+        """Yield (line number, row), a row being an object, a text or a `Bad`."""
+        for line, row in zip(self.lines, self.rows, strict=True):
+            yield line, parse_line(row, self.encoding) if self.encoding else row
+
+
+class Source:
+    """A dataset that can be read several times. `size` is in bytes (None: not known before reading)."""
+
+    def __init__(self, files: Sequence[Path], kind: str, name: str, notices: list[str]) -> None:
+        self.files, self.kind, self.name, self.notices = list(files), kind, name, notices
+        self.size: int | None = sum(f.stat().st_size for f in self.files)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield all rows in order."""
+        for file in self.files:
+            yield from _read_file(file, self.notices)
+
+    def digest(self) -> str:
+        """Return a SHA-256 of the content, without file names."""
+        total = hashlib.sha256()
+        for file in self.files:
+            with file.open("rb") as stream:
+                total.update(hashlib.file_digest(stream, "sha256").digest())
+        return total.hexdigest()
+
+
+class TableSource(Source):
+    """A `datasets` dataset: from the Hub, or saved in a folder."""
+
+    def __init__(self, dataset: Any, name: str, notices: list[str]) -> None:
+        self.dataset, self.name, self.notices, self.kind, self.files = dataset, name, notices, "datasets", []
+        self.size = None if not hasattr(dataset, "__len__") else int(getattr(dataset, "size_in_bytes", None) or 0)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield all rows in order."""
+        yield from _in_chunks(enumerate(self.dataset, 1))
+
+    def digest(self) -> str:
+        """Return a SHA-256 over the rows."""
+        total = hashlib.sha256()
+        for row in self.dataset:
+            total.update(
+                json.dumps(row, sort_keys=True, default=str, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            )
+        return total.hexdigest()
+
+
+def open_source(source: str, *, name: str | None = None, split: str = "train", streaming: bool = False) -> Source:
+    """Return the dataset at `source`: a file, a folder (of files, or saved by `datasets`), or a Hub id.
+
+    Raises FastFTError where there is nothing that can be read.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _open_files([path], source)
+    if path.is_dir():
+        if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json", "dataset_info.json")):
+            return _saved_folder(path, split)
+        files = sorted(
+            f for f in path.rglob("*") if f.is_file() and kind_of(f) is not None and not f.name.startswith(".")
+        )
+        if not files:
+            raise FastFTError(
+                f"the folder {source} holds no data file. Known: {', '.join(sorted(SUFFIXES))}, also compressed."
+            )
+        return _open_files(files, source)
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and kind_of(path) is None and not source.startswith("."):
+        return _from_hub(source, name, split, streaming)
+    raise FastFTError(f"the data file {source} does not exist (looked in {path.absolute().parent}).")
+
+
+def kind_of(path: Path) -> str | None:
+    """Return the kind of a file by its name, compression aside; None where the name says nothing."""
+    suffixes = [s.lower() for s in path.suffixes if s.lower() not in (".gz", ".bz2", ".xz", ".zst", ".zip")]
+    return SUFFIXES.get(suffixes[-1]) if suffixes else None
+
+
+def parse_line(line: bytes, encoding: str) -> Any:
+    """Return the JSON value of a line, or a `Bad` row."""
+    try:
+        text = line.decode(encoding)
+    except UnicodeDecodeError as error:
+        return Bad("not_utf8", f"not {encoding} text (byte {error.start} of the line)")
+    return parse_json(text)
+
+
+def parse_json(text: str) -> Any:
+    """Return a JSON value, or a `Bad` row that says what is wrong with it."""
+    try:
+        return json.loads(text, object_pairs_hook=_no_duplicates)
+    except json.JSONDecodeError as error:
+        return Bad("bad_json", f"not JSON: {error.msg} at character {error.pos + 1}")
+    except (_DuplicateKeyError, RecursionError) as error:
+        return Bad("duplicate_key" if isinstance(error, _DuplicateKeyError) else "bad_json", str(error))
+
+
+class _DuplicateKeyError(Exception):
+    pass
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _DuplicateKeyError(f"the key {twice!r} stands in it twice")
+    return made
+
+
+def _open_files(files: list[Path], name: str) -> Source:
+    for file in files:
+        if file.stat().st_size == 0:
+            raise FastFTError(f"the data file {file} is empty (0 bytes).")
+    notices: list[str] = []
+    kinds = []
+    for file in files:
+        head = _head(file)
+        kinds.append(_kind(file, head))
+        encoding = _encoding_of(file, kinds[-1], head)
+        if encoding not in (None, "utf-8"):
+            notices.append(f"{file.name} is read as {encoding}, not UTF-8")
+    kind = "/".join(dict.fromkeys(kinds))
+    return Source(files, kind, name, notices)
+
+
+def _head(file: Path) -> bytes:
+    try:
+        with _open(file) as stream:
+            return stream.read(_HEAD)
+    except (OSError, EOFError, lzma.LZMAError, zipfile.BadZipFile) as error:
+        raise FastFTError(f"{file} cannot be read: {error}.") from error
+
+
+def _open(file: Path) -> IO[bytes]:
+    """Open a file through its compression, told by its first bytes."""
+    with file.open("rb") as stream:
+        magic = stream.read(6)
+    kind = next((name for mark, name in _COMPRESSED.items() if magic.startswith(mark)), None)
+    if kind == "gzip":
+        return gzip.open(file)  # type: ignore[return-value]
+    if kind == "bz2":
+        return bz2.open(file)
+    if kind == "xz":
+        return lzma.open(file)
+    if kind == "zstd":
+        import pyarrow
+
+        return pyarrow.input_stream(str(file), compression="zstd")
+    if kind == "zip":
+        archive = zipfile.ZipFile(file)
+        names = [n for n in archive.namelist() if not n.endswith("/") and not n.startswith("__MACOSX")]
+        if len(names) != 1:
+            raise FastFTError(f"{file} is an archive of {len(names)} files; unpack it and give the folder.")
+        return archive.open(names[0])
+    return file.open("rb")
+
+
+def _kind(file: Path, head: bytes) -> str:
+    """Return jsonl, json, csv, tsv, parquet, arrow or text; the content decides over the name for JSON."""
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if head.startswith(b"ARROW1") or head[:4] == b"\xff\xff\xff\xff":
+        return "arrow"
+    named = kind_of(file)
+    if named in ("parquet", "arrow"):
+        raise FastFTError(f"{file} is named {file.suffix} but does not begin like one; is the download complete?")
+    text_like = not (b"\0" in head[:8192] and head[:2] not in (b"\xff\xfe", b"\xfe\xff"))
+    if not text_like:
+        raise FastFTError(
+            f"{file} is a binary file, not a dataset. Known: {', '.join(sorted(SUFFIXES))}, also compressed."
+        )
+    if named in ("json", "jsonl", None):
+        encoding = _encoding(head)
+        start = head.decode(encoding, "ignore").lstrip("\ufeff \t\r\n")
+        if not start:
+            raise FastFTError(f"the data file {file} holds nothing but white space.")
+        if start[0] == "[" and (named != "jsonl" or not _first_line_is_json(start)):
+            return "json"
+        if start[0] == "{":
+            return "jsonl" if named == "jsonl" or _first_line_is_json(start) else "json"
+        if named is None:
+            raise FastFTError(
+                f"cannot tell what kind of file {file} is; name it .jsonl, .json, .csv, .tsv, .txt or .parquet."
+            )
+    return str(named)
+
+
+def _first_line_is_json(text: str) -> bool:
+    return not isinstance(parse_json(text.split("\n", 1)[0]), Bad)
+
+
+def _encoding_of(file: Path, kind: str, head: bytes) -> str | None:
+    return None if kind in ("parquet", "arrow") else _encoding(head)
+
+
+def _encoding(head: bytes) -> str:
+    """Return utf-8, utf-16, cp932 or euc_jp. A few broken lines do not make a UTF-8 file another encoding."""
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    lines = [line for line in head.removeprefix(b"\xef\xbb\xbf").split(b"\n") if not line.isascii()]
+    if len(head) >= _HEAD:
+        lines = lines[:-1]
+    broken = [line for line in lines if not _decodes(line, "utf-8")]
+    if len(broken) * 4 <= len(lines) * 3 and len(broken) < max(len(lines), 1):
+        return "utf-8"
+    fits = [name for name in ("cp932", "euc_jp") if all(_decodes(line, name) for line in broken)]
+    if not fits:
+        return "utf-8"
+    # Text in the wrong one of the two is full of half-width katakana and rare characters.
+    return min(fits, key=lambda name: sum(_oddness(line.decode(name)) for line in broken[:200]))
+
+
+def _decodes(line: bytes, encoding: str) -> bool:
+    try:
+        line.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _oddness(text: str) -> int:
+    common = sum("\u3040" <= c <= "\u30ff" for c in text)
+    return sum("\uff61" <= c <= "\uff9f" or "\ue000" <= c <= "\uf8ff" for c in text) * 2 - common
+
+
+def _read_file(file: Path, notices: list[str]) -> Iterator[Chunk]:
+    head = _head(file)
+    kind = _kind(file, head)
+    if kind == "parquet":
+        yield from _in_chunks(_parquet(file))
+        return
+    if kind == "arrow":
+        yield from _in_chunks(_arrow(file))
+        return
+    encoding = _encoding(head)
+    if kind == "jsonl" and encoding != "utf-16":
+        yield from _lines(file, encoding)
+    elif kind == "jsonl":
+        rows = ((n, parse_json(line)) for n, line in enumerate(_text(file, encoding), 1) if line.strip())
+        yield from _in_chunks(rows)
+    elif kind == "json":
+        yield from _in_chunks(_json(file, encoding))
+    elif kind == "text":
+        yield from _in_chunks([(1, {"text": "".join(_text(file, encoding))})])
+    else:
+        yield from _in_chunks(_csv(file, encoding, "\t" if kind == "tsv" else ",", notices))
+
+
+def _lines(file: Path, encoding: str) -> Iterator[Chunk]:
+    """Yield unparsed lines, about a megabyte a chunk; empty lines are no rows."""
+    numbers: list[int] = []
+    rows: list[bytes] = []
+    size = 0
+    try:
+        with _open(file) as stream:
+            for number, line in enumerate(stream, 1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                line = line.strip(b" \t\r\n")
+                if not line:
+                    continue
+                numbers.append(number)
+                rows.append(line)
+                size += len(line)
+                if size >= CHUNK_BYTES or len(rows) >= CHUNK_ROWS:
+                    yield Chunk(numbers, rows, encoding)
+                    numbers, rows, size = [], [], 0
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise FastFTError(f"{file} cannot be read to its end: {error}.") from error
+    if rows:
+        yield Chunk(numbers, rows, encoding)
+
+
+def _in_chunks(rows: Iterable[tuple[int, Any]]) -> Iterator[Chunk]:
+    numbers: list[int] = []
+    kept: list[Any] = []
+    for number, row in rows:
+        numbers.append(number)
+        kept.append(row)
+        if len(kept) >= CHUNK_ROWS:
+            yield Chunk(numbers, kept)
+            numbers, kept = [], []
+    if kept:
+        yield Chunk(numbers, kept)
+
+
+def _text(file: Path, encoding: str) -> IO[str]:
+    encoding = "utf-8-sig" if encoding == "utf-8" else encoding
+    return io.TextIOWrapper(_open(file), encoding=encoding, errors="surrogateescape", newline="")
+
+
+def _json(file: Path, encoding: str) -> Iterator[tuple[int, Any]]:
+    """A JSON file is one list of rows, or an object with one list in it ({"data": [...]})."""
+    with _text(file, encoding) as stream:
+        value = parse_json(stream.read())
+    if isinstance(value, Bad):
+        raise FastFTError(f"{file} is {value.message}.")
+    if isinstance(value, dict):
+        lists = [key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
+        is_row = {"messages", "conversations"} & value.keys()
+        value = value[lists[0]] if len(lists) == 1 and not is_row else [value]
+    if not isinstance(value, list):
+        raise FastFTError(f"{file} holds one {type(value).__name__}, not a list of rows.")
+    if not value:
+        raise FastFTError(f"{file} holds an empty list.")
+    yield from enumerate(value, 1)
+
+
+def _csv(file: Path, encoding: str, delimiter: str, notices: list[str]) -> Iterator[tuple[int, Any]]:
+    """Yield CSV rows as objects; a row with too many or too few fields is bad, not shifted."""
+    csv.field_size_limit(1 << 30)
+    with _text(file, encoding) as stream:
+        first = stream.readline()
+        stream.seek(0)
+        if delimiter not in first:
+            other = next((d for d in (";", "\t", ",") if d in first), delimiter)
+            if other != delimiter:
+                notices.append(f"{file.name} separates its fields with {other!r}")
+                delimiter = other
+        reader = csv.reader(stream, delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        while True:
+            line = reader.line_num + 1
+            try:
+                fields = next(reader)
+            except StopIteration:
+                break
+            except csv.Error as error:
+                yield line, Bad("bad_csv", f"not CSV: {error}")
+                continue
+            if header is None:
+                header = [name.strip().lstrip("\ufeff") for name in fields]
+                twice = sorted({name for name in header if header.count(name) > 1})
+                if twice:
+                    raise FastFTError(f"{file}: the column {twice[0]!r} stands twice in the first line.")
+            elif fields and len(fields) != len(header):
+                yield line, Bad("ragged_row", f"{len(fields)} fields, but the first line names {len(header)} columns")
+            elif fields:
+                yield line, _csv_row(header, fields)
+    if header is None:
+        raise FastFTError(f"{file} has no rows.")
+
+
+def _csv_row(header: list[str], fields: list[str]) -> Any:
+    if any("\udc80" <= char <= "\udcff" for field in fields for char in field if not field.isascii()):
+        return Bad("not_utf8", "not UTF-8 text")
+    return dict(zip(header, fields, strict=True))
+
+
+def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=CHUNK_ROWS):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except pyarrow.ArrowException as error:
+        raise FastFTError(f"{file} is no whole Parquet file: {error}.") from error
+
+
+def _arrow(file: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(file)) as mapped:
+            if mapped.read(6) == b"ARROW1":
+                mapped.seek(0)
+                reader = pyarrow.ipc.open_file(mapped)
+                batches: Any = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            else:
+                mapped.seek(0)
+                batches = pyarrow.ipc.open_stream(mapped)
+            number = 0
+            for batch in batches:
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except pyarrow.ArrowException as error:
+        raise FastFTError(f"{file} is no whole Arrow file: {error}.") from error
+
+
+def _saved_folder(path: Path, split: str) -> Source:
+    from datasets import Dataset, DatasetDict, load_from_disk
+
+    try:
+        loaded = load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise FastFTError(f"the dataset folder {path} cannot be loaded: {error}.") from error
+    if isinstance(loaded, DatasetDict):
+        if split not in loaded:
+            raise FastFTError(f"{path} has no split {split!r}; it has {', '.join(loaded)}. Set data.split.")
+        loaded = loaded[split]
+    assert isinstance(loaded, Dataset)
+    return TableSource(loaded, str(path), [])
+
+
+def _from_hub(source: str, name: str | None, split: str, streaming: bool) -> Source:
+    from datasets import DownloadMode, load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        loaded = load_dataset(
+            source, name, split=split, streaming=streaming, download_mode=DownloadMode.REUSE_DATASET_IF_EXISTS
+        )
+    except DatasetNotFoundError as error:
+        raise FastFTError(
+            f"{source} is no file here and no dataset on the Hub that can be read ({error}). Check the spelling; a private "
+            "dataset needs HF_TOKEN or `hf auth login`."
+        ) from error
+    except ValueError as error:  # unknown split or configuration: the message lists them
+        raise FastFTError(f"the dataset {source}: {error}.") from error
+    except (ConnectionError, OSError) as error:
+        raise FastFTError(f"{source} is no file here, and the Hub cannot be reached: {error}.") from error
+    return TableSource(loaded, source, [])

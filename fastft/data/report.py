@@ -1,0 +1,203 @@
+"""What a person should see before training: rows used and why not, lengths, what is trained, duplicates, leakage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+BARS = 36
+
+
+class Dropped(BaseModel):
+    """Rows that were not used for one reason."""
+
+    count: int
+    lines: list[int] = Field(description="the first line numbers")
+    example: str = Field("", description="what is wrong with the first of them")
+
+
+class ReportSample(BaseModel):
+    """One sample as pieces of text, each trained or not."""
+
+    line: int | None = None
+    tokens: int
+    pieces: list[tuple[str, bool]]
+
+
+class DataReport(BaseModel):
+    """The numbers of a prepared dataset. `model_dump()` is what `fastft data --json` prints."""
+
+    source: str
+    kind: str = Field(description="jsonl, json, csv ...")
+    format: str
+    evidence: str
+    template: str
+    template_why: str
+    rows_total: int
+    rows_used: int
+    dropped: dict[str, Dropped]
+    samples: int
+    train_samples: int
+    eval_samples: int
+    tokens: int
+    trained_tokens: int
+    truncated: int = Field(description="samples cut to max_seq_length")
+    truncated_tokens: int
+    over_long: int
+    duplicates: int = Field(description="rows whose content stood in an earlier row")
+    near_duplicates: int
+    leakage: int = Field(description="held-out rows that stand in the training rows too")
+    max_seq_length: int
+    lengths: dict[str, int] = Field(description="min, median, mean, p95, p99, max in tokens")
+    histogram: list[tuple[int, int, int]] = Field(description="[from, to) in tokens, samples")
+    secrets: dict[str, int]
+    secret_lines: list[int]
+    notices: list[str]
+    preview: list[ReportSample]
+    seconds: float = 0.0
+    rows_per_sec: float = 0.0
+    cached: bool = False
+
+    def print(self, console: Any = None) -> None:
+        """Print the report with rich, to standard error where no console is given."""
+        from rich.console import Console
+
+        console = console or Console(stderr=True)
+        _print_table(self, console)
+        _print_dropped(self, console)
+        _print_histogram(self, console)
+        _print_preview(self, console)
+        for notice in self.notices:
+            console.print(f"note: {notice}", markup=False, highlight=False, style="yellow")
+
+    def plot(self, path: Path | str) -> None:
+        """Write the histogram of sample lengths as PNG."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        starts = [a for a, _, _ in self.histogram]
+        axes.bar(
+            starts, [n for _, _, n in self.histogram], width=[b - a for a, b, _ in self.histogram], align="edge",
+            color="#4c78a8", edgecolor="white", linewidth=0.6,
+        )  # fmt: skip
+        axes.axvline(self.lengths["median"], color="#f58518", linewidth=1.5, label=f"median {self.lengths['median']:,}")
+        if self.truncated or self.lengths["max"] > 0.5 * self.max_seq_length:
+            axes.axvline(
+                self.max_seq_length, color="#e45756", linestyle="--", label=f"max_seq_length {self.max_seq_length:,}"
+            )
+        share = self.trained_tokens / max(self.tokens, 1)
+        axes.set_title(f"{self.samples:,} samples, {self.tokens:,} tokens, {share:.0%} of them trained")
+        axes.set_xlabel("tokens in a sample")
+        axes.set_ylabel("samples")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        FigureCanvasAgg(figure).print_png(str(path))
+
+
+def histogram(lengths: Any, bins: int = 20) -> list[tuple[int, int, int]]:
+    """Return (from, to, count) in round widths that cover all lengths."""
+    import numpy as np
+
+    if len(lengths) == 0:
+        return []
+    low, high = int(lengths.min()), int(lengths.max()) + 1
+    raw = max(1, (high - low) / bins)
+    step = next(s for s in (m * 10**e for e in range(9) for m in (1, 2, 5)) if s >= raw)
+    first = low - low % step
+    edges = np.arange(first, high + step, step)
+    counts, _ = np.histogram(lengths, edges)
+    return [(int(a), int(b), int(n)) for a, b, n in zip(edges, edges[1:], counts, strict=False)]
+
+
+def _print_table(report: DataReport, console: Any) -> None:
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    share = report.trained_tokens / max(report.tokens, 1)
+    lengths = report.lengths
+    cut = f"{report.truncated:,} samples ({report.truncated / max(report.samples, 1):.1%}), {report.truncated_tokens:,} tokens cut off"
+    rows = [
+        ("source", f"{report.source} ({report.kind})"),
+        ("format", f"{report.format}: {report.evidence}"),
+        ("template", f"{report.template}: {report.template_why}"),
+        ("rows", f"{report.rows_used:,} of {report.rows_total:,} used"),
+        ("samples", f"{report.train_samples:,} to train on, {report.eval_samples:,} held out"),
+        ("tokens", f"{report.tokens:,}, of which {report.trained_tokens:,} are trained ({share:.1%})"),
+        ("lengths", f"median {lengths['median']:,}, 95 % below {lengths['p95']:,}, longest {lengths['max']:,} tokens"),
+        ("truncated", cut if report.truncated else f"none (max_seq_length {report.max_seq_length:,})"),
+        ("duplicates", f"{report.duplicates:,} exact, {report.near_duplicates:,} near"),
+        ("leakage", f"{report.leakage:,} held-out rows also stand in the training rows"),
+    ]
+    if report.secrets:
+        rows.append(("secrets", ", ".join(f"{n:,} rows with a {kind}" for kind, n in report.secrets.items())))
+    for name, value in rows:
+        warn = (name == "leakage" and report.leakage) or name == "secrets"
+        table.add_row(f"[bold]{name}[/bold]", _safe(value), style="red" if warn else None)
+    console.print(table)
+
+
+def _print_dropped(report: DataReport, console: Any) -> None:
+    from rich.table import Table
+
+    if not report.dropped:
+        return
+    table = Table("rows not used", "count", "first lines", "what is wrong there", box=None, padding=(0, 2, 0, 0))
+    for reason, drop in sorted(report.dropped.items(), key=lambda item: -item[1].count):
+        table.add_row(reason, f"{drop.count:,}", ", ".join(map(str, drop.lines[:5])), _safe(drop.example))
+    console.print()
+    console.print(table, style="yellow")
+
+
+def _print_histogram(report: DataReport, console: Any) -> None:
+    if not report.histogram:
+        return
+    console.print("\n[bold]tokens in a sample[/bold]")
+    most = max(n for _, _, n in report.histogram)
+    width = max(len(f"{b:,}") for _, b, _ in report.histogram)
+    for start, end, count in report.histogram:
+        bar = "█" * round(BARS * count / most) or ("▏" if count else "")
+        console.print(f"{start:>{width},} to {end - 1:>{width},}  [blue]{bar}[/blue] {count:,}", highlight=False)
+
+
+def _print_preview(report: DataReport, console: Any) -> None:
+    from rich.text import Text
+
+    if not report.preview:
+        return
+    console.print(
+        "\n[bold]samples[/bold] (what is trained is [black on green]marked[/black on green], the rest is only read)"
+    )
+    for number, sample in enumerate(report.preview, 1):
+        text = Text(f"{number}. ", style="bold")
+        for piece, trained in sample.pieces:
+            piece = _shortened(_visible(piece))
+            text.append(piece.replace("\n", "↵\n") if trained else piece, style="black on green" if trained else "dim")
+        text.append(f"  ({sample.tokens:,} tokens)", style="italic")
+        console.print(text)
+        console.print()
+
+
+def _shortened(text: str, most: int = 600) -> str:
+    return (
+        text
+        if len(text) <= most
+        else f"{text[: most // 2]} … {len(text) - most:,} more characters … {text[-most // 2 :]}"
+    )
+
+
+def _visible(text: str) -> str:
+    """Show control characters instead of sending them to the terminal."""
+    return "".join(
+        c if c in "\n\t" or (c.isprintable() and c != "\x1b") else f"\\x{ord(c):02x}" if ord(c) < 256 else c
+        for c in text
+    )
+
+
+def _safe(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(_visible(text))

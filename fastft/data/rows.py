@@ -1,0 +1,293 @@
+"""Rows to samples, a chunk at a time: parse, convert, render, encode, prove, count. Runs in worker processes too."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import heapq
+import re
+import unicodedata
+from typing import Any
+
+import numpy as np
+
+from fastft.data.encode import Coder, Encoded, UnusableRowError, encode_turns
+from fastft.data.formats import BadRowError, Example, Format, convert
+from fastft.data.read import Bad, Chunk
+from fastft.data.store import ARRAYS, Packed
+from fastft.data.template import ChatTemplate, TemplateRefusedError
+
+SIGNATURE = 16  # min-hashes a row; see near-duplicates in split.py
+_SHINGLE = 5  # characters
+KEEP_LINES = 10
+KEEP_EXAMPLES = 64
+
+SECRETS = {
+    "Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}",
+    "OpenAI-like key": r"\bsk-(?:proj-|ant-)?[A-Za-z0-9_-]{20,}",
+    "GitHub token": r"\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_[A-Za-z0-9_]{30,}",
+    "AWS access key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
+    "Google API key": r"\bAIza[0-9A-Za-z_-]{35}",
+    "Slack token": r"\bxox[abprs]-[0-9A-Za-z-]{10,}",
+    "private key": r"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----",
+    "JSON web token": r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}",
+}
+_ANY_SECRET = re.compile("|".join(f"(?P<s{i}>{pattern})" for i, pattern in enumerate(SECRETS.values())))
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_SPACES = re.compile(r"\s+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What decides how a row becomes samples."""
+
+    max_seq_length: int
+    train_on: str
+    long_text: str
+    over_long: str
+    check_secrets: bool
+
+
+@dataclasses.dataclass
+class Conversation:
+    """A raw sample: the messages before the last answer, and that answer."""
+
+    prompt: list[dict[str, Any]]
+    reference: str
+    tools: list[Any] | None = None
+
+
+@dataclasses.dataclass
+class Counts:
+    """What is counted on the way; `add` joins the counts of two chunks."""
+
+    rows_total: int = 0
+    dropped: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    truncated: int = 0
+    over_long: int = 0
+    truncated_tokens: int = 0
+    unrolled: int = 0
+    lossy: int = 0
+    control_characters: int = 0
+    special_token_text: int = 0
+    tools_left_out: int = 0
+    turns: int = 0
+    reasoning_turns: int = 0
+    secrets: dict[str, int] = dataclasses.field(default_factory=dict)
+    secret_lines: list[int] = dataclasses.field(default_factory=list)
+
+    def drop(self, line: int, reason: str, message: str) -> None:
+        """Count a row that cannot be used."""
+        entry = self.dropped.setdefault(reason, {"count": 0, "lines": [], "example": message})
+        entry["count"] += 1
+        if len(entry["lines"]) < KEEP_LINES:
+            entry["lines"].append(line)
+
+    def add(self, other: Counts) -> None:
+        """Add the counts of a later chunk."""
+        for field in dataclasses.fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if isinstance(mine, int):
+                setattr(self, field.name, mine + theirs)
+        for reason, entry in other.dropped.items():
+            known = self.dropped.setdefault(reason, {"count": 0, "lines": [], "example": entry["example"]})
+            known["count"] += entry["count"]
+            known["lines"] = (known["lines"] + entry["lines"])[:KEEP_LINES]
+        for kind, count in other.secrets.items():
+            self.secrets[kind] = self.secrets.get(kind, 0) + count
+        self.secret_lines = (self.secret_lines + other.secret_lines)[:KEEP_LINES]
+
+
+@dataclasses.dataclass
+class RowMarks:
+    """One entry a used row: its line, hashes of its content and of what is asked, min-hashes (N, 16), samples made."""
+
+    lines: np.ndarray
+    content: np.ndarray
+    asked: np.ndarray
+    signatures: np.ndarray
+    samples: np.ndarray
+
+    @classmethod
+    def joined(cls, parts: list[RowMarks]) -> RowMarks:
+        """Return the marks of several chunks as one."""
+        if not parts:
+            empty = np.zeros(0, np.uint64)
+            return cls(empty, empty, empty, np.zeros((0, SIGNATURE), np.uint32), np.zeros(0, np.int64))
+        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(cls)))
+
+
+@dataclasses.dataclass
+class ChunkResult:
+    """What a chunk became: flat arrays and their lengths, marks of the rows, counts, a few raw conversations."""
+
+    flat: list[np.ndarray]
+    lengths: list[np.ndarray]
+    marks: RowMarks
+    counts: Counts
+    examples: list[tuple[int, Conversation]]
+
+
+class RowMaker:
+    """Makes chunks of samples. Holds the tokenizer, the template and the format; picklable by its arguments."""
+
+    def __init__(self, tokenizer: Any, template: ChatTemplate, format: Format, settings: Settings) -> None:
+        self.tokenizer, self.template, self.format, self.settings = tokenizer, template, format, settings
+        self.coder = Coder.of(tokenizer, template)
+        self._bos: list[int] = []
+        first = tokenizer("a")["input_ids"][:1]
+        if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]:
+            self._bos = first
+
+    def chunk(self, chunk: Chunk) -> ChunkResult:
+        """Return the samples and counts of a chunk."""
+        counts, packed, marks = Counts(), [], []
+        examples: list[tuple[int, Conversation]] = []
+        for line, row in chunk.parsed():
+            counts.rows_total += 1
+            try:
+                if isinstance(row, Bad):
+                    raise BadRowError(row.reason, row.message)
+                example = convert(row, self.format, input_heading=self.template.input_heading)
+                made = self._samples(example, counts)
+            except (BadRowError, UnusableRowError) as error:
+                counts.drop(line, error.reason, str(error))
+                continue
+            except TemplateRefusedError as error:
+                counts.drop(line, "template_refused", str(error))
+                continue
+            packed.extend(made)
+            asked, whole = self._look(example, line, counts)
+            content = _hash(whole)
+            marks.append((line, content, _hash(asked), signature(whole), len(made)))
+            if example.text is None:
+                examples.append((content, _conversation(example)))
+        kept = heapq.nsmallest(KEEP_EXAMPLES, examples, key=lambda item: item[0])
+        return ChunkResult(*_flatten(packed), _marks(marks), counts, kept)
+
+    def _samples(self, example: Example, counts: Counts) -> list[Packed]:
+        if example.text is not None:
+            return [self._document(example.text, counts)]
+        train_all = self.settings.train_on == "everything"
+        sequences = encode_turns(self.tokenizer, self.template, example.messages, example.tools, train_all=train_all)
+        made = [self._fitted(sequence, counts) for sequence in sequences]
+        kept = [sample for sample in made if sample is not None]
+        if not kept:
+            limit = self.settings.max_seq_length
+            if self.settings.over_long == "drop" and any(len(s.input_ids) > limit for s in sequences):
+                raise UnusableRowError("over_long", f"{len(sequences[0].input_ids)} tokens, max_seq_length is {limit}")
+            raise UnusableRowError(
+                "answer_cut_off",
+                f"the prompt alone fills max_seq_length {limit}: truncation leaves nothing of the answer to train on",
+            )
+        counts.unrolled += len(kept) > 1
+        counts.lossy += any(s.lossy for s in sequences)
+        answers = [m for m in example.messages if m["role"] == "assistant"]
+        counts.turns += len(answers)
+        counts.reasoning_turns += sum(bool(m.get("reasoning_content")) for m in answers)
+        return kept
+
+    def _fitted(self, sequence: Encoded, counts: Counts) -> Packed | None:
+        """Cut an over-long sequence, or return None where it is dropped or nothing trained would be left."""
+        limit, ids, labels = self.settings.max_seq_length, sequence.input_ids, sequence.labels
+        if len(ids) > limit:
+            counts.over_long += 1
+            if self.settings.over_long == "drop":
+                return None
+            counts.truncated += 1
+            counts.truncated_tokens += len(ids) - limit
+            ids, labels = ids[:limit], labels[:limit]
+        packed = Packed.of(ids, labels)
+        return packed if len(packed.trained) else None
+
+    def _document(self, text: str, counts: Counts) -> Packed:
+        """A plain text as BOS (where the tokenizer has one) + its tokens + EOS; cut or joined later."""
+        ids = self.coder.text_ids(text)
+        if not ids or not text.strip():
+            raise UnusableRowError("empty_text", "the text is empty")
+        eos = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        ids = [*self._bos, *ids, *eos]
+        limit = self.settings.max_seq_length
+        if len(ids) > limit and self.settings.long_text != "split":
+            counts.over_long += 1
+            if self.settings.long_text == "drop":
+                raise UnusableRowError("over_long", f"{len(ids)} tokens, max_seq_length is {limit}")
+            counts.truncated += 1
+            counts.truncated_tokens += len(ids) - limit
+            ids = ids[:limit]
+        return Packed.of(ids, ids)
+
+    def _look(self, example: Example, line: int, counts: Counts) -> tuple[str, str]:
+        """Count what a person should know about the texts; return what is asked and the whole, both normalised."""
+        if example.text is not None:
+            texts = [example.text]
+        else:
+            texts = [m["content"] + str(m.get("tool_calls") or "") for m in example.messages]
+        joined = "\n".join(texts)
+        counts.control_characters += _CONTROL.search(joined) is not None
+        counts.special_token_text += self.template.control_pattern.search(joined) is not None
+        if self.settings.check_secrets:
+            found = {str(match.lastgroup) for match in _ANY_SECRET.finditer(joined)}
+            for group in found:
+                kind = list(SECRETS)[int(group[1:])]
+                counts.secrets[kind] = counts.secrets.get(kind, 0) + 1
+            if found and len(counts.secret_lines) < KEEP_LINES:
+                counts.secret_lines.append(line)
+        asked = joined if example.text is not None else "\n".join(texts[:-1])
+        return normalised(asked), normalised(joined)
+
+
+def normalised(text: str) -> str:
+    """Return `text` without differences that do not matter: compatibility forms, case, runs of white space."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+    return _SPACES.sub(" ", text).strip().casefold()
+
+
+def signature(text: str) -> np.ndarray:
+    """Return 16 min-hashes (uint32) of the 5-character shingles; the share that agrees estimates Jaccard similarity.
+
+    Broder, "On the resemblance and containment of documents" (1997).
+    """
+    codes = np.frombuffer(text[:20_000].ljust(_SHINGLE).encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(
+        np.uint64
+    )
+    rolled = np.zeros(len(codes) - _SHINGLE + 1, np.uint64)
+    for i in range(_SHINGLE):
+        rolled = rolled * np.uint64(0x100000001B3) + codes[i : len(codes) - _SHINGLE + 1 + i]
+    mixed = rolled[:, None] * _MULTIPLIERS[None] + _OFFSETS[None]  # (shingles, 16), modulo 2^64
+    return (mixed >> np.uint64(32)).min(axis=0).astype(np.uint32)
+
+
+_RANDOM = np.random.default_rng(20260101)
+_MULTIPLIERS = _RANDOM.integers(1, 2**63, SIGNATURE, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+_OFFSETS = _RANDOM.integers(0, 2**63, SIGNATURE, dtype=np.uint64)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def _conversation(example: Example) -> Conversation:
+    last = max(i for i, m in enumerate(example.messages) if m["role"] == "assistant")
+    prompt = [{k: v for k, v in m.items() if k != "weight"} for m in example.messages[:last]]
+    return Conversation(prompt, example.messages[last]["content"], example.tools)
+
+
+def _flatten(packed: list[Packed]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    flat, lengths = [], []
+    for name in ARRAYS:
+        parts = [getattr(sample, name) for sample in packed]
+        flat.append(np.concatenate(parts) if parts else np.zeros(0, np.int32))
+        lengths.append(np.array([len(part) for part in parts], np.int64))
+    return flat, lengths
+
+
+def _marks(rows: list[tuple[int, int, int, np.ndarray, int]]) -> RowMarks:
+    if not rows:
+        return RowMarks.joined([])
+    lines, content, asked, signatures, samples = zip(*rows, strict=True)
+    return RowMarks(
+        np.array(lines, np.uint64), np.array(content, np.uint64), np.array(asked, np.uint64),
+        np.stack(signatures), np.array(samples, np.int64),
+    )  # fmt: skip

@@ -1,0 +1,118 @@
+"""Which rows are held out: by a hash of the content, with duplicates and near-duplicates on one side.
+
+The side of a row depends on nothing but its content (and its duplicates'), so adding rows moves no other row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from fastft.data.rows import SIGNATURE, RowMarks
+
+BANDS = 4
+"""Rows that agree in all four min-hashes of one of the four bands are compared."""
+NEAR = 13
+"""Rows that agree in so many of the 16 min-hashes are near-duplicates (Jaccard similarity about 0.8 or more)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Rows that belong together: `group` (N,) is the number of the first row of each row's group."""
+
+    group: np.ndarray
+    duplicates: int
+    near_duplicates: int
+
+
+def group_rows(marks: RowMarks) -> Groups:
+    """Group rows with equal content, equal questions, or nearly equal content."""
+    count = len(marks.content)
+    parent = np.arange(count)
+    _unite(parent, _equal_edges(marks.content))
+    exact = count - len(np.unique(marks.content))
+    near = _near_edges(marks.signatures)
+    alike = parent.copy()
+    _unite(alike, near)
+    near_count = len(np.unique(_roots(parent))) - len(np.unique(_roots(alike)))
+    _unite(alike, _equal_edges(marks.asked))
+    group = _roots(alike)
+    group = _without_giants(group, _roots(parent))
+    return Groups(group, exact, near_count)
+
+
+def held_out(marks: RowMarks, groups: Groups, fraction: float) -> np.ndarray:
+    """Return which rows (N,) are held out: those of groups whose smallest content hash is below `fraction`."""
+    count = len(marks.content)
+    if fraction <= 0 or count == 0:
+        return np.zeros(count, bool)
+    smallest = np.full(count, np.iinfo(np.uint64).max, np.uint64)
+    np.minimum.at(smallest, groups.group, marks.content)
+    mine = smallest[groups.group]
+    chosen = mine < np.uint64(fraction * 2.0**64)
+    if not chosen.any() and count >= 20:
+        chosen = mine == mine.min()  # a small dataset gets at least one held-out row
+    return np.zeros(count, bool) if chosen.all() else chosen
+
+
+def leaked(train: RowMarks, held: RowMarks) -> int:
+    """Return how many held-out rows stand in the training set too: equal or nearly equal content, or the same question."""
+    same = np.isin(held.content, train.content) | np.isin(held.asked, train.asked)
+    both = np.concatenate([train.signatures, held.signatures])
+    edges = _near_edges(both)
+    border = len(train.content)
+    crossing = edges[(edges[:, 0] < border) & (edges[:, 1] >= border)]
+    same[crossing[:, 1] - border] = True
+    return int(same.sum())
+
+
+def _equal_edges(keys: np.ndarray) -> np.ndarray:
+    """Return pairs (first row with this key, row), (E, 2)."""
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    pairs = np.stack([first[inverse], np.arange(len(keys))], axis=1)
+    return pairs[pairs[:, 0] != pairs[:, 1]]
+
+
+def _near_edges(signatures: np.ndarray) -> np.ndarray:
+    """Return pairs (earlier, later) of rows that agree in at least NEAR min-hashes, found by banding."""
+    found = [np.zeros((0, 2), np.int64)]
+    width = SIGNATURE // BANDS
+    for band in range(BANDS):
+        keys = np.ascontiguousarray(signatures[:, band * width : (band + 1) * width])
+        pairs = _equal_edges(keys.view(np.dtype((np.void, keys.dtype.itemsize * width))).ravel())
+        for part in np.array_split(pairs, max(1, len(pairs) // 100_000)):
+            agree = (signatures[part[:, 0]] == signatures[part[:, 1]]).sum(axis=1)
+            found.append(part[agree >= NEAR])
+    return np.concatenate(found)
+
+
+def _unite(parent: np.ndarray, edges: np.ndarray) -> None:
+    """Join the groups of each pair, in place; a group is named by its smallest row."""
+    for a, b in edges.tolist():
+        a, b = _root(parent, a), _root(parent, b)
+        if a != b:
+            parent[max(a, b)] = min(a, b)
+
+
+def _root(parent: np.ndarray, row: int) -> int:
+    while parent[row] != row:
+        parent[row] = parent[parent[row]]
+        row = int(parent[row])
+    return row
+
+
+def _roots(parent: np.ndarray) -> np.ndarray:
+    roots = parent
+    while True:
+        further = roots[roots]
+        if (further == roots).all():
+            return roots
+        roots = further
+
+
+def _without_giants(group: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """Dissolve groups above a tenth of the rows (one instruction for all rows, say) into their exact duplicates."""
+    sizes = np.bincount(group, minlength=len(group))
+    giant = sizes[group] > max(20, len(group) // 10)
+    return np.where(giant, exact, group)

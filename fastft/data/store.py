@@ -1,0 +1,173 @@
+"""Tokenised samples on disk or in memory, read without copying.
+
+Three flat int32 arrays hold everything; a sample is a slice of each:
+
+    tokens    ids of all samples, one after the other
+    trained   (begin, end) pairs, the runs of each sample that carry loss
+    segments  lengths of each sample's attention segments
+
+Memory-mapped files make the footprint constant, whatever the size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastft.data.encode import IGNORE
+
+ARRAYS = ("tokens", "trained", "segments")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One sequence. `input_ids` (L,), `labels` (L,) of the tokens themselves (-100: no loss), `segments` sum to L."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    segments: np.ndarray
+
+
+@dataclasses.dataclass
+class Packed:
+    """A sample as it is stored: ids, runs [begin, end, begin, end ...] that carry loss, lengths of segments."""
+
+    tokens: np.ndarray
+    trained: np.ndarray
+    segments: np.ndarray
+
+    @classmethod
+    def of(cls, ids: Sequence[int], labels: Sequence[int], segments: Sequence[int] | None = None) -> Packed:
+        """Return the stored form of ids and labels."""
+        mask = np.asarray(labels, dtype=np.int64) != IGNORE
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
+        lengths = [len(ids)] if segments is None else segments
+        return cls(np.asarray(ids, np.int32), edges.astype(np.int32), np.asarray(lengths, np.int32))
+
+
+class TokenDataset:
+    """Samples by number. `dataset[i]` is a `Sample`; a slice or a list of numbers gives a view of those samples."""
+
+    def __init__(
+        self, arrays: dict[str, np.ndarray], bounds: dict[str, np.ndarray], order: np.ndarray | None = None
+    ) -> None:
+        self._arrays, self._bounds = arrays, bounds
+        self._order = np.arange(len(bounds["tokens"]) - 1) if order is None else order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int | slice | Sequence[int]) -> Any:
+        if isinstance(index, slice | list | np.ndarray):
+            return TokenDataset(self._arrays, self._bounds, self._order[index])
+        at = int(self._order[index])
+        ids = np.array(self._part("tokens", at))
+        labels = np.full(len(ids), IGNORE, np.int32)
+        for begin, end in self._part("trained", at).reshape(-1, 2):
+            labels[begin:end] = ids[begin:end]
+        return Sample(ids, labels, np.array(self._part("segments", at)))
+
+    @classmethod
+    def joined(cls, flats: Sequence[Sequence[np.ndarray]], lengths: Sequence[Sequence[np.ndarray]]) -> TokenDataset:
+        """Return the dataset of several chunks, each three flat arrays and three arrays of lengths, in memory."""
+        arrays, bounds = {}, {}
+        for i, name in enumerate(ARRAYS):
+            arrays[name] = np.concatenate([np.zeros(0, np.int32), *(flat[i] for flat in flats)])
+            bounds[name] = np.cumsum(np.concatenate([np.zeros(1, np.int64), *(counted[i] for counted in lengths)]))
+        return cls(arrays, bounds)
+
+    @property
+    def order(self) -> np.ndarray:
+        """Which samples of the store these are (N,)."""
+        return self._order
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample (N,), without touching the tokens."""
+        return np.diff(self._bounds["tokens"])[self._order]
+
+    @property
+    def trained_lengths(self) -> np.ndarray:
+        """Tokens that carry loss in each sample (N,)."""
+        runs = np.asarray(self._arrays["trained"]).reshape(-1, 2)
+        total = np.concatenate([[0], np.cumsum(runs[:, 1] - runs[:, 0], dtype=np.int64)])
+        ends = total[self._bounds["trained"] // 2]
+        return np.diff(ends)[self._order]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all samples."""
+        return int(self.lengths.sum())
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that carry loss, of all samples."""
+        return int(self.trained_lengths.sum())
+
+    def _part(self, name: str, at: int) -> np.ndarray:
+        bounds = self._bounds[name]
+        return self._arrays[name][bounds[at] : bounds[at + 1]]
+
+
+def in_memory(samples: Iterable[Packed]) -> TokenDataset:
+    """Return the dataset of `samples`, held in memory."""
+    kept = list(samples)
+    arrays, bounds = {}, {}
+    for name in ARRAYS:
+        parts = [getattr(sample, name) for sample in kept]
+        arrays[name] = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+        bounds[name] = np.concatenate([[0], np.cumsum([len(p) for p in parts], dtype=np.int64)]).astype(np.int64)
+    return TokenDataset(arrays, bounds)
+
+
+class Writer:
+    """Appends samples to a folder; `close` writes the index last, so a folder without one is not whole."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._files = {name: (folder / f"{name}.bin").open("wb") for name in ARRAYS}
+        self._lengths: dict[str, list[np.ndarray]] = {name: [] for name in ARRAYS}
+
+    def add(self, sample: Packed) -> None:
+        """Append one sample."""
+        self.add_many(*(getattr(sample, n) for n in ARRAYS), *(np.array([len(getattr(sample, n))]) for n in ARRAYS))
+
+    def add_many(self, *flat_and_lengths: np.ndarray) -> None:
+        """Append several samples at once: the three flat arrays, then the three arrays of lengths."""
+        for name, flat, lengths in zip(ARRAYS, flat_and_lengths[:3], flat_and_lengths[3:], strict=True):
+            self._files[name].write(np.ascontiguousarray(flat, np.int32).tobytes())
+            self._lengths[name].append(np.asarray(lengths, np.int64))
+
+    def close(self) -> TokenDataset:
+        """Finish the files and return the memory-mapped dataset."""
+        for name, file in self._files.items():
+            file.close()
+            lengths = np.concatenate(self._lengths[name]) if self._lengths[name] else np.zeros(0, np.int64)
+            np.save(self.folder / f"{name}.bounds.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+        (self.folder / "index.json").write_text(json.dumps({"samples": int(sum(map(len, self._lengths["tokens"])))}))
+        return open_folder(self.folder)
+
+
+def open_folder(folder: Path) -> TokenDataset:
+    """Return the memory-mapped dataset of a folder that a Writer closed."""
+    arrays, bounds = {}, {}
+    for name in ARRAYS:
+        path = folder / f"{name}.bin"
+        bounds[name] = np.load(folder / f"{name}.bounds.npy", mmap_mode="r")
+        empty = path.stat().st_size == 0
+        arrays[name] = np.zeros(0, np.int32) if empty else np.memmap(path, dtype=np.int32, mode="r")
+    return TokenDataset(arrays, bounds)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a Writer closed this folder."""
+    return (folder / "index.json").is_file()

@@ -1,0 +1,348 @@
+"""Which chat template is used and why, how messages become its text, and how a generation is asked for.
+
+Training and generation go through the same `ChatTemplate`: `render` for a whole conversation or a prompt,
+`generation_prompt` for the token ids that a model answers to. How text becomes tokens and masks: encode.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fastft.data.named_templates import INPUT_HEADINGS, NAMED
+from fastft.errors import FastFTError, one_of
+
+Message = dict[str, Any]
+Messages = Sequence[Message]
+
+TRAINING_DATE = datetime.date(2026, 1, 1)
+"""Some templates write today's date. Training uses one fixed day, so that a resumed run sees the same tokens."""
+
+THINKING_SWITCHES = ("enable_thinking", "thinking")
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+_USER, _ANSWER, _THOUGHT = "\U000f0ff0u", "\U000f0ff0a", "\U000f0ff0t"  # private use: in nobody's template
+
+
+class TemplateRefusedError(FastFTError):
+    """The template raised an error for these messages (roles that must alternate, no system role ...)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTemplate:
+    """A Jinja chat template bound to a tokenizer, and what was found out about it by rendering probes."""
+
+    name: str
+    source: str
+    why: str
+    tokenizer: Any = dataclasses.field(repr=False, compare=False)
+    needs_tokens: tuple[str, ...] = ()
+    """Special tokens it writes that a base model has not been trained on."""
+    thinking: bool | None = None
+    """How generation is asked for where the template can think: on, off; None: it has no such switch."""
+    notices: tuple[str, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """The same as `why`."""
+        return self.why
+
+    @cached_property
+    def control_tokens(self) -> frozenset[str]:
+        """All strings that are control tokens of the tokenizer, which in a user's text are only text."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        return frozenset(
+            str(t) for t in (*self.tokenizer.all_special_tokens, *(t for t in added if t.special)) if str(t)
+        )
+
+    @cached_property
+    def control_pattern(self) -> re.Pattern[str]:
+        """Matches any control token, the longest first."""
+        names = sorted(self.control_tokens, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+    @cached_property
+    def switch(self) -> str | None:
+        """The name of the variable that turns thinking on and off, where it changes anything."""
+        for name in THINKING_SWITCHES:
+            if name in self.source:
+                probe = [{"role": "user", "content": _USER}]
+                texts = {self._plain_render(probe, prompt=True, **{name: value}) for value in (True, False)}
+                if len(texts) == 2:
+                    return name
+        return None
+
+    @cached_property
+    def reasoning_key(self) -> str | None:
+        """Under which key of a message the template reads its reasoning; None: it knows of none."""
+        for key in REASONING_KEYS:
+            answer = {"role": "assistant", "content": _ANSWER, key: _THOUGHT}
+            text = self._try([{"role": "user", "content": _USER}, answer], **self._switched(True))
+            if text is not None and text.count(_THOUGHT) == 1 and text.count(_ANSWER) == 1:
+                return key
+        return None
+
+    @cached_property
+    def folds_system(self) -> bool:
+        """Whether the template refuses or forgets a system message, which then goes in front of the first user message."""
+        system = {"role": "system", "content": _THOUGHT}
+        rest = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}]
+        if self._try(rest) is None:
+            return False
+        text = self._try([system, *rest])
+        return text is None or _THOUGHT not in text
+
+    @cached_property
+    def input_heading(self) -> str | None:
+        """The heading of an Alpaca row's input, None where an empty line separates it from the instruction."""
+        return INPUT_HEADINGS.get(self.name)
+
+    @cached_property
+    def end_token_ids(self) -> list[int]:
+        """Ids that end an assistant's turn: what generation must stop at."""
+        from fastft.data.encode import UnusableRowError, turn_end
+
+        ids = []
+        call = {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": {"x": _ANSWER}}}
+        shapes: list[Message] = [
+            {"role": "assistant", "content": _ANSWER},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+        for shape in shapes:
+            try:
+                end = turn_end(self, [{"role": "user", "content": _USER}], shape, None, self._switched(self.thinking))
+            except (TemplateRefusedError, UnusableRowError):
+                continue  # this template knows no tool calls
+            token = end.token if end.token is not None else self.tokenizer.eos_token
+            if token is not None:
+                ids.append(self.tokenizer.convert_tokens_to_ids(token))
+        if self.tokenizer.eos_token_id is not None:
+            ids.append(self.tokenizer.eos_token_id)
+        return list(dict.fromkeys(ids))
+
+    def with_thinking(self, thinking: bool) -> ChatTemplate:
+        """Return the template that thinks, or does not, unless it is asked otherwise; unchanged without a switch.
+
+        The choice is written into the source, so that every program that renders the saved template agrees.
+        """
+        if self.switch is None:
+            return self
+        source = re.sub(r"^\{#- fastft.*? -#\}.*?\{\{ '' \}\}", "", self.source, count=1, flags=re.DOTALL)
+        value = str(thinking).lower()
+        pin = (
+            f"{{#- fastft: trained with {self.switch}={value} -#}}{{%- if {self.switch} is not defined -%}}"
+            f"{{%- set {self.switch} = {value} -%}}{{%- endif -%}}{{{{ '' }}}}"
+        )
+        made = dataclasses.replace(self, source=pin + source, thinking=thinking)
+        return made
+
+    def render(
+        self,
+        messages: Messages,
+        tools: Sequence[Any] | None = None,
+        *,
+        prompt: bool = False,
+        thinking: bool | None = None,
+        date: datetime.date = TRAINING_DATE,
+    ) -> str:
+        """Return the text of `messages`; with `prompt`, ended by what an answer is asked for with.
+
+        Raises TemplateRefusedError with the template's own words.
+        """
+        messages = [self._adapted(message) for message in messages]
+        if self.folds_system:
+            messages = _fold_system(messages)
+        if not messages:
+            raise TemplateRefusedError("no messages")
+        thinking = self.thinking if thinking is None else thinking
+        return self._plain_render(messages, tools, prompt=prompt, date=date, **self._switched(thinking))
+
+    def save(self, tokenizer: Any) -> None:
+        """Make it the tokenizer's own template, so that it is saved with it."""
+        tokenizer.chat_template = self.source
+
+    def _switched(self, thinking: bool | None) -> dict[str, bool]:
+        return {} if thinking is None or self.switch is None else {self.switch: thinking}
+
+    def _adapted(self, message: Message) -> Message:
+        """Put a message's reasoning where this template looks for it, else in front of the answer."""
+        message = {k: v for k, v in message.items() if k != "weight"}
+        reasoning = message.pop("reasoning_content", None)
+        if reasoning and self.reasoning_key:
+            message[self.reasoning_key] = reasoning
+        elif reasoning:
+            message["content"] = f"<think>\n{reasoning}\n</think>\n\n{message['content']}"
+        return message
+
+    def _plain_render(
+        self,
+        messages: Messages,
+        tools: Sequence[Any] | None = None,
+        *,
+        prompt: bool = False,
+        date: datetime.date = TRAINING_DATE,
+        **switches: bool,
+    ) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) if tools else None,
+                chat_template=self.source,
+                add_generation_prompt=prompt,
+                tokenize=False,
+                strftime_now=date.strftime,
+                **switches,
+            )
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            raise TemplateRefusedError(f"the chat template refuses these messages: {error}") from error
+
+    def _try(self, messages: Messages, **switches: bool) -> str | None:
+        try:
+            return self._plain_render(messages, **switches)
+        except TemplateRefusedError:
+            return None
+
+
+def choose_template(tokenizer: Any, name: str | None = None) -> ChatTemplate:
+    """Return the chat template: `name` (a named one, or a Jinja file), else the tokenizer's own, else a default.
+
+    A base model without a template gets ChatML where its vocabulary has the tokens of it, otherwise `plain`
+    ("User: ... / Assistant: ...", ended by EOS), which needs no new token. Raises FastFTError for an unknown name,
+    a template that cannot be rendered, or one whose special tokens the vocabulary lacks.
+    """
+    own = tokenizer.chat_template
+    if name is None and own:
+        source = own if isinstance(own, str) else own.get("default") or next(iter(own.values()))
+        return _checked(ChatTemplate("tokenizer", source, "the tokenizer's own", tokenizer), own=True)
+    if name is None:
+        has_chatml = {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_vocab().keys()
+        name = "chatml" if has_chatml else "plain"
+        why = "the tokenizer has no chat template; " + (
+            "its vocabulary has the tokens of ChatML" if has_chatml else "plain text ended by EOS needs no new token"
+        )
+    else:
+        why = "asked for by data.chat_template"
+    source = NAMED[name] if name in NAMED else _from_file(name)
+    if name in NAMED and _adds_bos(tokenizer):
+        source = "{{- bos_token -}}" + source
+    return _checked(ChatTemplate(name, source, why, tokenizer), own=bool(own))
+
+
+def generation_prompt(
+    tokenizer: Any,
+    template: ChatTemplate,
+    messages: Messages,
+    tools: Sequence[Any] | None = None,
+    *,
+    thinking: bool | None = None,
+    date: datetime.date = TRAINING_DATE,
+) -> list[int]:
+    """Return the ids that ask for an answer to `messages`: exactly those that stand before a trained answer.
+
+    `thinking` None: as it was trained. A special token spelled out in a message is text.
+    """
+    from fastft.data.encode import Coder
+
+    coder = Coder.of(tokenizer, template)
+    guarded = [coder.guard(message) for message in messages]
+    return coder.encode(template.render(guarded, tools, prompt=True, thinking=thinking, date=date))
+
+
+def encode_conversation(
+    tokenizer: Any, template: ChatTemplate, messages: Messages, tools: Sequence[Any] | None = None
+) -> tuple[list[int], list[int]]:
+    """Return `(input_ids, labels)` of the conversation up to its last answer; labels are -100 where there is no loss.
+
+    A template may write an earlier turn differently once it is history (without its thinking, say). Such a turn is
+    not trained here but in a sequence of its own: see `encode.encode_turns`, which returns them all.
+    """
+    from fastft.data.encode import encode_turns
+
+    last = encode_turns(tokenizer, template, messages, tools)[0]
+    return last.input_ids, last.labels
+
+
+def parse_arguments(arguments: Any) -> Any:
+    """Return a tool call's arguments as a dict where they are one written as JSON text."""
+    if isinstance(arguments, str):
+        try:
+            value = json.loads(arguments)
+        except json.JSONDecodeError:
+            return arguments
+        return value if isinstance(value, dict) else arguments
+    return arguments
+
+
+def _fold_system(messages: Messages) -> list[Message]:
+    if not messages or messages[0]["role"] != "system":
+        return list(messages)
+    system, *rest = messages
+    for index, message in enumerate(rest):
+        if message["role"] == "user":
+            rest[index] = {**message, "content": f"{system['content']}\n\n{message['content']}"}
+            return rest
+    return [{"role": "user", "content": system["content"]}, *rest]
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def _from_file(name: str) -> str:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        if path.suffix or "/" in name:
+            raise FastFTError(
+                f"data.chat_template: the file {name} does not exist. Named templates: {', '.join(NAMED)}."
+            )
+        raise one_of("chat template", name, NAMED)
+    return path.read_text(encoding="utf-8-sig")
+
+
+def _checked(template: ChatTemplate, *, own: bool) -> ChatTemplate:
+    """Render a probe: a template that cannot be rendered, or whose tokens are missing, is found here."""
+    from jinja2 import TemplateSyntaxError
+
+    probe: list[Message] = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = template.render(probe)
+    except TemplateSyntaxError as error:
+        raise FastFTError(f"chat template {template.name}, line {error.lineno}: {error.message}.") from error
+    if _ANSWER not in text:
+        raise FastFTError(f"chat template {template.name} does not write the assistant's answer; it renders {text!r}.")
+    tokenizer = template.tokenizer
+    vocabulary = tokenizer.get_vocab()
+    # Marks like <|im_end|> that the vocabulary does not hold would silently become many ordinary tokens.
+    marks = set(re.findall(r"<\|[a-z_0-9]+\|>|<(?:start|end)_of_turn>", text))
+    missing = sorted(mark for mark in marks if mark not in vocabulary)
+    if missing and template.name in NAMED:
+        fits = [n for n, s in NAMED.items() if not _lacking(s, vocabulary)]
+        raise FastFTError(
+            f"chat template {template.name} writes {', '.join(missing)}, which this tokenizer's vocabulary does not have. "
+            f"Templates that fit it: {', '.join(fits)}."
+        )
+    known = {tokenizer.bos_token, tokenizer.eos_token}
+    if own:
+        source = tokenizer.chat_template
+        source = source if isinstance(source, str) else " ".join(source.values())
+        known |= {t for t in template.control_tokens if t in source}
+    written = dict.fromkeys(m.group() for m in template.control_pattern.finditer(text))
+    needs = tuple(t for t in written if t not in known)
+    notices = (f"the template lacks {', '.join(missing)} in the vocabulary",) if missing else ()
+    if template.folds_system:
+        notices += ("this template has no system role; a system message goes in front of the first user message",)
+    return dataclasses.replace(template, needs_tokens=needs, notices=notices)
+
+
+def _lacking(source: str, vocabulary: dict[str, int]) -> bool:
+    marks = set(re.findall(r"<\|[a-z_0-9]+\|>|<(?:start|end)_of_turn>|<think>", source))
+    if source is NAMED["phi3"]:
+        marks = {"<|user|>", "<|assistant|>", "<|end|>"}
+    return any(mark not in vocabulary for mark in marks)
