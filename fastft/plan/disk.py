@@ -62,17 +62,21 @@ def vocabulary_bytes(shape: ModelShape) -> int:
 
 
 def tokenizer_bytes(shape: ModelShape) -> int:
-    """tokenizer.json, about 75 bytes an entry with its merge."""
-    return shape.vocab * 75
+    """The tokenizer's files: their real size where the model is a folder, else about 75 bytes an entry."""
+    return shape.tokenizer_bytes or shape.vocab * 75
+
+
+def checkpoint_bytes(shape: ModelShape, s: Situation) -> int:
+    """One checkpoint: adapter, two moments, tokenizer."""
+    optimizer = 2 * s.lora_bytes if s.optimizer == "adamw" else 2.06
+    return int(trainable(shape, s) * (s.lora_bytes + optimizer)) + tokenizer_bytes(shape)
 
 
 def checkpoint_term(shape: ModelShape, s: Situation, kept: int) -> Term:
     """Checkpoints: adapter and two moments; the best and the one being written come on top of those kept."""
-    n = trainable(shape, s)
-    optimizer = 2 * s.lora_bytes if s.optimizer == "adamw" else 2.06
-    one = n * (s.lora_bytes + optimizer) + tokenizer_bytes(shape)
-    formula = f"({kept} kept + best + one being written) x ({n:,} x {s.lora_bytes + optimizer:g} bytes + tokenizer)"
-    return Term(name="checkpoints", bytes=int((kept + 2) * one), formula=formula, source="adapter and optimizer state")
+    one = checkpoint_bytes(shape, s)
+    formula = f"({kept} kept + best + one being written) x {one:,} bytes"
+    return Term(name="checkpoints", bytes=(kept + 2) * one, formula=formula, source="adapter, optimizer, tokenizer")
 
 
 def adapter_bytes(shape: ModelShape, s: Situation) -> int:

@@ -63,6 +63,8 @@ class ModelShape:
     """How the checkpoint stores its weights: bfloat16, float16, float32, nf4 or mxfp4."""
     checkpoint_bytes: int = 0
     """Size of the safetensors files."""
+    tokenizer_bytes: int = 0
+    """Size of the tokenizer's files, where the model is a local folder."""
     local: bool = True
     notes: tuple[str, ...] = field(default=())
 
@@ -340,7 +342,8 @@ def _local_shape(folder: Path) -> ModelShape:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise FastFTError(f"{path} is not valid JSON: {error}. Download the model again.") from error
-    shape = shape_from_config(config, folder.name)
+    tokenizer = sum(file.stat().st_size for file in folder.glob("*token*") if file.is_file())
+    shape = replace(shape_from_config(config, folder.name), tokenizer_bytes=tokenizer)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         return shape

@@ -1,0 +1,368 @@
+"""How wrong is `fastft plan`? Predicted against measured peaks, one process a measurement.
+
+    python benchmarks/plan_error.py                 # all cases not measured yet, then the table and the plot
+    python benchmarks/plan_error.py --case NAME     # one case again
+    python benchmarks/plan_error.py --report        # only the table and the plot, from the committed results
+
+A case is a random model of a real size on disk, trained for a few steps by `fastft.train` and merged and exported by
+`fastft.export`, each in a process of its own. Measured is the peak of resident memory (VmHWM) above what the process
+had after its imports; predicted is the plan's peak without its term for the imports. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "plan_error.json"
+TABLE = HERE / "plan_error.md"
+PLOT = HERE / "plan_error.png"
+STEPS = 4
+PHASES = ("train", "merge", "export")
+
+# name: (family, hidden, layers, heads, kv heads, head size, intermediate, vocabulary, tied)
+MODELS = {
+    "llama-135m": ("llama", 576, 30, 9, 3, 64, 1536, 49152, True),
+    "llama-360m": ("llama", 960, 32, 15, 5, 64, 2560, 49152, True),
+    "qwen2-0.5b": ("qwen2", 896, 24, 14, 2, 64, 4864, 151936, True),
+    "qwen3-0.6b": ("qwen3", 1024, 28, 16, 8, 128, 3072, 151936, True),
+}
+CASES: dict[str, dict[str, Any]] = {
+    "llama-135m-512": {"model": "llama-135m", "length": 512},
+    "llama-135m-1024": {"model": "llama-135m", "length": 1024},
+    "llama-135m-2048": {"model": "llama-135m", "length": 2048},
+    "llama-135m-1024-r64": {"model": "llama-135m", "length": 1024, "rank": 64},
+    "llama-135m-1024-attention": {
+        "model": "llama-135m",
+        "length": 1024,
+        "targets": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    },
+    "llama-135m-2048-checkpointing": {"model": "llama-135m", "length": 2048, "checkpointing": True},
+    "llama-135m-1024-nf4": {"model": "llama-135m", "length": 1024, "quantization": "nf4"},
+    "llama-135m-1024-float32": {"model": "llama-135m", "length": 1024, "dtype": "float32"},
+    "llama-360m-512": {"model": "llama-360m", "length": 512},
+    "llama-360m-1024": {"model": "llama-360m", "length": 1024},
+    "llama-360m-1024-checkpointing": {"model": "llama-360m", "length": 1024, "checkpointing": True},
+    "qwen2-0.5b-512": {"model": "qwen2-0.5b", "length": 512},
+    "qwen2-0.5b-1024": {"model": "qwen2-0.5b", "length": 1024},
+    "qwen3-0.6b-512": {"model": "qwen3-0.6b", "length": 512},
+    "qwen3-0.6b-1024": {"model": "qwen3-0.6b", "length": 1024},
+    "qwen3-0.6b-1024-checkpointing": {"model": "qwen3-0.6b", "length": 1024, "checkpointing": True},
+}
+
+
+def main() -> None:
+    """Measure what is missing, then write the table and the plot."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", choices=CASES, action="append")
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fastft-plan-error")
+    parser.add_argument("--worker", choices=("make", *PHASES), help=argparse.SUPPRESS)
+    parser.add_argument("--settings", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        return WORKERS[arguments.worker](json.loads(arguments.settings))
+    records = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    if not arguments.report:
+        for name in arguments.case or [case for case in CASES if case not in records]:
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            records[name] = measure(name, arguments.work)
+            RESULTS.parent.mkdir(parents=True, exist_ok=True)
+            RESULTS.write_text(json.dumps(dict(sorted(records.items())), indent=1) + "\n")
+    report(records)
+    return None
+
+
+# --- one case
+
+
+def measure(name: str, work: Path) -> dict[str, Any]:
+    """Return the record of one case: predicted and measured bytes of each phase, disk, trainable parameters."""
+    case = CASES[name]
+    base = work / "models" / case["model"]
+    if not (base / "config.json").is_file():
+        _run("make", {"model": case["model"], "out": str(base)})
+    data = work / "data.jsonl"
+    if not data.is_file():
+        _write_data(data)
+    run = work / "runs" / name
+    shutil.rmtree(run, ignore_errors=True)
+    settings = {"config": _config(name, base, data, work), "run": str(run), "base": str(base)}
+    record: dict[str, Any] = {"case": case, "predicted": predict(settings["config"]), "measured": {}, "failed": {}}
+    for phase in PHASES:
+        try:
+            record["measured"] |= _run(phase, settings)
+        except subprocess.CalledProcessError as error:
+            record["failed"][phase] = error.stderr.strip().splitlines()[-1][:300] if error.stderr.strip() else "killed"
+    shutil.rmtree(run, ignore_errors=True)
+    return record | {"environment": environment()}
+
+
+def _config(name: str, base: Path, data: Path, work: Path) -> dict[str, Any]:
+    case = CASES[name]
+    return {
+        "project": name,
+        "output_dir": str(work / "runs"),
+        "model": {
+            "name": str(base),
+            "max_seq_length": case["length"],
+            "quantization": case.get("quantization", "none"),
+            "dtype": case.get("dtype", "auto"),
+        },
+        "data": {"source": str(data), "format": "text", "train_on": "everything", "eval_fraction": 0.05},
+        "lora": {"r": case.get("rank", 16), "target_modules": case.get("targets", "all-linear")},
+        "train": {
+            "effective_batch_size": 4,
+            "max_steps": STEPS,
+            "save_steps": STEPS,
+            "eval_steps": STEPS,
+            "gradient_checkpointing": case.get("checkpointing", False),
+            "micro_batch_tokens": case["length"],
+        },
+        "export": {"to": ["adapter"] if case.get("quantization") else ["adapter", "merged", "gguf:q8_0"]},
+    }
+
+
+def predict(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the plan's peaks above the imports, the bytes of the files, and the trainable parameters."""
+    from fastft.config import make_config
+    from fastft.hardware import probe
+    from fastft.plan import load_shape, plan
+    from fastft.plan.disk import adapter_bytes, checkpoint_bytes, export_term
+    from fastft.plan.resolve import resolve
+
+    config, hardware = make_config(values), probe()
+    shape = load_shape(config.model.name)
+    result = plan(config, hardware, shape)
+    s = resolve(config, hardware, shape).situation
+
+    def above_imports(phase: str) -> int:
+        return sum(t.bytes for t in result.phases[phase].ram_terms if t.name != "Python and libraries")
+
+    return {
+        "train": max(above_imports(phase) for phase in ("load", "train", "eval")),
+        "merge": above_imports("merge"),
+        "export": above_imports("export"),
+        "trainable_parameters": result.trainable_parameters,
+        "disk": {
+            "checkpoint": checkpoint_bytes(shape, s),
+            "adapter": adapter_bytes(shape, s),
+            "merged": export_term(shape, s, "merged").bytes,
+            "gguf": export_term(shape, s, "gguf:q8_0").bytes,
+        },
+    }
+
+
+def _run(worker: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Run one worker in a fresh process; returns the JSON object on its last line."""
+    command = [sys.executable, __file__, "--worker", worker, "--settings", json.dumps(settings)]
+    # Nothing here may ask a network, and the order of hashes must not move memory around.
+    quiet = {"HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | quiet)
+    return json.loads(done.stdout.strip().splitlines()[-1]) if done.stdout.strip() else {}
+
+
+def _write_data(path: Path) -> None:
+    """Long documents of known words: every row of training is full."""
+    words = random.Random(0)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(120):
+            file.write(json.dumps({"text": " ".join(f"w{words.randrange(2000)}" for _ in range(3000))}) + "\n")
+
+
+# --- workers: each runs alone in its process
+
+
+def _rss(key: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(f"{key}:")[1].split()[0]) * 1024
+
+
+def _start_of_measurement() -> int:
+    """Reset the kernel's high-water mark; returns the resident memory of the imports."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _rss("VmRSS")
+
+
+def make_model(settings: dict[str, Any]) -> None:
+    """Write a random bfloat16 model with a tokenizer of words."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    family, hidden, layers, heads, kv_heads, head, intermediate, vocab, tied = MODELS[settings["model"]]
+    config = AutoConfig.for_model(
+        family, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        head_dim=head, intermediate_size=intermediate, vocab_size=vocab, tie_word_embeddings=tied,
+        max_position_embeddings=8192, bos_token_id=None, eos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    words = {"<eos>": 0, "<pad>": 1, "<unk>": 2} | {f"w{i}": i + 3 for i in range(vocab - 3)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(settings["out"])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(settings["out"])
+
+
+def train_case(settings: dict[str, Any]) -> None:
+    """Train; print the peak above the imports, the disk of the checkpoint and the adapter, trainable parameters."""
+    from fastft.engines import get_engine
+
+    get_engine("unsloth")
+    import datasets  # noqa: F401
+    import peft  # noqa: F401
+    import trl  # noqa: F401
+
+    import fastft.data
+    import fastft.trainer  # noqa: F401
+    from fastft.config import make_config
+    from fastft.train import train
+
+    config = make_config(settings["config"])
+    before = _start_of_measurement()
+    result = train(config)
+    peak = _rss("VmHWM") - before
+    run = Path(result.run)
+    record = json.loads((run / "run.json").read_text())
+    checkpoint = next((run / "checkpoints").glob("checkpoint-*"))
+    disk = {"checkpoint": _folder(checkpoint), "adapter": (run / "final" / "adapter_model.safetensors").stat().st_size}
+    print(
+        json.dumps(
+            {"train": peak, "imports": before, "disk": disk, "trainable_parameters": record["trainable_parameters"]}
+        )
+    )
+
+
+def merge_case(settings: dict[str, Any]) -> None:
+    """Merge; print the peak above the imports and the size of the weights."""
+    _export_case(settings, "merged", "merge", "*.safetensors")
+
+
+def export_case(settings: dict[str, Any]) -> None:
+    """Write the GGUF file; print the peak above the imports and its size."""
+    _export_case(settings, "gguf:q8_0", "export", "*.gguf")
+
+
+def _export_case(settings: dict[str, Any], target: str, phase: str, pattern: str) -> None:
+    from fastft.export import export
+
+    if settings["config"]["model"]["quantization"] != "none":
+        return
+    import fastft.export.gguf
+    import fastft.export.merged  # noqa: F401
+
+    before = _start_of_measurement()
+    export(settings["run"], [target])
+    peak = _rss("VmHWM") - before
+    size = sum(file.stat().st_size for file in (Path(settings["run"]) / "export").rglob(pattern))
+    print(json.dumps({phase: peak, f"disk_{'merged' if phase == 'merge' else 'gguf'}": size}))
+
+
+def _folder(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+WORKERS = {"make": make_model, "train": train_case, "merge": merge_case, "export": export_case}
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, CPU, threads, commit and date."""
+    from fastft.hardware import probe
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    names = ("torch", "transformers", "peft", "unsloth", "unsloth_zoo")
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "cpu": probe().name,
+        "threads": os.environ.get("OMP_NUM_THREADS", str(probe().cpu_cores)),
+        "malloc": {key: value for key, value in os.environ.items() if key.startswith(("MALLOC_", "GLIBC_"))},
+        "commit": commit.stdout.strip(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+# --- the report
+
+
+def points(records: dict[str, Any]) -> list[tuple[str, str, int, int]]:
+    """Return (case, phase, predicted, measured) of every measured peak, in bytes."""
+    return [
+        (name, phase, record["predicted"][phase], record["measured"][phase])
+        for name, record in sorted(records.items())
+        for phase in PHASES
+        if phase in record["measured"]
+    ]
+
+
+def report(records: dict[str, Any]) -> None:
+    """Write the table and the scatter plot."""
+    rows = ["| case | phase | predicted | measured | error |", "|---|---|---:|---:|---:|"]
+    for name, phase, predicted, measured in points(records):
+        rows.append(
+            f"| {name} | {phase} | {predicted / 1e9:.2f} GB | {measured / 1e9:.2f} GB | {predicted / measured - 1:+.0%} |"
+        )
+    large = [abs(p / m - 1) for _, _, p, m in points(records) if m > 1e9]
+    inside = sum(error <= 0.15 for error in large)
+    head = "# Plan: predicted against measured\n\nGenerated by `python benchmarks/plan_error.py`. Peak resident memory above the imports.\n"
+    summary = (
+        f"\nAbove 1 GB: {inside} of {len(large)} within 15 %.\n" if large else "\nNothing has been measured yet.\n"
+    )
+    TABLE.write_text(head + summary + "\n" + "\n".join(rows) + "\n" + _disk_table(records), encoding="utf-8")
+    plot(records)
+    print(summary.strip(), file=sys.stderr)
+
+
+def _disk_table(records: dict[str, Any]) -> str:
+    rows = ["\n## Disk and parameters\n", "| case | file | predicted | measured | error |", "|---|---|---:|---:|---:|"]
+    for name, record in sorted(records.items()):
+        measured = record["measured"].get("disk", {}) | {
+            kind: record["measured"][f"disk_{kind}"]
+            for kind in ("merged", "gguf")
+            if f"disk_{kind}" in record["measured"]
+        }
+        for kind, size in measured.items():
+            predicted = record["predicted"]["disk"][kind]
+            rows.append(f"| {name} | {kind} | {predicted:,} | {size:,} | {predicted / size - 1:+.1%} |")
+        counts = record["predicted"]["trainable_parameters"], record["measured"].get("trainable_parameters")
+        if counts[1] is not None:
+            rows.append(
+                f"| {name} | trainable parameters | {counts[0]:,} | {counts[1]:,} | {counts[0] - counts[1]:+d} |"
+            )
+    return "\n".join(rows) + "\n"
+
+
+def plot(records: dict[str, Any]) -> None:
+    """Scatter of predicted over measured with the 15 % band."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for phase, marker in zip(PHASES, "osD", strict=True):
+        chosen = [(m / 1e9, p / 1e9) for _, kind, p, m in points(records) if kind == phase]
+        if chosen:
+            axes.scatter(*zip(*chosen, strict=True), marker=marker, label=phase)
+    top = max((max(p, m) for _, _, p, m in points(records)), default=1e9) / 1e9 * 1.1
+    axes.plot([0, top], [0, top], color="black", linewidth=0.8)
+    axes.fill_between([0, top], [0, 0.85 * top], [0, 1.15 * top], alpha=0.15, label="within 15 %")
+    axes.set(xlabel="measured peak, GB above imports", ylabel="predicted, GB", xlim=(0, top), ylim=(0, top))
+    axes.legend()
+    figure.savefig(PLOT, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
