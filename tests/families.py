@@ -110,7 +110,7 @@ FAMILIES: dict[str, Family] = {
         "<eos>",
         "<pad>",
         specials=("<start_of_turn>", "<end_of_turn>"),
-        config={"query_pre_attn_scalar": 24, "sliding_window": 16, "tie_word_embeddings": True},
+        config={"sliding_window": 16, "tie_word_embeddings": True},
     ),
     "gemma3": Family(
         "gemma3_text",
@@ -121,7 +121,6 @@ FAMILIES: dict[str, Family] = {
         "<pad>",
         specials=("<start_of_turn>", "<end_of_turn>"),
         config={
-            "query_pre_attn_scalar": 24,
             "sliding_window": 16,
             "tie_word_embeddings": True,
             "layer_types": ["sliding_attention", "full_attention"],
@@ -260,6 +259,8 @@ def make_config(spec: Family, tokenizer: Any, overrides: dict[str, Any]) -> Any:
     }
     if spec.model_type in {"qwen2", "phi3"}:
         del values["head_dim"]  # these families have no such field
+    if spec.model_type in {"gemma2", "gemma3_text"}:
+        values["query_pre_attn_scalar"] = hidden // 4
     if spec.model_type == "gemma4_text":
         values["vocab_size_per_layer_input"] = len(tokenizer)
     return AutoConfig.for_model(spec.model_type, **(values | spec.config | overrides))
@@ -298,7 +299,13 @@ def make_tokenizer(spec: Family, folder: Path, kind: str, tokenizer_model: bool 
     fast.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     saved = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(saved | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2), encoding="utf-8")
+    added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    saved |= {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        # as published models have it; transformers 5 no longer writes it
+        "added_tokens_decoder": {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in added},
+    }
+    path.write_text(json.dumps(saved, indent=2), encoding="utf-8")
     return AutoTokenizer.from_pretrained(folder)
 
 

@@ -100,7 +100,7 @@ def whole_or_nothing(out: Path, needed_bytes: int) -> Iterator[Path]:
 
 def check_disk(out: Path, needed_bytes: int) -> None:
     """Raise FastFTError with the numbers where the disk of `out` has fewer than `needed_bytes` free."""
-    place = out if out.is_dir() else out.parent
+    place = next(p for p in (out, *out.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(place).free
     if free < needed_bytes:
         raise FastFTError(
@@ -186,8 +186,6 @@ def _copy_tokenizer(weights: Weights, folder: Path) -> None:
             shutil.copyfile(source, folder / name)
     for name in BASE_FILES:
         sources = [place / name for place in (weights.adapter, weights.base) if place]
-        source = next((s for s in sources if s.is_file()), None)
-        if source:
-            shutil.copyfile(source, folder / name)
-    if not (folder / "tokenizer_config.json").is_file():
-        return  # a checkpoint without a tokenizer stays one
+        found = next((s for s in sources if s.is_file()), None)
+        if found:
+            shutil.copyfile(found, folder / name)

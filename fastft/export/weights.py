@@ -107,7 +107,7 @@ class Checkpoint:
         buffer = torch.empty(end - begin, dtype=torch.uint8)
         with open(path, "rb", buffering=0) as file:
             file.seek(start + begin)
-            view = memoryview(buffer.numpy())
+            view = memoryview(buffer.numpy().data)
             while view:  # one read returns at most 2 GiB
                 got = file.readinto(view)
                 if not got:
@@ -176,6 +176,7 @@ class Weights:
         self.changed: dict[str, Change] = {}
         self._names = [n for n in self._checkpoint.names if not _is_quantization_state(n)]
         self._drop_duplicate_head()
+        self._base_tied = self._is_tied()
         if self.adapter:
             self.adapter_config = read_json(self.adapter, "adapter_config.json")
             self._adapter = Checkpoint(self.adapter, "adapter_model.safetensors")
@@ -221,6 +222,17 @@ class Weights:
         if change.add:
             weight = weight + self._adapter.read(change.add, rows).to(torch.float32) * change.scale
         return weight
+
+    def lora_part(self, name: str) -> torch.Tensor:
+        """Return one of the adapter's own tensors, as `changed` names them, in float32."""
+        import torch
+
+        return self._adapter.read(name).to(torch.float32)
+
+    @property
+    def base_is_tied(self) -> bool:
+        """Whether the base uses its embedding as its head."""
+        return self._base_tied
 
     def _source(self, name: str) -> str:
         """The checkpoint tensor that `name` starts from: its own, or for a head that was tied, the embedding."""

@@ -22,7 +22,12 @@ LINEAR = ["q_proj", "k_proj", "down_proj"]
 CASES = {
     "plain": ("llama", {"target_modules": "all-linear"}, None, False),
     "rslora": ("llama", {"target_modules": LINEAR, "use_rslora": True}, None, False),
-    "alpha-pattern": ("mistral", {"target_modules": LINEAR, "alpha_pattern": {"k_proj": 3, "0.mlp.*": 32}}, None, False),
+    "alpha-pattern": (
+        "mistral",
+        {"target_modules": LINEAR, "alpha_pattern": {"k_proj": 3, "0.mlp.*": 32}},
+        None,
+        False,
+    ),
     "rank-pattern": ("mistral", {"target_modules": LINEAR, "rank_pattern": {"layers.1.*.q_proj": 2}}, None, False),
     "both-patterns-rslora": (
         "llama",
@@ -129,7 +134,9 @@ def test_rows_are_rows_of_the_whole(tmp_path):
     base = make_checkpoint("qwen2", tmp_path / "base", dtype="bfloat16")
     lora = {"target_modules": ["q_proj", "embed_tokens"], "use_dora": False}
     train_adapter(base, tmp_path / "lora", **lora)
-    train_adapter(base, tmp_path / "dora", target_modules=["q_proj"], use_dora=True, trainable_token_indices=[9, 10, 40])
+    train_adapter(
+        base, tmp_path / "dora", target_modules=["q_proj"], use_dora=True, trainable_token_indices=[9, 10, 40]
+    )
     for adapter in ("lora", "dora"):
         weights = Weights(base, tmp_path / adapter)
         for name in weights.changed:
