@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -84,8 +85,8 @@ def kind_of(path: Path) -> str:
         head = file.read(4096)
     if path.suffix != ".gguf" and not head.startswith(b"GGUF"):
         raise FastFTError(f"{path} is not a GGUF file, a Modelfile, or a model folder.")
-    # A damaged file is still to be checked: the type is looked for in the raw bytes of the header.
-    return "gguf-lora" if b"general.type" in head and b"adapter" in head.split(b"general.type", 1)[1][:64] else "gguf"
+    # A damaged file is still to be checked: its kind is looked for in the raw bytes (a text, 8, of 7 bytes).
+    return "gguf-lora" if b"general.type" + struct.pack("<IQ", 8, 7) + b"adapter" in head else "gguf"
 
 
 def make_reference(
