@@ -1,4 +1,4 @@
-"""From messages to token ids and a mask that is proven, sample by sample.
+r"""From messages to token ids and a mask that is proven, sample by sample.
 
 What is trained is defined by generation: for the assistant's message i, the template is asked for the prompt
 before it (`P`, with the generation prompt) and for the conversation through it (`E`). `E` must begin with `P`;
@@ -15,9 +15,12 @@ character and looking at what the template writes after it. The proof decodes th
 from __future__ import annotations
 
 import dataclasses
+import re
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from fastft.data.template import ChatTemplate, Message, Messages, TemplateRefusedError
 from fastft.errors import FastFTError
@@ -28,7 +31,7 @@ _SENTINEL = "\U000f0ff2"
 
 
 class UnusableRowError(FastFTError):
-    """This conversation cannot be trained on; `reason` is the key it is counted under."""
+    """A conversation that cannot be trained on; `reason` is the key it is counted under."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -83,6 +86,8 @@ class Coder:
         self.as_text.encode_special_tokens = True
         self.controls = sorted(template.control_tokens, key=len, reverse=True)
         self.guards = {token: chr(_GUARD + i) for i, token in enumerate(self.controls)}
+        last = chr(_GUARD + max(len(self.controls) - 1, 0))
+        self.guard_pattern = re.compile(f"[{chr(_GUARD)}-{last}]")
         self.unguard_table = {ord(char): token for token, char in self.guards.items()}
         self._plain_ids: dict[str, list[int]] = {}
         self._suffix_ids: dict[str, list[int]] = {}
@@ -110,7 +115,7 @@ class Coder:
 
     def unguard(self, text: str) -> str:
         """Return `text` with the guards replaced by what they stand for."""
-        return text.translate(self.unguard_table)
+        return text.translate(self.unguard_table) if self.guard_pattern.search(text) else text
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of template text, in which control tokens count."""
@@ -131,23 +136,21 @@ class Coder:
         one token), the text is encoded in two parts: that is what generation sees.
         """
         encoding = self.backend.encode(text, add_special_tokens=False)
-        offsets = encoding.offsets if spans or not text.isascii() else []
         ids = encoding.ids
         token_spans = []
         for start, end in spans:
-            first, last = _first_at(offsets, start), _first_at(offsets, end)
-            for edge, token in ((start, first), (end, last)):
-                if token > 0 and offsets[token - 1][1] > edge > offsets[token - 1][0]:
-                    return self._encode_cut(text, spans, edge)
+            first, last = _edge(encoding, text, start), _edge(encoding, text, end)
+            if first is None or last is None:
+                return self._encode_cut(text, spans, start if first is None else end)
             token_spans.append((first, last))
-        if not text.isascii() and any(_GUARD <= ord(char) < _GUARD + len(self.guards) for char in set(text)):
-            return self._resolve(text, ids, offsets, token_spans)
+        if self.guard_pattern.search(text):
+            return self._resolve(text, ids, encoding.offsets, token_spans)
         return ids, token_spans
 
     def _encode_cut(
         self, text: str, spans: Sequence[tuple[int, int]], edge: int
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Encode the parts before and after `edge` on their own; the proof finds out where that is not the same text."""
+        """Encode the parts before and after `edge` on their own; the proof finds out where that changes the text."""
         left, left_spans = self.encode_spans(text[:edge], [s for s in spans if s[1] <= edge])
         rest = [(max(s, edge) - edge, e - edge) for s, e in spans if e > edge]
         right, right_spans = self.encode_spans(text[edge:], rest)
@@ -184,14 +187,14 @@ class Coder:
             self._plain_ids[token] = ids
         return self._plain_ids[token]
 
-    def decode(self, ids: Sequence[int], start: int, end: int) -> str:
+    def decode(self, ids: np.ndarray, start: int, end: int) -> str:
         """Return the text of tokens start..end as it stands in the whole (some decoders drop a first space)."""
         before = max(0, start - 8)
-        prefix = self.backend.decode(list(ids[before:start]), skip_special_tokens=False)
-        return self.backend.decode(list(ids[before:end]), skip_special_tokens=False)[len(prefix) :]
+        prefix = self.backend.decode(ids[before:start].tolist(), skip_special_tokens=False)
+        return self.backend.decode(ids[before:end].tolist(), skip_special_tokens=False)[len(prefix) :]
 
     def same(self, decoded: str, expected: str) -> bool:
-        """Whether `decoded` is `expected`, up to what the tokenizer normalises away (NFC, spaces, unknown characters)."""
+        """Whether `decoded` is `expected`, up to what the tokenizer normalises away (NFC, spaces, the unknown)."""
         if decoded == expected:
             return True
         normalizer = self.backend.normalizer
@@ -241,17 +244,12 @@ def encode_turns(
 
 def prove(coder: Coder, input_ids: Sequence[int], labels: Sequence[int], answers: Sequence[str]) -> None:
     """Raise UnusableRowError unless the runs of trained tokens decode to exactly `answers`, in order."""
-    runs = []
-    start = None
-    for position in range(len(labels) + 1):
-        trained = position < len(labels) and labels[position] != IGNORE
-        if trained and start is None:
-            start = position
-        elif not trained and start is not None:
-            runs.append((start, position))
-            start = None
-    wrong = [i for i, (label, token) in enumerate(zip(labels, input_ids, strict=True)) if label not in (IGNORE, token)]
-    decoded = [coder.decode(input_ids, a, b) for a, b in runs]
+    ids, targets = np.asarray(input_ids), np.asarray(labels)
+    mask = targets != IGNORE
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8))).tolist()
+    runs = list(zip(edges[::2], edges[1::2], strict=True))
+    wrong = bool((targets[mask] != ids[mask]).any())
+    decoded = [coder.decode(ids, a, b) for a, b in runs]
     if len(decoded) != len(answers):  # answers that follow each other without a token between are one run
         decoded, answers = ["".join(decoded)], ["".join(answers)]
     for got, expected in zip(decoded, answers, strict=True):
@@ -334,7 +332,7 @@ def _turn(coder: Coder, messages: Messages, tools: Sequence[Any] | None, index: 
 
 
 def _bridged(template: ChatTemplate, message: Message, prompt: str, whole: str) -> str:
-    """Return the text for a template that asks with a think block which it leaves out of finished turns.
+    r"""Return the text for a template that asks with a think block which it leaves out of finished turns.
 
     prompt  ...<Assistant><think>\n          whole   ...<Assistant>Hello!<end>
     return  ...<Assistant><think>\n the reasoning \n</think>\n\nHello!<end>
@@ -349,7 +347,7 @@ def _bridged(template: ChatTemplate, message: Message, prompt: str, whole: str) 
     if not asked.strip().endswith(">") or not answered.lstrip().startswith(first or "<"):
         raise UnusableRowError(
             "template_mismatch",
-            f"the chat template {template.name} asks for an answer with {prompt[-60:]!r}, but does not write answers after it",
+            f"the chat template {template.name} asks for an answer with {prompt[-60:]!r}, but writes none there",
         )
     if asked.count("<think>") > asked.count("</think>"):
         return f"{prompt}{message.get('reasoning_content') or ''}\n</think>\n\n{answered.lstrip()}"
@@ -408,7 +406,7 @@ def _sequence(coder: Coder, text: str, turns: list[Turn]) -> Encoded:
 
 
 def _prove_prompt(coder: Coder, prompt: str, ids: list[int], first: int) -> None:
-    """The tokens before the answer are those that generation is asked with (compared from the last control token on)."""
+    """The tokens before the answer are those that generation is asked with (from the last control token on)."""
     controls = list(coder.template.control_pattern.finditer(prompt))
     suffix = prompt[controls[-1].start() :] if controls else prompt
     expected = coder._suffix_ids.get(suffix)
@@ -437,16 +435,17 @@ def _everything(coder: Coder, messages: Messages, tools: Sequence[Any] | None) -
     return Encoded(ids, list(ids), [answer])
 
 
-def _first_at(offsets: list[tuple[int, int]], position: int) -> int:
-    """Return the first token that starts at or after `position` (binary search; offsets never go back)."""
-    low, high = 0, len(offsets)
-    while low < high:
-        middle = (low + high) // 2
-        if offsets[middle][0] < position:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+def _edge(encoding: Any, text: str, position: int) -> int | None:
+    """Return the first token that starts at or after `position`; None where a token reaches over it."""
+    for char in range(position, len(text)):
+        token = encoding.char_to_token(char)
+        if token is None:
+            continue  # white space that the tokenizer drops belongs to no token
+        begin, _ = encoding.token_to_chars(token)
+        if begin >= position:
+            return token
+        return None if char == position else token + 1
+    return len(encoding.ids)
 
 
 def _fits(parts: list[str], text: str) -> bool:

@@ -337,11 +337,9 @@ def _check(example: Example) -> None:
         raise BadRowError("empty_answer", "the answer is empty")
     if any(not m["content"].strip() and not m.get("tool_calls") for m in answers):
         raise BadRowError("empty_answer", "one of the answers is empty")
-    if roles[0] == "assistant" or (
-        roles[0] == "system" and len(roles) > 1 and roles[1] == "assistant" and len(answers) == 1
-    ):
-        if len(answers) == 1 or "user" not in roles:
-            raise BadRowError("no_prompt", "the answer has nothing before it that asks for it")
+    first = next((role for role in roles if role != "system"), None)
+    if first == "assistant" and (len(answers) == 1 or "user" not in roles):
+        raise BadRowError("no_prompt", "the answer has nothing before it that asks for it")
     if "system" in roles[1:]:
         raise BadRowError(
             "role_order", f"a system message stands at place {roles.index('system', 1) + 1}, it belongs first"

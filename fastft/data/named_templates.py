@@ -29,13 +29,14 @@ _SYSTEM = (
 _MISTRAL = (
     _SYSTEM + "{%- for message in turns -%}"
     "{%- if message['role'] == 'assistant' -%}{{- ' ' + (message['content'] | trim) + eos_token -}}"
-    "{%- else -%}{{- '[INST] ' + (system if loop.first else '') + (message['content'] | trim) + ' [/INST]' -}}{%- endif -%}"
-    "{%- endfor -%}"
+    "{%- else -%}{{- '[INST] ' + (system if loop.first else '') + (message['content'] | trim) + ' [/INST]' -}}"
+    "{%- endif -%}{%- endfor -%}"
 )
 
 
 _INSTRUCTION = (
-    "{%- if messages[0]['role'] == 'system' -%}{{- messages[0]['content'] + '\\n\\n' -}}{%- set turns = messages[1:] -%}"
+    "{%- if messages[0]['role'] == 'system' -%}{{- messages[0]['content'] + '\\n\\n' -}}"
+    "{%- set turns = messages[1:] -%}"
     "{%- else -%}{{- SYSTEM + '\\n\\n' -}}{%- set turns = messages -%}{%- endif -%}"
     "{%- for message in turns -%}{%- if message['role'] == 'assistant' -%}"
     "{{- ANSWERED + '\\n' + (message['content'] | trim) + eos_token -}}"
@@ -66,8 +67,8 @@ _PLAIN = (
 
 _QWEN3 = (
     "{%- set last = namespace(asked=-1) -%}"
-    "{%- for message in messages -%}{%- if message['role'] == 'user' -%}{%- set last.asked = loop.index0 -%}{%- endif -%}"
-    "{%- endfor -%}"
+    "{%- for message in messages -%}{%- if message['role'] == 'user' -%}{%- set last.asked = loop.index0 -%}"
+    "{%- endif -%}{%- endfor -%}"
     "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' -}}"
     "{%- if message['role'] == 'assistant' and loop.index0 > last.asked -%}"
     "{{- '<think>\\n' + ((message['reasoning_content'] or '') | trim) + '\\n</think>\\n\\n' -}}{%- endif -%}"

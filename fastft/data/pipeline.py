@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import heapq
+import itertools
 import json
 import os
 import shutil
@@ -287,7 +288,7 @@ def _divide(
     conversations = _conversations(main, other, held)
     if not len(evaluation) and (config.eval_fraction > 0 or other):
         report.notices.append(
-            f"nothing is held out: {len(main.marks.lines)} rows are too few for eval_fraction {config.eval_fraction}"
+            f"nothing is held out: {len(main.marks.lines)} rows are too few for {config.eval_fraction}"
         )
     return Prepared(train, evaluation if len(evaluation) else None, report, template, fingerprint, conversations)
 
@@ -390,13 +391,13 @@ def _notices(config: DataConfig, template: ChatTemplate, main: _Side) -> list[st
         if template.switch:
             state = "on" if template.thinking else "off"
             notices.append(
-                f"this template can think: {counts.reasoning_turns:,} of {counts.turns:,} answers come with reasoning, so "
-                f"thinking is {state} unless it is asked for otherwise"
+                f"this template can think: {counts.reasoning_turns:,} of {counts.turns:,} answers come with reasoning, "
+                f"so thinking is {state} unless it is asked for otherwise"
             )
     if counts.unrolled:
         notices.append(
-            f"{counts.unrolled:,} conversations became several samples: this template writes earlier answers differently "
-            "once they are history, so each answer is trained as it is generated"
+            f"{counts.unrolled:,} conversations became several samples: this template writes earlier answers "
+            "differently once they are history, so each answer is trained as it is generated"
         )
     said = [
         (counts.lossy, "rows hold characters that the tokenizer does not know"),
@@ -405,10 +406,8 @@ def _notices(config: DataConfig, template: ChatTemplate, main: _Side) -> list[st
     ]
     notices += [f"{count:,} {what}" for count, what in said if count]
     if counts.secrets:
-        lines = ", ".join(map(str, counts.secret_lines[:5]))
-        notices.append(
-            f"{sum(counts.secrets.values()):,} rows hold what looks like a key (lines {lines}); a model learns them by heart"
-        )
+        lines, count = ", ".join(map(str, counts.secret_lines[:5])), sum(counts.secrets.values())
+        notices.append(f"{count:,} rows hold what looks like a key (lines {lines}); a model learns them by heart")
     if config.train_on == "everything":
         notices.append("train_on: everything, so what is asked is trained too")
     return notices
@@ -424,7 +423,7 @@ def _preview(template: ChatTemplate, train: TokenDataset, count: int = 3) -> lis
         edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
         pieces = [
             (template.tokenizer.decode(ids[a:b].tolist(), skip_special_tokens=False), bool(mask[a]))
-            for a, b in zip(edges, edges[1:], strict=False)
+            for a, b in itertools.pairwise(edges)
         ]
         made.append(ReportSample(tokens=len(sample.input_ids), pieces=pieces))
     return made

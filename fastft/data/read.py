@@ -459,8 +459,8 @@ def _from_hub(source: str, name: str | None, split: str, streaming: bool) -> Sou
         )
     except DatasetNotFoundError as error:
         raise FastFTError(
-            f"{source} is no file here and no dataset on the Hub that can be read ({error}). Check the spelling; a private "
-            "dataset needs HF_TOKEN or `hf auth login`."
+            f"{source} is no file here and no dataset on the Hub that can be read ({error}). Check the spelling; a "
+            "private dataset needs HF_TOKEN or `hf auth login`."
         ) from error
     except ValueError as error:  # unknown split or configuration: the message lists them
         raise FastFTError(f"the dataset {source}: {error}.") from error

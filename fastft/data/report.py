@@ -119,7 +119,8 @@ def _print_table(report: DataReport, console: Any) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     share = report.trained_tokens / max(report.tokens, 1)
     lengths = report.lengths
-    cut = f"{report.truncated:,} samples ({report.truncated / max(report.samples, 1):.1%}), {report.truncated_tokens:,} tokens cut off"
+    part = report.truncated / max(report.samples, 1)
+    cut = f"{report.truncated:,} samples ({part:.1%}), {report.truncated_tokens:,} tokens cut off"
     rows = [
         ("source", f"{report.source} ({report.kind})"),
         ("format", f"{report.format}: {report.evidence}"),

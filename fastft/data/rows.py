@@ -33,6 +33,7 @@ SECRETS = {
     "JSON web token": r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}",
 }
 _ANY_SECRET = re.compile("|".join(f"(?P<s{i}>{pattern})" for i, pattern in enumerate(SECRETS.values())))
+_MAYBE_SECRET = re.compile(r"hf_|sk-|gh[pousr]_|github_pat_|A[KS]IA|AIza|xox|-----BEGIN|eyJ")  # quick
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _SPACES = re.compile(r"\s+")
 
@@ -226,7 +227,7 @@ class RowMaker:
         joined = "\n".join(texts)
         counts.control_characters += _CONTROL.search(joined) is not None
         counts.special_token_text += self.template.control_pattern.search(joined) is not None
-        if self.settings.check_secrets:
+        if self.settings.check_secrets and _MAYBE_SECRET.search(joined):
             found = {str(match.lastgroup) for match in _ANY_SECRET.finditer(joined)}
             for group in found:
                 kind = list(SECRETS)[int(group[1:])]

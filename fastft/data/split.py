@@ -57,7 +57,7 @@ def held_out(marks: RowMarks, groups: Groups, fraction: float) -> np.ndarray:
 
 
 def leaked(train: RowMarks, held: RowMarks) -> int:
-    """Return how many held-out rows stand in the training set too: equal or nearly equal content, or the same question."""
+    """Return how many held-out rows are in the training set too: (nearly) equal content, or the same question."""
     same = np.isin(held.content, train.content) | np.isin(held.asked, train.asked)
     both = np.concatenate([train.signatures, held.signatures])
     edges = _near_edges(both)

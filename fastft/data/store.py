@@ -42,7 +42,9 @@ class Packed:
     segments: np.ndarray
 
     @classmethod
-    def of(cls, ids: Sequence[int], labels: Sequence[int], segments: Sequence[int] | None = None) -> Packed:
+    def of(
+        cls, ids: Sequence[int] | np.ndarray, labels: Sequence[int] | np.ndarray, segments: Sequence[int] | None = None
+    ) -> Packed:
         """Return the stored form of ids and labels."""
         mask = np.asarray(labels, dtype=np.int64) != IGNORE
         edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
@@ -62,7 +64,7 @@ class TokenDataset:
     def __len__(self) -> int:
         return len(self._order)
 
-    def __getitem__(self, index: int | slice | Sequence[int]) -> Any:
+    def __getitem__(self, index: int | slice | Sequence[int] | np.ndarray) -> Any:
         if isinstance(index, slice | list | np.ndarray):
             return TokenDataset(self._arrays, self._bounds, self._order[index])
         at = int(self._order[index])

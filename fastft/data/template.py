@@ -72,7 +72,7 @@ class ChatTemplate:
         for name in THINKING_SWITCHES:
             if name in self.source:
                 probe = [{"role": "user", "content": _USER}]
-                texts = {self._plain_render(probe, prompt=True, **{name: value}) for value in (True, False)}
+                texts = {self._plain_render(probe, prompt=True, switches={name: value}) for value in (True, False)}
                 if len(texts) == 2:
                     return name
         return None
@@ -82,14 +82,14 @@ class ChatTemplate:
         """Under which key of a message the template reads its reasoning; None: it knows of none."""
         for key in REASONING_KEYS:
             answer = {"role": "assistant", "content": _ANSWER, key: _THOUGHT}
-            text = self._try([{"role": "user", "content": _USER}, answer], **self._switched(True))
+            text = self._try([{"role": "user", "content": _USER}, answer], self._switched(True))
             if text is not None and text.count(_THOUGHT) == 1 and text.count(_ANSWER) == 1:
                 return key
         return None
 
     @cached_property
     def folds_system(self) -> bool:
-        """Whether the template refuses or forgets a system message, which then goes in front of the first user message."""
+        """Whether the template refuses or forgets a system message: it then goes before the first user message."""
         system = {"role": "system", "content": _THOUGHT}
         rest = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}]
         if self._try(rest) is None:
@@ -160,7 +160,7 @@ class ChatTemplate:
         if not messages:
             raise TemplateRefusedError("no messages")
         thinking = self.thinking if thinking is None else thinking
-        return self._plain_render(messages, tools, prompt=prompt, date=date, **self._switched(thinking))
+        return self._plain_render(messages, tools, prompt=prompt, date=date, switches=self._switched(thinking))
 
     def save(self, tokenizer: Any) -> None:
         """Make it the tokenizer's own template, so that it is saved with it."""
@@ -186,7 +186,7 @@ class ChatTemplate:
         *,
         prompt: bool = False,
         date: datetime.date = TRAINING_DATE,
-        **switches: bool,
+        switches: dict[str, bool] | None = None,
     ) -> str:
         from jinja2 import TemplateError
 
@@ -198,14 +198,14 @@ class ChatTemplate:
                 add_generation_prompt=prompt,
                 tokenize=False,
                 strftime_now=date.strftime,
-                **switches,
+                **(switches or {}),
             )
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             raise TemplateRefusedError(f"the chat template refuses these messages: {error}") from error
 
-    def _try(self, messages: Messages, **switches: bool) -> str | None:
+    def _try(self, messages: Messages, switches: dict[str, bool] | None = None) -> str | None:
         try:
-            return self._plain_render(messages, **switches)
+            return self._plain_render(messages, switches=switches)
         except TemplateRefusedError:
             return None
 
@@ -325,7 +325,7 @@ def _checked(template: ChatTemplate, *, own: bool) -> ChatTemplate:
     if missing and template.name in NAMED:
         fits = [n for n, s in NAMED.items() if not _lacking(s, vocabulary)]
         raise FastFTError(
-            f"chat template {template.name} writes {', '.join(missing)}, which this tokenizer's vocabulary does not have. "
+            f"chat template {template.name} writes {', '.join(missing)}, which this tokenizer's vocabulary lacks. "
             f"Templates that fit it: {', '.join(fits)}."
         )
     known = {tokenizer.bos_token, tokenizer.eos_token}
@@ -335,7 +335,7 @@ def _checked(template: ChatTemplate, *, own: bool) -> ChatTemplate:
         known |= {t for t in template.control_tokens if t in source}
     written = dict.fromkeys(m.group() for m in template.control_pattern.finditer(text))
     needs = tuple(t for t in written if t not in known)
-    notices = (f"the template lacks {', '.join(missing)} in the vocabulary",) if missing else ()
+    notices: tuple[str, ...] = (f"the template lacks {', '.join(missing)} in the vocabulary",) if missing else ()
     if template.folds_system:
         notices += ("this template has no system role; a system message goes in front of the first user message",)
     return dataclasses.replace(template, needs_tokens=needs, notices=notices)
