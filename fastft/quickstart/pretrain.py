@@ -1,6 +1,6 @@
 """Make the quickstart's base model: ``python -m fastft.quickstart.pretrain --out DIR``.
 
-A Llama of 3.8M parameters reads about 120 made-up towns until it can complete any sentence about them. Two things
+A Llama of 3.6M parameters reads about 120 made-up towns until it can complete most sentences about them. Two things
 decide whether it does: it begins with 20 towns and meets the others step by step (drawing from all of them at once
 stays on a plateau where only the form of the sentences is learnt), and progress is judged by recall of the facts,
 since the loss is mostly the unguessable choice of town and wording.
@@ -68,7 +68,7 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerBase:
 
 
 def make_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Return the random Llama: 3.8M parameters, every row length a multiple of 256 (K-quants need that)."""
+    """Return the random Llama: 3.6M parameters, every row length a multiple of 256 (K-quants need that)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
