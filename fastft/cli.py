@@ -6,6 +6,7 @@ standard output carries one JSON object and nothing else; everything a person re
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -13,6 +14,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -40,35 +42,39 @@ Out = Annotated[Path | None, typer.Option("--out", help="where exports go (defau
 
 
 def main() -> NoReturn:
-    """Run the command line; turns every error into one message and an exit code."""
-    debug = "--debug" in sys.argv
-    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
-    answer = _claim_stdout() if "--json" in sys.argv else None
-    if not debug:
-        _quiet_libraries()
-    try:
-        result = app(standalone_mode=False)
-        code = result if isinstance(result, int) else 0
-    except FastFTError as error:
-        _say(error, debug)
-        code = error.exit_code
-    except typer.Exit as leave:
-        code = leave.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    except Exception as error:
-        if _is_usage_error(error):
-            error.show()  # type: ignore[attr-defined]
-            code = 2
-        else:
-            _say(f"unexpected {type(error).__name__}: {error}. This is a bug of fastft; --debug shows where.", debug)
-            code = 3
-    if answer is not None:
-        answer.flush()
+    """Run the command line and leave with its exit code."""
+    code = run(sys.argv[1:])
+    sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: threads that libraries leave behind must not hold up the shell. Output is flushed above.
-    os._exit(code) if "torch" in sys.modules else sys.exit(code)
+    if "torch" in sys.modules:
+        os._exit(code)  # threads that libraries leave behind must not hold up the shell
+    sys.exit(code)
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; returns the exit code, with every error turned into one message on standard error."""
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    with _claimed_stdout() if "--json" in arguments else contextlib.nullcontext():
+        # Threads that spin while they wait for a core slow a shared machine down tenfold; must be set before torch loads.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        if not debug:
+            _quiet_libraries()
+        try:
+            result = app(args=arguments, standalone_mode=False)
+            return result if isinstance(result, int) else 0
+        except FastFTError as error:
+            _say(error, debug)
+            return error.exit_code
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except Exception as error:  # the last door: no traceback reaches a user who did not ask for it
+            if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's usage errors: wrong options
+                error.show()
+                return 2
+            _say(f"unexpected {type(error).__name__}: {error}. This is a bug of fastft; --debug shows where.", debug)
+            return 3
 
 
 # --- the main job
@@ -165,8 +171,8 @@ def chat(
     from fastft.generate import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    layers: int | str = int(gpu_layers) if gpu_layers.lstrip("-").isdigit() else gpu_layers
-    keywords: dict[str, Any] = {"base": base, "dtype": dtype, "loras": lora, "gpu_layers": layers, "n_ctx": n_ctx}
+    keywords: dict[str, Any] = {"base": base, "dtype": dtype, "loras": lora, "n_ctx": n_ctx}
+    keywords["gpu_layers"] = _layers(gpu_layers)
     if prompt is None:
         if as_json:
             raise FastFTError("--json needs --prompt.")
@@ -178,39 +184,118 @@ def chat(
 @app.command()
 def export(
     run: RunArgument,
-    to: Annotated[
-        str, typer.Option("--to", help="adapter, merged, gguf:TYPE, gguf-lora, ollama; comma-separated")
-    ] = "merged",
+    to: Annotated[str, typer.Option("--to", help="adapter, merged, gguf:TYPE, gguf-lora, ollama; comma-separated")] = "merged",
     out: Out = None,
     base: Base = None,
     dtype: Annotated[str, typer.Option("--dtype", help="of merged: auto, float32, bfloat16, float16")] = "auto",
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="write the certificate")] = True,
+    certify: Annotated[bool, typer.Option("--verify/--no-verify", help="write the certificate")] = True,
     imatrix: Annotated[str | None, typer.Option("--imatrix", help="auto: from the run's own data")] = None,
     quant: Annotated[str | None, typer.Option("--quant", help="auto: the smallest GGUF type within --max-kl")] = None,
     max_kl: Annotated[float, typer.Option("--max-kl", help="KL budget of --quant auto, nats a token")] = 0.01,
     as_json: Json = False,
 ) -> None:
-    """Export a run as adapter, merged model, GGUF or Ollama model."""
+    """Export a run as adapter, merged model, GGUF or Ollama model, with a certificate."""
     from fastft.export import export as run_export
 
     targets = [part.strip() for part in to.split(",") if part.strip()]
-    result = run_export(
-        run, targets, out=out, base=base, dtype=dtype, certify=verify, imatrix=imatrix, quant=quant, max_kl=max_kl
-    )
-    _print(result, as_json)
+    options: dict[str, Any] = {"dtype": dtype, "imatrix": imatrix, "quant": quant, "max_kl": max_kl}
+    result = run_export(run, targets, out=out, base=base, **options)
+    if certify:
+        from fastft.verify import verify as run_verify
+
+        checked = run_verify(run, out=out, base=base, files=[entry["path"] for entry in result["files"]])
+        result["certificate"] = checked
+        _print(result, as_json, text=_verdicts(checked))
+        return _fail_unless_verified(checked)
+    _print(result, as_json, text="\n".join(entry["path"] for entry in result["files"]))
+
+
+@app.command()
+def verify(run: RunArgument, out: Out = None, base: Base = None, as_json: Json = False) -> None:
+    """Check every exported file against the trained model; exit 1 where one is not it."""
+    from fastft.verify import verify as run_verify
+
+    checked = run_verify(run, out=out, base=base)
+    _print(checked, as_json, text=_verdicts(checked))
+    _fail_unless_verified(checked)
+
+
+@app.command()
+def serve(
+    file: Annotated[Path, typer.Argument(help="a .gguf file")],
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on")] = 8080,
+    lora: Annotated[list[str] | None, typer.Option("--lora", help="adapter GGUF on a base GGUF (repeatable)")] = None,
+    gpu_layers: Annotated[str, typer.Option("--gpu-layers", help="layers on the GPU: auto or a number")] = "auto",
+    n_ctx: Annotated[int | None, typer.Option("--n-ctx", help="context in tokens")] = None,
+) -> None:
+    """Serve a GGUF file with an OpenAI-compatible API."""
+    from fastft.serve import serve as run_server
+
+    run_server(file, host=host, port=port, loras=lora or [], gpu_layers=_layers(gpu_layers), n_ctx=n_ctx)
+
+
+# --- know before you start
+
+
+@app.command()
+def plan(
+    config: Annotated[Path | None, typer.Argument(help="the run's YAML config")] = None,
+    overrides: Overrides = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="plan for this card instead of this machine")] = None,
+    apply: Annotated[Path | None, typer.Option("--apply", help="write the config with the changes that make it fit")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="write the stacked bars as PNG")] = None,
+    table: Annotated[bool, typer.Option("--table", help="which model sizes fit which card")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say beforehand whether it fits: VRAM, RAM, disk, time; exit 1 where it does not."""
+    from fastft.plan import command
+
+    if table:
+        rows = command.table()
+        return _print(rows, as_json, text=command.table_text(rows))
+    if config is None:
+        raise FastFTError("give a config (fastft plan run.yaml), or --table.")
+    result = command.run(config, overrides, gpu=gpu, apply=apply, plot=plot, show=not as_json)
+    _print(result, as_json, text="")
+    if result.verdict == "does_not_fit":
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    quick: Annotated[bool, typer.Option("--quick", help="skip what takes seconds (importing Unsloth, llama.cpp)")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check this machine: versions, GPU, memory, Hub, llama.cpp, Unsloth's patches; exit 1 where something blocks."""
+    from fastft.doctor import doctor as examine
+
+    report = examine(quick=quick)
+    if not as_json:
+        report.print()
+    _print(report, as_json, text="")
+    raise typer.Exit(report.exit_code)
 
 
 # --- how it is printed
 
 
-def _claim_stdout() -> Any:
+@contextlib.contextmanager
+def _claimed_stdout() -> Iterator[None]:
     """Point file descriptor 1 at standard error, so that no library can spoil the JSON; keep the real one aside."""
     global _answer
     sys.stdout.flush()
-    _answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    real = os.dup(1)
     os.dup2(2, 1)
-    sys.stdout = sys.stderr
-    return _answer
+    before, sys.stdout = sys.stdout, sys.stderr
+    _answer = os.fdopen(os.dup(real), "w", encoding="utf-8")
+    try:
+        yield
+    finally:
+        _answer.close()
+        sys.stdout = before
+        os.dup2(real, 1)
+        os.close(real)
 
 
 _answer: Any = None
@@ -228,6 +313,21 @@ def _print(result: Any, as_json: bool, text: str | None = None) -> None:
         print(redact(text))
 
 
+def _layers(text: str) -> int | str:
+    if text != "auto" and not text.isdigit():
+        raise FastFTError(f"--gpu-layers is {text!r}; it must be auto or a number of layers.")
+    return text if text == "auto" else int(text)
+
+
+def _verdicts(checked: dict[str, Any]) -> str:
+    return "\n".join(f"{entry['verdict']:>5}  {entry['path']}" for entry in checked["files"])
+
+
+def _fail_unless_verified(checked: dict[str, Any]) -> None:
+    if checked["verdict"] == "fail":
+        raise typer.Exit(1)
+
+
 def _plain(result: Any) -> Any:
     if dataclasses.is_dataclass(result) and not isinstance(result, type):
         return dataclasses.asdict(result)
@@ -240,10 +340,6 @@ def _say(error: Any, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     print(f"error: {redact(str(error))}", file=sys.stderr)
-
-
-def _is_usage_error(error: Exception) -> bool:
-    return hasattr(error, "show") and hasattr(error, "exit_code")
 
 
 def _quiet_libraries() -> None:

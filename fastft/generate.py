@@ -130,6 +130,34 @@ class HuggingFaceChat:
         self.last_tokens = result["ids"]
 
 
+    def answer_all(self, conversations: list[Messages], *, max_new_tokens: int, batch_size: int = 64) -> list[str]:
+        """Return the greedy answer to each of `conversations`, computed in padded batches."""
+        import torch
+
+        from fastft.data.template import generation_prompt
+
+        prompts = [generation_prompt(self.tokenizer, self.template, messages) for messages in conversations]
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.template.end_token_ids[0]
+        answers: list[str] = []
+        for first in range(0, len(prompts), batch_size):
+            batch = prompts[first : first + batch_size]
+            longest = max(map(len, batch))
+            # Padded on the left, so that every answer starts right after its prompt.
+            ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in batch], device=self.model.device)
+            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch], device=self.model.device)
+            with torch.inference_mode():
+                out = self.model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    eos_token_id=list(self.template.end_token_ids),
+                    pad_token_id=pad,
+                )
+            answers += self.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+        return [text.strip() for text in answers]
+
+
 class GgufFileChat:
     """A GGUF file through llama.cpp."""
 

@@ -461,10 +461,10 @@ def compute_dtype(hardware: Hardware, requested: str = "auto") -> Choice[str]:
         if hardware.bf16:
             return Choice("bfloat16", f"{hardware.name} is SM {major}{minor}, which multiplies bfloat16 natively")
         return Choice("float16", f"{hardware.name} is SM {major}{minor}, older than Ampere (SM 80): no bfloat16")
+    if hardware.kind == "mps":
+        return Choice("float32", "MPS has no loss scaling for float16, and bfloat16 only on some chips")
     if hardware.bf16:
         return Choice("bfloat16", f"{hardware.name} multiplies bfloat16 natively")
-    if hardware.kind == "mps":
-        return Choice("float16", f"{hardware.name} has no native bfloat16")
     return Choice("float32", f"{hardware.name} has no bfloat16 instructions (AVX512-BF16, AMX or Arm BF16)")
 
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastft.config import LoraConfig, ModelConfig
+from fastft.config import LoraConfig, ModelConfig, RunConfig
 from fastft.engines import choose_engine, get_engine
 from fastft.engines.base import Engine
 from fastft.errors import FastFTError, did_you_mean
-from fastft.hardware import Choice, Hardware, compute_dtype, probe
+from fastft.hardware import Choice, Hardware, probe
 
 PEFT_INIT = {"default": True, "pissa": "pissa_niter_16"}  # the other names of lora.init are peft's own
 
@@ -65,17 +64,6 @@ class FastLanguageModel:
         return _engine_of(model).for_training(model, use_gradient_checkpointing)
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A base model with LoRA on it, and how it came about."""
-
-    model: Any
-    tokenizer: Any
-    engine: Engine
-    choices: dict[str, Choice]
-    trainable_parameters: int
-
-
 def load_for_training(
     config: ModelConfig, hardware: Hardware, *, gradient_checkpointing: bool, choices: dict[str, Choice]
 ) -> tuple[Any, Any, Engine]:
@@ -93,7 +81,7 @@ def load_for_training(
     if gradient_checkpointing and engine.name == "unsloth" and hardware.kind == "cuda":
         checkpointing = "unsloth"  # offloads the layer inputs to RAM
     keywords: dict[str, Any] = {
-        "model_name": config.name,
+        "model_name": location(config.name),
         "max_seq_length": config.max_seq_length,
         "dtype": getattr(torch, choices["dtype"].value),
         "load_in_4bit": quantization == "nf4",
@@ -107,6 +95,12 @@ def load_for_training(
     forbid_packed_nf4(model)
     model._fastft_engine = engine.name
     return model, tokenizer, engine
+
+
+def location(name: str) -> str:
+    """Return a local folder as an absolute path, so that the adapter finds its base from anywhere; a Hub id as it is."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -139,14 +133,19 @@ def tokens_to_train(config: LoraConfig, tokenizer: Any, template: Any) -> list[i
     return sorted({vocabulary[name] for name in names})
 
 
-def choose_loading(config: ModelConfig, hardware: Hardware) -> dict[str, Choice]:
-    """Return the choices "engine", "quantization" and "dtype", each with its reason, without importing an engine."""
-    quantization = _choose_quantization(config, hardware)
-    return {
-        "quantization": quantization,
-        "engine": choose_engine(config.engine, hardware, quantization=quantization.value),
-        "dtype": compute_dtype(hardware, config.dtype),
-    }
+def choose_loading(config: RunConfig, hardware: Hardware) -> dict[str, Choice]:
+    """Return every automatic choice of a run with its reason, before any engine is imported.
+
+    quantization, dtype, optimizer, gradient_checkpointing and micro_batch_tokens come from the plan's arithmetic.
+    Raises FastFTError for a checkpoint that cannot be used and for unknown target modules.
+    """
+    from fastft.plan import load_shape, resolve
+
+    check_checkpoint(config.model.name, revision=config.model.revision)
+    shape = load_shape(config.model.name, config.model.revision)
+    choices = dict(resolve(config, hardware, shape).choices)
+    engine = choose_engine(config.model.engine, hardware, quantization=choices["quantization"].value)
+    return {"engine": engine, **choices}
 
 
 def attach_lora(
@@ -312,40 +311,6 @@ def _check_hub(name: str, revision: str | None, token: str | None) -> None:
         ) from error
     if "config.json" in files and not any(f.endswith(".safetensors") for f in files):
         raise FastFTError(f"model {name!r} has no safetensors weights, only pickles; fastft does not load those.")
-
-
-def _choose_quantization(config: ModelConfig, hardware: Hardware) -> Choice:
-    if config.quantization != "auto":
-        return Choice(config.quantization, "asked for")
-    stored = _stored_quantization(config)
-    if stored:
-        return Choice("nf4", f"the checkpoint is stored in {stored}")
-    if hardware.kind != "cuda":
-        return Choice("none", "no GPU: 16-bit weights are faster than NF4 on a CPU")
-    weights = _weight_bytes(config)
-    free = hardware.vram_free_bytes or hardware.vram_bytes or 0
-    if weights is None or weights > 0.6 * free:
-        size = "of unknown size" if weights is None else f"{weights / 2**30:.1f} GiB in 16 bit"
-        return Choice("nf4", f"the weights are {size}, the GPU has {free / 2**30:.1f} GiB free")
-    return Choice(
-        "none", f"16-bit weights take {weights / 2**30:.1f} of {free / 2**30:.1f} GiB and need no dequantisation"
-    )
-
-
-def _stored_quantization(config: ModelConfig) -> str:
-    path = Path(config.name).expanduser() / "config.json"
-    if path.is_file():
-        stored = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") or {}
-        return "bitsandbytes 4 bit" if stored.get("load_in_4bit") else ""
-    return "bitsandbytes 4 bit" if config.name.lower().endswith(("-bnb-4bit", "-4bit")) else ""
-
-
-def _weight_bytes(config: ModelConfig) -> int | None:
-    """Return the bytes of the checkpoint's weights in 16 bit, or None where only the Hub would know."""
-    folder = Path(config.name).expanduser()
-    if not folder.is_dir():
-        return None
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def forbid_packed_nf4(model: Any) -> None:

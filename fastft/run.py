@@ -52,6 +52,11 @@ class RunFolder:
         return self.path / "final"
 
     @property
+    def samples(self) -> Path:
+        """Held-out sequences, one {"input_ids", "labels"} a line: what certificates are measured on."""
+        return self.path / "samples.jsonl"
+
+    @property
     def export(self) -> Path:
         """Where exports go unless told otherwise."""
         return self.path / "export"

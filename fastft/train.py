@@ -6,6 +6,7 @@ choose -> hold the run's lock -> tokenizer and data -> base model and LoRA -> be
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import signal
 import sys
@@ -21,7 +22,7 @@ from fastft.config import RunConfig
 from fastft.engines import get_engine
 from fastft.engines.base import Engine
 from fastft.errors import FastFTError, InterruptedRunError
-from fastft.hardware import Choice, Hardware, optimizer, probe
+from fastft.hardware import Choice, Hardware, probe
 from fastft.progress import Reporter
 from fastft.run import RunFolder, now, versions
 
@@ -48,7 +49,7 @@ class RunResult:
 
 
 def train(
-    config: RunConfig, *, stop_after: int | None = None, reporter: Reporter | None = None, restart: bool = False
+    config: RunConfig, *, stop_after: int | None = None, reporter: Reporter | None = None
 ) -> RunResult:
     """Train as `config` says, or go on where an earlier call of the same run stopped; returns how it ended.
 
@@ -60,9 +61,7 @@ def train(
     if stop_after is not None and stop_after < 1:
         raise FastFTError(f"--stop-after is {stop_after}; it must be at least 1.")
     hardware = probe(config.output_dir)
-    choices = model.choose_loading(config.model, hardware)
-    choices["optimizer"] = optimizer(hardware, config.train.optimizer)
-    model.check_checkpoint(config.model.name, revision=config.model.revision)
+    choices = model.choose_loading(config, hardware)
     run = RunFolder(config.run_dir)
     with checkpoint.hold(run.path):
         before = run.read_record()
@@ -103,6 +102,7 @@ class _Session:
             dataset={"fingerprint": self.data.fingerprint, **self.data.report.model_dump(include=DATASET_KEYS)},
             template={"name": self.data.template.name, "why": self.data.template.why},
         )  # fmt: skip
+        self._keep_samples()
         trainer = self._trainer()
         before = trainer.mean_loss(self.data.eval) if self.data.eval is not None else None
         self.run.update_record(eval_loss_before=before, samples_before=self._sample_answers())
@@ -169,7 +169,6 @@ class _Session:
 
     def _load_model(self) -> None:
         config = self.config
-        self.choices["gradient_checkpointing"] = _choose_checkpointing(config, self.hardware)
         checkpointing = self.choices["gradient_checkpointing"].value
         base, _, self.engine = model.load_for_training(
             config.model, self.hardware, gradient_checkpointing=checkpointing, choices=self.choices
@@ -204,7 +203,6 @@ class _Session:
             self.choices["padding_free"] = Choice(known, reason)
         else:
             self.choices["padding_free"] = Choice(wanted, "asked for")
-        self.choices["micro_batch_tokens"] = _choose_budget(self.config, self.hardware)
 
     def _trainer(self) -> Any:
         from fastft.trainer import StepPolicy, StepTrainer, training_arguments
@@ -289,7 +287,7 @@ class _Session:
             trainer._load_from_checkpoint(str(self.run.checkpoints / f"checkpoint-{best}"))
         after = next((r["eval_loss"] for r in self.history if r["step"] == best and "eval_loss" in r), None)
         self.run.update_record(
-            eval_loss_after=after, best_step=best, steps=trainer.state.global_step, total_steps=self._total_steps(),
+            eval_loss_after=after, best_step=best, stopped_early=trainer.stopped_early, steps=trainer.state.global_step, total_steps=self._total_steps(),
             samples_after=self._sample_answers(),
         )  # fmt: skip
         write_adapter(
@@ -325,6 +323,13 @@ class _Session:
         self.history.append(record)
         self.report.step(record)
 
+    def _keep_samples(self, count: int = 64) -> None:
+        """Write samples.jsonl: held-out sequences (else trained ones) that the certificates are measured on."""
+        dataset = self.data.eval if self.data.eval is not None else self.data.train
+        rows = (dataset[i] for i in range(min(count, len(dataset))))
+        lines = [json.dumps({"input_ids": [int(t) for t in r.input_ids], "labels": [int(t) for t in r.labels]}) for r in rows]
+        checkpoint.write_atomically(self.run.samples, "\n".join(lines) + "\n")
+
     def _sample_answers(self, count: int = 3) -> list[dict[str, Any]]:
         """Greedy answers to held-out prompts, as the model is now."""
         from fastft.generate import answer
@@ -350,24 +355,6 @@ DATASET_KEYS = {
     "duplicates",
     "leakage",
 }
-
-
-def _choose_checkpointing(config: RunConfig, hardware: Hardware) -> Choice:
-    wanted = config.train.gradient_checkpointing
-    if wanted != "auto":
-        return Choice(wanted, "asked for")
-    if hardware.kind == "cuda":
-        return Choice(True, "on a GPU: saves VRAM (offloaded by Unsloth)")
-    return Choice(False, "on a CPU the activations of one micro-batch fit in RAM")
-
-
-def _choose_budget(config: RunConfig, hardware: Hardware) -> Choice:
-    wanted = config.train.micro_batch_tokens
-    if wanted != "auto":
-        return Choice(wanted, "asked for")
-    if hardware.kind == "cuda":
-        return Choice(max(4096, config.model.max_seq_length), "4,096 tokens, halved where memory runs out")
-    return Choice(max(1024, config.model.max_seq_length), "1,024 tokens keep a CPU busy and its caches warm")
 
 
 def _best_step(history: list[dict[str, Any]]) -> int | None:

@@ -24,13 +24,12 @@ def export(
     out: str | Path | None = None,
     base: str | None = None,
     dtype: str = "auto",
-    certify: bool = True,
     imatrix: str | None = None,
     quant: str | None = None,
     max_kl: float = 0.01,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Write the targets `to` of `run` and return {"files": [{"path", "kind", "bytes"}], "certificate": ...}.
+    """Write the targets `to` of `run` and return {"files": [{"path", "kind", "bytes"}]}.
 
     Every target is written whole or not at all. Raises FastFTError for unknown targets, and whatever the target
     itself refuses (each says what and why); nothing is written then.
@@ -55,12 +54,7 @@ def export(
         )  # fmt: skip
     for entry in files:
         report.note(f"wrote {entry['path']} ({entry['bytes'] / 2**20:,.1f} MiB)")
-    result: dict[str, Any] = {"files": files}
-    if certify:
-        from fastft.verify import certify as write_certificate
-
-        result["certificate"] = write_certificate(target, files, folder, report=report)
-    return result
+    return {"files": files}
 
 
 def parse_targets(to: list[str], quant: str | None = None) -> list[str]:
