@@ -261,6 +261,8 @@ def _export_case(settings: dict[str, Any], target: str, phase: str, pattern: str
 
     if settings["config"]["model"]["quantization"] != "none":
         return
+    import torch  # noqa: F401
+
     import fastft.export.gguf
     import fastft.export.merged  # noqa: F401
 

@@ -27,6 +27,7 @@ from fastft.plan.memory import (
     Situation,
     Term,
     eval_terms,
+    export_terms,
     load_terms,
     merge_terms,
     train_terms,
@@ -206,7 +207,8 @@ def _phases(config: RunConfig, shape: ModelShape, s: Situation) -> dict[str, Pha
         for name, terms in computes.items()
     }
     phases["merge"] = _phase(s, [], merge_terms(shape, s), kept + merged)
-    phases["export"] = _phase(s, [], merge_terms(shape, s), kept + exports)
+    writes = merge_terms(shape, s) if merged and len(exports) == 1 else export_terms(shape, s)
+    phases["export"] = _phase(s, [], writes, kept + exports)
     return phases
 
 

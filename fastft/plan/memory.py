@@ -54,6 +54,7 @@ class Situation:
     upcast: bool = False
     """peft's prepare_model_for_kbit_training: norms, embeddings and head in float32, so hidden states are too."""
     full_finetuning: bool = False
+    cores: int = 1
     free_bytes: int = 0
     """VRAM left once weights are loaded, which Unsloth's loss sizes its chunks by; 0: plenty."""
     allocator_slack: bool = True
@@ -320,16 +321,29 @@ def imports_term(s: Situation) -> Term:
 
 
 def merge_terms(shape: ModelShape, s: Situation) -> list[Term]:
-    """Writing base + LoRA tensor by tensor: one tensor in float32, its delta, and the result."""
-    largest = max((w for w in shape.weights if w.role != "norm"), key=lambda w: w.parameters // w.count)
+    """Writing base + LoRA tensor by tensor: 6 bytes a parameter where nothing is added, 12 where a delta is."""
+    changed = {w.name for w in shape.lora_targets(s.lora[1])}
+    sizes = {w.name: w.parameters // w.count * (12 if w.name in changed else 6) for w in shape.weights}
+    name = max(sizes, key=lambda leaf: sizes[leaf])
+    formula = f"{name}: parameters x {12 if name in changed else 6} bytes"
     return [
         imports_term(s),
-        _term(
-            "one tensor",
-            largest.parameters // largest.count * 10,
-            f"{largest.name}: parameters x (4 + 4 + 2) bytes",
-            "W, delta and result",
-        ),
+        _term("one tensor", sizes[name], formula, "16 bit, float32 W, delta and sum; or W and result"),
+    ]
+
+
+GGUF_CHUNK = 4 * 2**20  # values that one thread of the GGUF writer holds
+
+
+def export_terms(shape: ModelShape, s: Situation) -> list[Term]:
+    """The GGUF writer: each thread holds a chunk of rows in 16 bit, float32, its delta and quantised."""
+    size = s.cores * GGUF_CHUNK * 14
+    formula = f"{s.cores} threads x 4 Mi values x 14 bytes"
+    chunks = _term("chunks of rows", size, formula, "16 bit, float32 W, delta, quantised")
+    return [
+        imports_term(s),
+        chunks,
+        _term("vocabulary", shape.vocab * 400, "V x 400 bytes", "Python strings of tokens and merges"),
     ]
 
 

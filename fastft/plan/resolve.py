@@ -45,6 +45,7 @@ def resolve(config: RunConfig, hardware: Hardware, shape: ModelShape) -> Resolve
         train_tokens=0 if tokens == "auto" else len(tokens),
         optimizer=optimizer_choice.value,
         loss=_loss_of(config, hardware, shape),
+        cores=hardware.cpu_cores,
     )
     shape.lora_parameters(*start.lora)  # refuses unknown target modules now
     weights = _total(weight_terms(shape, start))
