@@ -10,12 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from families import make_checkpoint
-
 from fastft.errors import FastFTError
 from fastft.export.merged import export_merged
 from fastft.export.weights import Checkpoint, Weights, resolve_base
+from tests.families import make_checkpoint
 
 LINEAR = ["q_proj", "k_proj", "down_proj"]
 # name: (family, LoraConfig keywords, new vocabulary size or None, embeddings come out untied)

@@ -161,18 +161,17 @@ def _plan(
 
 
 def _check_imatrix(plans: dict[str, dict[str, str]], imatrix: dict[str, np.ndarray] | None) -> None:
-    known = imatrix or {}
-    lacking = {
-        tensor
-        for plan in plans.values()
-        for tensor, kind in plan.items()
-        if kind in NEEDS_IMATRIX and tensor not in known and tensor not in EMBEDDINGS
-    }
-    if lacking:
-        raise FastFTError(
-            f"the importance matrix lacks {len(lacking)} tensors that are quantised to 3 bits or fewer, such as "
-            f"{min(lacking)}. Collect it again with --imatrix auto."
+    for file_type, plan in plans.items():
+        lacking = sorted(
+            tensor
+            for tensor, kind in plan.items()
+            if kind in NEEDS_IMATRIX and tensor not in (imatrix or {}) and tensor not in EMBEDDINGS
         )
+        if lacking:
+            raise FastFTError(
+                f"{file_type} needs an importance matrix for {len(lacking)} tensors of 3 bits or fewer, such as "
+                f"{lacking[0]}. Collect one with --imatrix auto, or choose q3_k_m or q2_k."
+            )
 
 
 def _forecast(outputs: list[Output], say: Callable[[str], None]) -> None:

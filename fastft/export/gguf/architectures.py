@@ -150,9 +150,10 @@ def _phi3(config: dict[str, Any], metadata: dict[str, tuple[Any, str]]) -> None:
     metadata["phi3.rope.dimension_count"] = (dims, "UINT32")
     metadata["phi3.attention.sliding_window"] = (config.get("sliding_window") or 0, "UINT32")
     if rope.get("rope_type") == "longrope":
-        scale = config["max_position_embeddings"] / original
+        # transformers' _compute_longrope_parameters
+        scale = rope.get("factor") or config["max_position_embeddings"] / original
         factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
-        metadata["phi3.rope.scaling.attn_factor"] = (factor, "FLOAT32")
+        metadata["phi3.rope.scaling.attn_factor"] = (rope.get("attention_factor") or factor, "FLOAT32")
 
 
 QKV_BIASES = frozenset({"attn_q", "attn_k", "attn_v"})
@@ -381,7 +382,17 @@ def _tensor(family: Family, config: dict[str, Any], weights: Weights, source: st
 
 
 def _notes(family: Family, config: dict[str, Any]) -> list[str]:
+    notes = []
     window = config.get("sliding_window")
     if family.model_type in {"mistral", "phi3"} and window and window < config["max_position_embeddings"]:
-        return [f"llama.cpp has no sliding window for {family.model_type}: answers are exact up to {window} tokens"]
-    return []
+        notes.append(
+            f"llama.cpp has no sliding window for {family.model_type}: answers are exact up to {window} tokens"
+        )
+    rope = _rope(config)
+    if rope.get("rope_type") == "longrope":
+        original = rope.get("original_max_position_embeddings") or config["original_max_position_embeddings"]
+        notes.append(
+            f"llama.cpp takes the long rope factors where its context is above {original} tokens, transformers where the "
+            f"text is: for exact answers to shorter texts, use a context of {original}"
+        )
+    return notes

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def run_isolated(**job: Any) -> tuple[list[Any], str]:
 def main() -> None:
     """Do the job on standard input."""
     job = json.load(sys.stdin)
-    jobs = {"probe": probe, "plan": plan, "check": check, "quantize": quantize}
+    jobs: dict[str, Callable[..., Iterator[Any]]] = {"probe": probe, "plan": plan, "check": check, "quantize": quantize}
     for answer in jobs[job.pop("do")](**job):
         print(json.dumps(answer), flush=True)
 

@@ -127,10 +127,15 @@ def _sentencepiece(folder: Path, spec: dict[str, Any], vocab_size: int, arch: st
     scores = [-10000.0] * vocab_size
     types = [UNUSED] * vocab_size
     vocabulary = spec["model"]["vocab"]
-    known = _model_file_scores(folder, vocabulary) or _merge_scores(spec)
+    model = _model_file(folder, vocabulary)
+    known = _merge_scores(spec) if model is None else {}
     for text, index in vocabulary.items():
         tokens[index], types[index] = text, NORMAL
-        scores[index] = known[text]
+        if model is None:
+            scores[index] = known[text]
+        elif index < len(model):
+            scores[index] = model.get_score(index)
+            types[index] = CONTROL if model.is_control(index) else UNUSED if model.is_unused(index) else NORMAL
         if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             types[index] = BYTE
         elif text == spec["model"].get("unk_token"):
@@ -158,8 +163,8 @@ def _adds_a_space(spec: dict[str, Any]) -> bool:
     return '"Prepend"' in text or '"prepend_scheme": "first"' in text or '"prepend_scheme": "always"' in text
 
 
-def _model_file_scores(folder: Path, vocabulary: dict[str, int]) -> dict[str, float] | None:
-    """Return the scores of tokenizer.model where it is the same vocabulary, which it may not be after a change."""
+def _model_file(folder: Path, vocabulary: dict[str, int]) -> Any:
+    """Return tokenizer.model where it is the same vocabulary, which it may not be after a change; else None."""
     path = folder / "tokenizer.model"
     if not path.is_file():
         return None
@@ -169,10 +174,8 @@ def _model_file_scores(folder: Path, vocabulary: dict[str, int]) -> dict[str, fl
         model = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError):  # not a SentencePiece file: some models keep another format under that name
         return None
-    if any(i < len(model) and model.id_to_piece(i) != text for text, i in vocabulary.items()):
-        return None
-    scores = {text: model.get_score(i) if i < len(model) else -1000.0 for text, i in vocabulary.items()}
-    return scores
+    same = all(i >= len(model) or model.id_to_piece(i) == text for text, i in vocabulary.items())
+    return model if same else None
 
 
 def _merge_scores(spec: dict[str, Any]) -> dict[str, float]:
@@ -261,7 +264,7 @@ def find_pre(tokenizer: Any, metadata: dict[str, tuple[Any, str]]) -> str:
     with tempfile.TemporaryDirectory() as work:
         path = Path(work) / "vocabulary.gguf"
         write_vocabulary(path, metadata)
-        right = probe(path, list(PRE_NAMES), expected)
+        right = probe(path, _likely_first(tokenizer), expected)
     best = max(right, key=lambda name: right[name], default=None)
     if best is None or right[best] < len(PROBES):
         nearest = f"; the nearest, {best}, gives {right[best]} of {len(PROBES)} texts" if best else ""
@@ -269,12 +272,24 @@ def find_pre(tokenizer: Any, metadata: dict[str, tuple[Any, str]]) -> str:
     return best
 
 
+def _likely_first(tokenizer: Any) -> list[str]:
+    """Return PRE_NAMES with the one first that the splitting pattern looks like.
+
+    Behaviour decides; but where a small vocabulary cannot tell two rules apart, the likelier one is to be named.
+    """
+    pattern = tokenizer.backend_tokenizer.to_str()
+    hints = (("\\\\p{Lu}\\\\p{Lt}", "gpt-4o"), ("\\\\p{N}{1,3}", "llama-bpe"), ("|\\\\p{N}|", "qwen2"))
+    first = [name for part, name in hints if part in pattern][:1]
+    return first + [name for name in PRE_NAMES if name not in first]
+
+
 def write_vocabulary(path: Path, metadata: dict[str, tuple[Any, str]]) -> None:
     """Write a GGUF file that has a vocabulary and no tensors."""
     from fastft.export.gguf.writer import header_bytes
 
-    fields = {"llama.block_count": (1, "UINT32"), "llama.context_length": (512, "UINT32")}
-    fields |= {"llama.embedding_length": (64, "UINT32"), "llama.attention.head_count": (4, "UINT32")}
+    fields: dict[str, tuple[Any, str]] = {"llama.block_count": (1, "UINT32"), "llama.context_length": (512, "UINT32")}
+    fields |= {"llama.embedding_length": (64, "UINT32")}
+    fields |= {"llama.attention.head_count": (4, "UINT32")}
     fields |= {"llama.feed_forward_length": (64, "UINT32"), "llama.attention.layer_norm_rms_epsilon": (1e-5, "FLOAT32")}
     path.write_bytes(header_bytes("llama", fields | metadata, [])[0])
 
