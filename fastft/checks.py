@@ -156,11 +156,7 @@ def check_tensors(path: Path, reader: Any, reference: dict[str, Any]) -> Check:
         shape = reference["tensors"][hf_name]
         if gguf_name in present and [int(n) for n in present[gguf_name].shape] != shape[::-1]:
             problems.append(f"{gguf_name} has shape {present[gguf_name].shape.tolist()}, planned {shape[::-1]}")
-    planned = planned_types(path)
-    for tensor in reader.tensors:
-        name = tensor.tensor_type.name.lower()
-        if planned.get(tensor.name, name) != name:
-            problems.append(f"{tensor.name} is {name}, llama.cpp's own plan is {planned[tensor.name]}")
+    problems += unplanned_types(path, reader)
     extra = (
         set(present) - set(expected) - {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
     )
@@ -197,31 +193,52 @@ def expected_names(reader: Any, reference: dict[str, Any]) -> tuple[dict[str, st
     return known, unknown
 
 
-def planned_types(path: Path) -> dict[str, str]:
-    """Return {tensor: type} as llama.cpp's quantiser plans it for a file of this type (a dry run on the file itself).
+def planned_types(path: Path, reader: Any) -> list[dict[str, str]]:
+    """Return llama.cpp's own plans {tensor: type} for a file of this type: without and with an importance matrix.
 
-    Empty where the type needs no plan (16 and 32 bit) or the dry run refuses.
+    Made by a dry run of its quantiser on the file itself; empty for 16 and 32 bit and where the dry run refuses.
     """
     import ctypes
     import re
 
-    import gguf
-
     from fastft import llamacpp
 
-    field = gguf_reader(path).get_field("general.file_type")
-    if field is None or gguf.LlamaFileType(field.contents()).name in {"ALL_F32", "MOSTLY_F16", "MOSTLY_BF16"}:
-        return {}
+    if weight_type(reader) in {"f32", "f16", "bf16"}:
+        return []
     api = llamacpp.bindings()
-    params = api.llama_model_quantize_default_params()
-    params.ftype, params.dry_run, params.allow_requantize = field.contents(), True, True
-    lines: list[str] = []
-    with llamacpp.everything_logged(lines):
-        code = api.llama_model_quantize(str(path).encode(), str(path).encode() + b".plan", ctypes.byref(params))
-    if code:
-        return {}
-    pattern = r"\]\s+(\S+)\s+-\s+\[[^\]]*\], type =\s*(\w+), size = [^\n]*?(?:\((\w+)\))?\n"
-    return {name: (new or old).lower() for name, old, new in re.findall(pattern, "".join(lines))}
+    entries = (api.llama_model_imatrix_data * 2)()  # ends with an empty one
+    values = (ctypes.c_float * 1)(1.0)
+    entries[0].name, entries[0].size = b"any", 1
+    entries[0].data = ctypes.cast(values, ctypes.POINTER(ctypes.c_float))
+    line = re.compile(r"\]\s+(\S+)\s+-\s+\[[^\]]*\], type =\s*(\w+), size = [^\n]*?(?:\((\w+)\))?\n")
+    plans = []
+    for imatrix in (None, entries):
+        params = api.llama_model_quantize_default_params()
+        params.ftype = reader.get_field("general.file_type").contents()
+        params.dry_run = params.allow_requantize = True
+        if imatrix is not None:
+            params.imatrix = ctypes.cast(imatrix, type(params.imatrix))
+        log: list[str] = []
+        with llamacpp.everything_logged(log):
+            code = api.llama_model_quantize(str(path).encode(), b"", ctypes.byref(params))
+        if code == 0:
+            plans.append({name: (new or old).lower() for name, old, new in line.findall("".join(log))})
+    return plans
+
+
+def unplanned_types(path: Path, reader: Any) -> list[str]:
+    """Return what is stored in another type than llama.cpp would choose, by the plan that comes nearest."""
+    found = {tensor.name: tensor.tensor_type.name.lower() for tensor in reader.tensors}
+    differences = [
+        [
+            f"{name} is {kind}, llama.cpp's own plan is {plan[name]}"
+            for name, kind in found.items()
+            if plan[name] != kind
+        ]
+        for plan in planned_types(path, reader)
+        if plan.keys() >= found.keys()
+    ]
+    return min(differences, key=len, default=[])
 
 
 def check_weights(reader: Any, reference: dict[str, Any]) -> Check:

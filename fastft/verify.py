@@ -21,11 +21,57 @@ from typing import TYPE_CHECKING, Any
 
 from fastft.certificate import file_hash, worst, write_certificate
 from fastft.errors import CouldNotFinishError, FastFTError
+from fastft.export.llama import base_folder, sample_ids
+from fastft.progress import Reporter
+from fastft.target import Target, resolve
 
 if TYPE_CHECKING:
     from fastft.target import Target
 
 KINDS = ("adapter", "merged", "gguf", "gguf-lora", "ollama")
+
+
+def verify(
+    run: str | Path,
+    *,
+    out: str | Path | None = None,
+    base: str | None = None,
+    files: Sequence[Path | str] | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Check what was exported of `run` (a run, adapter or model folder) against the trained model; see `verify_files`.
+
+    `files`: those to check; default: everything in `out` (default: the run's export/) and the run's final/. Raises
+    FastFTError where nothing was exported.
+    """
+    target = resolve(run, base=base)
+    folder = Path(out).expanduser() if out is not None else target.default_out
+    report = reporter or Reporter()
+    paths = [Path(file) for file in files] if files is not None else exported_files(target, folder)
+    if not paths:
+        raise FastFTError(
+            f"nothing to verify: {folder} holds no export. Write one with: fastft export {run} --to gguf:q4_k_m"
+        )
+    base_path = base_folder(target)
+    with tempfile.TemporaryDirectory(prefix="fastft-verify-") as work:
+        base_gguf = None
+        if any(path.name.endswith(".lora.gguf") for path in paths):
+            from fastft.export.gguf import export_gguf
+
+            base_gguf = export_gguf(base_path, Path(work) / "base.gguf", ["f32"], tokenizer=target.adapter)[0]["path"]
+        return verify_files(
+            paths, base=base_path, adapter=target.adapter, samples=sample_ids(target), out=folder,
+            base_gguf=base_gguf, say=report.note,
+        )  # fmt: skip
+
+
+def exported_files(target: Target, folder: Path) -> list[Path]:
+    """Return the adapter of a run and everything that `fastft export` wrote into `folder`."""
+    found = [target.run.final] if target.run is not None else []
+    found += [path for path in (folder / "adapter", folder / "merged") if path.is_dir()]
+    found += sorted(folder.glob("*.gguf"))
+    found += [path for path in (folder / "Modelfile",) if path.is_file()]
+    return found
 
 
 def verify_files(
@@ -120,7 +166,7 @@ def exported_files(folder: Path) -> list[Path]:
 
 
 def held_out_samples(target: Target, say: Callable[[str], None], count: int = 128) -> list[dict[str, list[int]]]:
-    """Return up to `count` held-out samples of the run as {"input_ids", "labels"}; none where there is no run or data."""
+    """Return up to `count` held-out samples of the run, {"input_ids", "labels"}; none without a run or its data."""
     if target.run is None:
         return []
     from fastft.data import prepare
