@@ -123,7 +123,7 @@ def _config(name: str, base: Path, data: Path, work: Path) -> dict[str, Any]:
         "data": {"source": str(data), "format": "text", "train_on": "everything", "eval_fraction": 0.05},
         "lora": {"r": case.get("rank", 16), "target_modules": case.get("targets", "all-linear")},
         "train": {
-            "effective_batch_size": 2,
+            "effective_batch_size": 1,
             "max_steps": STEPS,
             "save_steps": STEPS,
             "eval_steps": STEPS,

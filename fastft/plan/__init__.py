@@ -6,6 +6,7 @@
     disk.py     every byte on disk
     time.py     seconds of a step
     advise.py   what to change where it does not fit
+    calibrate.py  the plan against the first real steps
     show.py     tables, bars, the README's table of models and cards
 
 Nothing here imports torch; a plan takes milliseconds.
@@ -22,6 +23,7 @@ from pydantic import BaseModel, Field
 from fastft.config import RunConfig
 from fastft.hardware import Hardware
 from fastft.plan.advise import Change, apply_changes, cheapest_changes
+from fastft.plan.calibrate import Calibration, calibrate
 from fastft.plan.disk import adapter_bytes, checkpoint_term, export_term, tokenizer_bytes
 from fastft.plan.memory import (
     Situation,
@@ -47,6 +49,7 @@ from fastft.plan.time import StepTime, step_time
 
 __all__ = [
     "KNOWN_MODELS",
+    "Calibration",
     "Change",
     "ModelShape",
     "Phase",
@@ -54,6 +57,7 @@ __all__ = [
     "Situation",
     "Term",
     "apply_changes",
+    "calibrate",
     "known_shape",
     "load_shape",
     "pick_gradient_checkpointing",

@@ -236,7 +236,7 @@ CUDA_CONTEXT = int(0.45 * GIB)
 CUDA_SLACK = 0.05
 HEAP_FRAGMENTATION = {"off": 1.1, "recompute": 0.62, "offload": 0.62}
 """Resident but unused heap, as a share of what all layers would save: measured with glibc 2.36 on a 135M Llama at
-1,024 to 4,096 tokens. A fixed M_MMAP_THRESHOLD of 1 MiB makes it vanish and costs a quarter of the speed."""
+1,024 to 4,096 tokens. A fixed M_MMAP_THRESHOLD of 1 MiB removes most of it, but makes steps longer (docs/plan.md)."""
 IMPORTS = {"cpu": int(0.62e9), "cuda": int(3.0e9), "mps": int(1.0e9)}
 
 

@@ -18,6 +18,7 @@ from fastft.plan import (
     KNOWN_MODELS,
     Situation,
     apply_changes,
+    calibrate,
     known_shape,
     load_shape,
     pick_gradient_checkpointing,
@@ -435,6 +436,25 @@ def test_a_smaller_machine_never_gets_a_larger_budget():
     ]  # fmt: skip
     assert budgets == sorted(budgets)
     assert len(set(budgets)) > 2
+
+
+def test_calibration_scales_what_grows_and_says_what_would_fit():
+    shape = known_shape("qwen3-0.6b")
+    s = Situation(device="cuda", kernels="unsloth", tokens=1024, longest=1024)
+    planned = sum(t.bytes for t in train_terms(shape, s) if t.name != "CUDA context")
+    right = calibrate(
+        shape, s, tokens=1024, measured_bytes=planned, largest_tokens=4096, limit_bytes=named_gpu("t4").vram_bytes
+    )
+    later = sum(t.bytes for t in train_terms(shape, replace(s, tokens=4096)) if t.name != "CUDA context")
+    assert right.largest_bytes == pytest.approx(later, rel=0.001)
+    assert right.fits
+    worse = calibrate(
+        shape, s, tokens=1024, measured_bytes=planned + 2 * GIB, largest_tokens=8192, limit_bytes=12 * GIB
+    )
+    assert worse.largest_bytes > later
+    assert not worse.fits
+    assert 1024 <= worse.largest_fitting_tokens < 8192
+    assert f"at most {worse.largest_fitting_tokens:,}" in worse.message
 
 
 def test_cpu_counts_ram_and_no_vram(tmp_path):

@@ -1,0 +1,85 @@
+"""The plan against the first real steps, and whether the largest micro-batch to come will still fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fastft.hardware import GIB
+from fastft.plan.memory import Situation, Term, imports_term, train_terms
+from fastft.plan.resolve import MARGIN
+from fastft.plan.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Predicted against measured, and what the largest micro-batch to come will need (bytes)."""
+
+    predicted_bytes: int
+    measured_bytes: int
+    largest_tokens: int
+    largest_bytes: int
+    limit_bytes: int
+    largest_fitting_tokens: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the largest micro-batch to come fits."""
+        return self.largest_bytes <= self.limit_bytes
+
+    @property
+    def message(self) -> str:
+        """One line for the log; the advice where it will not fit."""
+        error = self.predicted_bytes / self.measured_bytes - 1
+        planned, measured = self.predicted_bytes / GIB, self.measured_bytes / GIB
+        seen = f"memory: planned {planned:.2f} GiB, measured {measured:.2f} ({error:+.0%})"
+        need = f"{self.largest_tokens:,} tokens, the most to come, will need {self.largest_bytes / GIB:.2f}"
+        if self.fits:
+            return f"{seen}; {need} of {self.limit_bytes / GIB:.2f}"
+        advice = (
+            f"set train.micro_batch_tokens or model.max_seq_length to at most {self.largest_fitting_tokens:,}"
+            if self.largest_fitting_tokens
+            else "not even the weights leave room: set model.quantization: nf4 or take a larger card"
+        )
+        return f"{seen}; {need}, but only {self.limit_bytes / GIB:.2f} are there. Stop now: {advice}"
+
+
+def calibrate(
+    shape: ModelShape, situation: Situation, *, tokens: int, measured_bytes: int, largest_tokens: int, limit_bytes: int
+) -> Calibration:
+    """Return how the plan did at a micro-batch of `tokens`, and what `largest_tokens` will need.
+
+    `measured_bytes` is the peak so far (resident memory on a CPU, reserved VRAM on a GPU), `limit_bytes` what the
+    process may have in all. What does not grow with the tokens is taken from the plan; the growing part is scaled
+    by measured over planned.
+    """
+    assert min(tokens, largest_tokens) > 0, "no step has been taken yet"
+
+    def parts(at: int) -> tuple[int, int]:
+        """(bytes that stay, bytes that grow with tokens)."""
+        s = replace(situation, tokens=at)
+        terms = [t for t in train_terms(shape, s) if t.name != "CUDA context"]
+        growing = _growing(terms)
+        fixed = sum(t.bytes for t in terms) - growing
+        return fixed + (imports_term(s).bytes if s.device == "cpu" else 0), growing
+
+    fixed, growing = parts(tokens)
+    ratio = max(0.1, (measured_bytes - fixed) / growing)
+
+    def need(at: int) -> int:
+        return int(fixed + ratio * parts(at)[1])
+
+    fitting = 0
+    if need(1) <= limit_bytes:
+        low, high = 1, largest_tokens
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if need(middle) <= (1 - MARGIN / 2) * limit_bytes else (low, middle - 1)
+        fitting = low
+    return Calibration(fixed + growing, measured_bytes, largest_tokens, need(largest_tokens), limit_bytes, fitting)
+
+
+def _growing(terms: list[Term]) -> int:
+    """What training needs beyond a micro-batch of nothing: activations, loss, and the allocator's share of them."""
+    stays = {"weights", "LoRA", "gradients", "optimizer", "weights in NF4", "weights in int8"}
+    moving = [t for t in terms if t.name not in stays and not t.name.startswith("weights kept")]
+    return sum(t.bytes for t in moving)
