@@ -6,7 +6,6 @@ Q and K widths of all queries and all keys, r rank, c bytes of the compute type 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -224,12 +223,12 @@ def loss_term(shape: ModelShape, s: Situation) -> Term:
         size = min(logits, CPU_CHUNK) * 8 + 2 * s.tokens * shape.hidden * s.compute_bytes
         formula = f"min(T x V {v:,}, {CPU_CHUNK >> 20} Mi) x 8 bytes + 2 T H c"
         return _term("logits in chunks", size, formula, "unsloth_zoo.cpu.ops, chunked cross entropy")
-    # 16-bit logits, float32 copy, log-softmax, gradient: 14 bytes. Unsloth plans with 16 and cuts into 4, 8, 12 ...
+    # 16-bit logits, float32 copy, log-softmax, gradient: 14 bytes. Unsloth cuts rows whose logits x 16 exceed its
+    # budget, so the worst row up to T is the one that just fills it.
     budget = min(GPU_LOSS_BUDGET, s.free_bytes // 2) if s.free_bytes else GPU_LOSS_BUDGET
-    need = logits * 16 / budget
-    chunks = 1 if need <= 1 else 4 * math.ceil(need / 4)
-    formula = f"T x V {v:,} x 14 bytes / {chunks} chunks"
-    return _term("logits", logits * 14 / chunks, formula, "unsloth_zoo.fused_losses, fused cross entropy")
+    size = min(logits * 14, budget * 14 // 16)
+    formula = f"min(T x V {v:,} x 14 bytes, 14/16 of {budget / GIB:.1f} GiB)"
+    return _term("logits", size, formula, "unsloth_zoo.fused_losses, fused cross entropy")
 
 
 CUDA_CONTEXT = int(0.45 * GIB)
