@@ -17,16 +17,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastft.certificate import file_hash, worst, write_certificate
 from fastft.errors import CouldNotFinishError, FastFTError
 from fastft.export.llama import base_folder, sample_ids
 from fastft.progress import Reporter
 from fastft.target import Target, resolve
-
-if TYPE_CHECKING:
-    from fastft.target import Target
 
 KINDS = ("adapter", "merged", "gguf", "gguf-lora", "ollama")
 
@@ -116,78 +113,6 @@ def verify_files(
     about["reference"]["model"] = str(base) + (f" with the adapter {adapter}" if adapter else "")
     write_certificate(out, entries, about)
     return {"files": entries, "verdict": worst(entry["verdict"] for entry in entries)}
-
-
-def verify(
-    run: str | Path,
-    *,
-    out: str | Path | None = None,
-    base: str | None = None,
-    files: Sequence[Path | str] | None = None,
-    say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
-    """Check the exported files of `run` (a run, an adapter or a model folder) and write their certificate.
-
-    `files`: which ones; default: everything exported into `out` (default: the run's export folder) and the run's own
-    final/. Held-out samples come from the run's data; where there are none, built-in texts are used. Returns what
-    `verify_files` returns.
-    """
-    from fastft.export.weights import resolve_base
-    from fastft.target import resolve
-
-    target = resolve(run, base=base)
-    folder = Path(out).expanduser() if out is not None else target.default_out
-    paths = [Path(file) for file in files] if files is not None else exported_files(folder)
-    if not paths:
-        raise FastFTError(f"{folder} holds no exported file. Export first: fastft export {run} --to gguf:q4_k_m")
-    base_folder = resolve_base(target.adapter, target.base) if target.adapter else Path(target.base)
-    with tempfile.TemporaryDirectory() as work:
-        base_gguf = None
-        if any(kind_of(path) == "gguf-lora" for path in paths):
-            from fastft.export.gguf import export_gguf
-
-            base_gguf = export_gguf(base_folder, Path(work), ["f32"], tokenizer=target.adapter, name="base")[0]["path"]
-        return verify_files(
-            paths,
-            base=base_folder,
-            adapter=target.adapter,
-            samples=held_out_samples(target, say),
-            out=folder,
-            base_gguf=base_gguf,
-            say=say,
-        )
-
-
-def exported_files(folder: Path) -> list[Path]:
-    """Return everything in an export folder that can be checked, in the order of the names."""
-    found = [*folder.glob("*.gguf"), *folder.glob("Modelfile*")]
-    found += [path for name in ("adapter", "merged") if (path := folder / name).is_dir()]
-    return sorted(path for path in found if not path.name.startswith(".") and path.suffix != ".tmp")
-
-
-def held_out_samples(target: Target, say: Callable[[str], None], count: int = 128) -> list[dict[str, list[int]]]:
-    """Return up to `count` held-out samples of the run, {"input_ids", "labels"}; none without a run or its data."""
-    if target.run is None:
-        return []
-    from fastft.data import prepare
-    from fastft.model import load_tokenizer
-
-    config = target.run.read_config()
-    try:
-        data = prepare(
-            config.data,
-            load_tokenizer(config.model),
-            max_seq_length=config.model.max_seq_length,
-            seed=config.train.seed,
-            cache_dir=target.run.path / "cache",
-        )
-    except FastFTError as error:
-        say(f"the run's held-out data cannot be read ({error}); comparing on built-in texts")
-        return []
-    if data.eval is None:
-        return []
-    rows = [data.eval[i] for i in range(min(count, len(data.eval)))]
-    return [{"input_ids": row.input_ids.tolist(), "labels": row.labels.tolist()} for row in rows]
 
 
 def kind_of(path: Path) -> str:
