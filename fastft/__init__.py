@@ -23,7 +23,9 @@ _PUBLIC = {
     "export": "fastft.export",
     "inspect_data": "fastft.inspect",
     "load_config": "fastft.config",
+    "plan": "fastft.plan",
     "train": "fastft.train",
+    "verify": "fastft.verify",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604 (the names of the table above)
@@ -35,7 +37,9 @@ if TYPE_CHECKING:
     from fastft.generate import chat
     from fastft.inspect import inspect_data
     from fastft.model import FastLanguageModel
+    from fastft.plan import plan
     from fastft.train import RunResult, train
+    from fastft.verify import verify
 
 
 def __getattr__(name: str) -> Any:

@@ -190,16 +190,13 @@ def export(
     dtype: Annotated[str, typer.Option("--dtype", help="of merged: auto, float32, bfloat16, float16")] = "auto",
     certify: Annotated[bool, typer.Option("--verify/--no-verify", help="write the certificate")] = True,
     imatrix: Annotated[str | None, typer.Option("--imatrix", help="auto: from the run's own data")] = None,
-    quant: Annotated[str | None, typer.Option("--quant", help="auto: the smallest GGUF type within --max-kl")] = None,
-    max_kl: Annotated[float, typer.Option("--max-kl", help="KL budget of --quant auto, nats a token")] = 0.01,
     as_json: Json = False,
 ) -> None:
     """Export a run as adapter, merged model, GGUF or Ollama model, with a certificate."""
     from fastft.export import export as run_export
 
     targets = [part.strip() for part in to.split(",") if part.strip()]
-    options: dict[str, Any] = {"dtype": dtype, "imatrix": imatrix, "quant": quant, "max_kl": max_kl}
-    result = run_export(run, targets, out=out, base=base, **options)
+    result = run_export(run, targets, out=out, base=base, dtype=dtype, imatrix=imatrix)
     if certify:
         from fastft.verify import verify as run_verify
 
@@ -353,6 +350,8 @@ def _quiet_libraries() -> None:
         "PYTHONWARNINGS": "ignore",
     }.items():
         os.environ.setdefault(variable, value)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # a log file needs no bars
     for name in ("torch.utils._pytree", "bitsandbytes", "transformers", "datasets", "peft", "trl"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

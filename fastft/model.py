@@ -283,6 +283,7 @@ def _check_folder(folder: Path) -> None:
 
 def _check_hub(name: str, revision: str | None, token: str | None) -> None:
     """Ask the Hub (or its cache, when offline) whether `name` exists and has safetensors."""
+    import httpx
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
@@ -304,7 +305,7 @@ def _check_hub(name: str, revision: str | None, token: str | None) -> None:
         raise FastFTError(
             f"there is no model {name!r} on the Hub, nor a folder of that name (a private one needs HF_TOKEN)."
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         raise FastFTError(
             f"model {name!r}: no such folder, and the Hub cannot be reached ({type(error).__name__}). Check the spelling, "
             "or the network, or give a local folder."

@@ -165,6 +165,7 @@ class _Session:
             seed=config.train.seed,
             cache_dir=self.run.path / "cache",
         )
+        self.data.template.save(self.tokenizer)  # what was trained with is what every later program renders with
         self.report.data(self.data.report)
 
     def _load_model(self) -> None:

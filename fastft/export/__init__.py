@@ -25,8 +25,6 @@ def export(
     base: str | None = None,
     dtype: str = "auto",
     imatrix: str | None = None,
-    quant: str | None = None,
-    max_kl: float = 0.01,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Write the targets `to` of `run` and return {"files": [{"path", "kind", "bytes"}]}.
@@ -34,7 +32,7 @@ def export(
     Every target is written whole or not at all. Raises FastFTError for unknown targets, and whatever the target
     itself refuses (each says what and why); nothing is written then.
     """
-    wanted = parse_targets(to, quant)
+    wanted = parse_targets(to)
     target = resolve(run, base=base)
     folder = Path(out).expanduser() if out is not None else target.default_out
     report = reporter or Reporter()
@@ -45,24 +43,21 @@ def export(
         elif kind == "merged":
             files += _merged(target, folder, dtype, report)
     ggufs = [kind.split(":")[1] for kind in wanted if kind.startswith("gguf:")]
-    if ggufs or {"gguf-lora", "ollama"} & set(wanted) or quant:
-        from fastft.export.llamacpp import export_for_llamacpp
+    if ggufs or {"gguf-lora", "ollama"} & set(wanted):
+        from fastft.export.llama import export_for_llamacpp
 
         files += export_for_llamacpp(
-            target, folder, ggufs, lora="gguf-lora" in wanted, ollama="ollama" in wanted, imatrix=imatrix,
-            quant=quant, max_kl=max_kl, report=report,
-        )  # fmt: skip
+            target, folder, ggufs, lora="gguf-lora" in wanted, ollama="ollama" in wanted, imatrix=imatrix, report=report
+        )
     for entry in files:
         report.note(f"wrote {entry['path']} ({entry['bytes'] / 2**20:,.1f} MiB)")
     return {"files": files}
 
 
-def parse_targets(to: list[str], quant: str | None = None) -> list[str]:
+def parse_targets(to: list[str]) -> list[str]:
     """Return the targets, each once, in the order given; raises one FastFTError for all unknown ones."""
     problems = []
-    if quant not in (None, "auto"):
-        problems.append(f"--quant is {quant!r}; it can only be auto")
-    if not to and not quant:
+    if not to:
         problems.append("no export target given")
     for target in to:
         if target not in EXPORT_KINDS and not re.fullmatch(r"gguf:[a-z0-9_]+", target):

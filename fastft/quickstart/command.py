@@ -27,6 +27,7 @@ def quickstart(out: Path, *, reporter: Reporter | None = None) -> dict[str, Any]
     """
     from fastft.export import export
     from fastft.train import train
+    from fastft.verify import verify
 
     report = reporter or Reporter()
     folder = Path(out) / "quickstart"
@@ -45,6 +46,8 @@ def quickstart(out: Path, *, reporter: Reporter | None = None) -> dict[str, Any]
         report.warn("llama-cpp-python is not installed: no GGUF files (pip install 'fastft[gguf]')")
     exported = export(trained.run, targets, reporter=report)
     result["files"] = exported["files"]
+    checked = verify(trained.run, files=[entry["path"] for entry in exported["files"]], reporter=report)
+    result["certificate"] = checked["verdict"]
     for entry in exported["files"]:
         if entry["path"].endswith(".gguf"):
             name = entry["kind"].removeprefix("gguf:")
@@ -56,6 +59,8 @@ def quickstart(out: Path, *, reporter: Reporter | None = None) -> dict[str, Any]
             f"the trained model answers {result['exact_match']['heldout_after']:.1%} of the held-out questions; at least "
             f"{AT_LEAST:.0%} were expected. `fastft doctor` looks for a cause."
         )
+    if checked["verdict"] == "fail":
+        raise AnswerIsNoError(f"an exported file is not the trained model; see {Path(trained.run) / 'export/certificate.md'}.")
     return result
 
 

@@ -80,7 +80,7 @@ def write_config(tmp_path, rows_file):
             "train": {"max_steps": 12, "save_steps": 4, "eval_steps": 6, "learning_rate": 3e-3},
         }
         for section, changes in sections.items():
-            values[section] = {**values[section], **changes} if isinstance(changes, dict) else changes
+            values[section] = {**values.get(section, {}), **changes} if isinstance(changes, dict) else changes
         path = tmp_path / "run.yaml"
         path.write_text(yaml.safe_dump(values), encoding="utf-8")
         return path

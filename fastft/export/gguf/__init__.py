@@ -120,7 +120,7 @@ def _paths(out: Path, kinds: list[str], name: str) -> dict[str, Path]:
 def _fields(weights: Weights, model: Model, vocabulary: Path, name: str) -> dict[str, tuple[Any, str]]:
     """Return all metadata but the file's type."""
     rows = next(t.shape[0] for t in model.tensors if t.name == "token_embd.weight")
-    tokens = tokenizer_metadata(vocabulary, rows, model.arch)
+    tokens = tokenizer_metadata(vocabulary, rows, model.arch, weights.base)
     return {
         "general.type": ("model", "STRING"),
         "general.name": (_safe_name(name, vocabulary), "STRING"),

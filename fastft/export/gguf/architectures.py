@@ -392,7 +392,7 @@ def _notes(family: Family, config: dict[str, Any]) -> list[str]:
     if rope.get("rope_type") == "longrope":
         original = rope.get("original_max_position_embeddings") or config["original_max_position_embeddings"]
         notes.append(
-            f"llama.cpp takes the long rope factors where its context is above {original} tokens, transformers where the "
-            f"text is: for exact answers to shorter texts, use a context of {original}"
+            f"llama.cpp takes the long rope factors where its context is above {original} tokens, transformers where "
+            f"the text is: for exact answers to shorter texts, use a context of {original}"
         )
     return notes

@@ -54,12 +54,16 @@ def read_tokenizer(folder: Path) -> Any:
         raise FastFTError(f"{folder} has no tokenizer that transformers can load: {error}") from error
 
 
-def tokenizer_metadata(folder: Path, vocab_size: int, arch: str) -> dict[str, tuple[Any, str]]:
+def tokenizer_metadata(
+    folder: Path, vocab_size: int, arch: str, base: Path | None = None
+) -> dict[str, tuple[Any, str]]:
     """Return GGUF's tokenizer keys with (value, type name).
 
-    `vocab_size` is the number of embedding rows; rows without a token become unused ones. Raises Unsupported where the
-    tokenizer is neither a byte-level BPE nor a SentencePiece BPE, or where llama.cpp has no splitting rule that gives
-    the same ids; FastFTError where there are more tokens than embedding rows.
+    `base`: the base model's folder, for what a trained tokenizer's folder lacks (tokenizer.model, which transformers
+    does not save, and generation_config.json). `vocab_size` is the number of embedding rows; rows without a token
+    become unused ones. Raises Unsupported where the tokenizer is neither a byte-level BPE nor a SentencePiece BPE, or
+    where llama.cpp has no splitting rule that gives the same ids; FastFTError where there are more tokens than
+    embedding rows.
     """
     tokenizer = read_tokenizer(folder)
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -78,10 +82,10 @@ def tokenizer_metadata(folder: Path, vocab_size: int, arch: str) -> dict[str, tu
     if "ByteLevel" in json.dumps([spec.get("pre_tokenizer"), spec.get("decoder")]):
         found = _byte_level(tokenizer, spec, vocab_size)
     elif model.get("byte_fallback"):
-        found = _sentencepiece(folder, spec, vocab_size, arch)
+        found = _sentencepiece(_file("tokenizer.model", folder, base), spec, vocab_size, arch)
     else:
         raise Unsupported("a BPE tokenizer that is neither byte-level nor has byte fall-back")
-    found |= _specials(tokenizer, folder)
+    found |= _specials(tokenizer, _file("generation_config.json", folder, base))
     found |= _templates(tokenizer)
     if found["tokenizer.ggml.model"][0] == "gpt2":
         found["tokenizer.ggml.pre"] = (find_pre(tokenizer, found), "STRING")
@@ -122,12 +126,14 @@ def _looks_special(text: str) -> bool:
     )
 
 
-def _sentencepiece(folder: Path, spec: dict[str, Any], vocab_size: int, arch: str) -> dict[str, tuple[Any, str]]:
+def _sentencepiece(
+    model_file: Path | None, spec: dict[str, Any], vocab_size: int, arch: str
+) -> dict[str, tuple[Any, str]]:
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     scores = [-10000.0] * vocab_size
     types = [UNUSED] * vocab_size
     vocabulary = spec["model"]["vocab"]
-    model = _model_file(folder, vocabulary)
+    model = _model_file(model_file, vocabulary)
     known = _merge_scores(spec) if model is None else {}
     for text, index in vocabulary.items():
         tokens[index], types[index] = text, NORMAL
@@ -163,10 +169,13 @@ def _adds_a_space(spec: dict[str, Any]) -> bool:
     return '"Prepend"' in text or '"prepend_scheme": "first"' in text or '"prepend_scheme": "always"' in text
 
 
-def _model_file(folder: Path, vocabulary: dict[str, int]) -> Any:
+def _file(name: str, *folders: Path | None) -> Path | None:
+    return next((folder / name for folder in folders if folder and (folder / name).is_file()), None)
+
+
+def _model_file(path: Path | None, vocabulary: dict[str, int]) -> Any:
     """Return tokenizer.model where it is the same vocabulary, which it may not be after a change; else None."""
-    path = folder / "tokenizer.model"
-    if not path.is_file():
+    if path is None:
         return None
     from sentencepiece import SentencePieceProcessor
 
@@ -193,14 +202,14 @@ def _merge_scores(spec: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _specials(tokenizer: Any, folder: Path) -> dict[str, tuple[Any, str]]:
+def _specials(tokenizer: Any, generation: Path | None) -> dict[str, tuple[Any, str]]:
     """Return the ids of BOS, EOS, padding and unknown, the end of a turn, and whether BOS and EOS are added."""
     found: dict[str, tuple[Any, str]] = {}
     for key, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
         index = getattr(tokenizer, f"{name}_token_id")
         if isinstance(index, int):
             found[f"tokenizer.ggml.{key}_token_id"] = (index, "UINT32")
-    ends = turn_ends(tokenizer, folder)
+    ends = turn_ends(tokenizer, generation)
     for key, index in zip(("eot", "eom"), (e for e in ends if e != tokenizer.eos_token_id), strict=False):
         found[f"tokenizer.ggml.{key}_token_id"] = (index, "UINT32")
     ids = tokenizer("a").input_ids
@@ -212,15 +221,14 @@ def _specials(tokenizer: Any, folder: Path) -> dict[str, tuple[Any, str]]:
     return found
 
 
-def turn_ends(tokenizer: Any, folder: Path) -> list[int]:
-    """Return the token ids that end an answer: what the chat template puts after it, then generation_config's."""
+def turn_ends(tokenizer: Any, generation: Path | None = None) -> list[int]:
+    """Return the token ids that end an answer: what the chat template puts after it, then generation_config.json's."""
     ends: list[int] = []
     after = _after_an_answer(tokenizer)
     if after is not None:
         ends.append(after)
-    path = Path(folder) / "generation_config.json"
-    if path.is_file():
-        said = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    if generation:
+        said = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
         ends += said if isinstance(said, list) else [said] if isinstance(said, int) else []
     return list(dict.fromkeys(ends))
 

@@ -115,7 +115,7 @@ def _pre(vocabulary: Path, weights: Weights) -> str | None:
 
     rows = next(weights.shape(n)[0] for n in weights.names if n.endswith("embed_tokens.weight"))
     try:
-        return str(tokenizer_metadata(vocabulary, rows, "")["tokenizer.ggml.pre"][0])
+        return str(tokenizer_metadata(vocabulary, rows, "", weights.base)["tokenizer.ggml.pre"][0])
     except Unsupported:
         return None
 

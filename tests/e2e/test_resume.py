@@ -1,0 +1,125 @@
+"""Killed at any step and started again, a float32 run has the loss trace of the run that never stopped."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.e2e.conftest import fastft, losses
+
+
+def start(config):
+    return subprocess.Popen([sys.executable, "-m", "fastft", "train", str(config)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_for_step(run, step, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if (run / "log.jsonl").exists() and f'"step": {step},' in (run / "log.jsonl").read_text():
+            return
+        if process.poll() is not None:
+            raise AssertionError(process.stdout.read().decode()[-2000:])
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached in {seconds} s")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, checkpoint_of, rows_file):
+    """A run of 12 steps with dropout 0.1 that nobody disturbed."""
+    import yaml
+
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    values = {
+        "project": "t",
+        "output_dir": str(folder / "runs"),
+        "model": {"name": str(checkpoint_of("qwen3")), "max_seq_length": 128, "engine": "stock", "dtype": "float32"},
+        "data": {"source": str(rows_file)},
+        "lora": {"dropout": 0.1},
+        "train": {"max_steps": 24, "save_steps": 4, "eval_steps": 6, "learning_rate": 3e-3},
+    }
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump(values))
+    outcome = fastft("train", config, "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["status"] == "done"
+    trace = losses(folder / "runs" / "t")
+    assert sorted(trace) == list(range(1, 25))
+    return config, folder / "runs" / "t", trace
+
+
+@pytest.fixture
+def fresh(uninterrupted, tmp_path):
+    """The same config in another folder."""
+    config, _, trace = uninterrupted
+    path = tmp_path / "run.yaml"
+    path.write_text(config.read_text().replace(str(config.parent / "runs"), str(tmp_path / "runs")))
+    return path, tmp_path / "runs" / "t", trace
+
+
+def test_kill_slice_and_terminate_leave_the_same_trace(fresh):
+    config, run, trace = fresh
+    process = start(config)
+    wait_for_step(run, 6, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    sliced = fastft("train", config, "--stop-after", 3, "--json")
+    assert (sliced.code, sliced.json["status"]) == (0, "paused"), sliced.err
+    process = start(config)
+    wait_for_step(run, 13, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    last = fastft("train", config)
+    assert last.code == 0, last.err
+    assert losses(run) == pytest.approx(trace, abs=1e-6)
+    again = fastft("train", config)
+    assert again.code == 0
+    assert "this run is finished" in again.err
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(fresh, uninterrupted):
+    config, run, trace = fresh
+    shutil.copytree(uninterrupted[1], run)
+    shutil.rmtree(run / "final")
+    newest = max((run / "checkpoints").iterdir(), key=lambda p: int(p.name.split("-")[1]))
+    optimizer = newest / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-100])
+    outcome = fastft("train", config)
+    assert outcome.code == 0, outcome.err
+    assert f"{newest.name} is damaged (optimizer.pt has" in outcome.err.replace("\n", " ")
+    assert losses(run) == pytest.approx(trace, abs=1e-6)
+
+
+def test_what_may_not_change_is_refused_with_the_differences(fresh, uninterrupted):
+    config, run, _ = fresh
+    shutil.copytree(uninterrupted[1], run)
+    outcome = fastft("train", config, "--set", "lora.r=8", "--set", "train.seed=1")
+    assert outcome.code == 2
+    assert "lora.r was 16, is now 8" in outcome.err
+    assert "train.seed was 3407, is now 1" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_more_steps_may_be_asked_for(fresh, uninterrupted):
+    config, run, trace = fresh
+    shutil.copytree(uninterrupted[1], run)
+    outcome = fastft("train", config, "--set", "train.max_steps=26", "--json")
+    assert outcome.code == 0, outcome.err
+    longer = losses(run)
+    assert len(longer) == 26
+    assert {step: longer[step] for step in trace} == trace
+
+
+def test_a_second_process_on_the_same_run_is_refused(fresh):
+    config, run, _ = fresh
+    process = start(config)
+    wait_for_step(run, 1, process)
+    second = fastft("train", config)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert second.code == 2
+    assert f"is being trained by process {process.pid}" in second.err.replace("\n", " ")
