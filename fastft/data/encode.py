@@ -71,19 +71,13 @@ class Coder:
     """A fast tokenizer used without its surprises: no BOS added, no truncation, guards resolved."""
 
     def __init__(self, tokenizer: Any, template: ChatTemplate) -> None:
-        from tokenizers import Tokenizer
-
         if not getattr(tokenizer, "is_fast", False):
             raise FastFTError(
                 f"{type(tokenizer).__name__} is no fast tokenizer (no tokenizer.json): token positions are not known. "
                 "Convert it once: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
             )
         self.tokenizer, self.template = tokenizer, template
-        self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        self.as_text = Tokenizer.from_str(self.backend.to_str())
-        self.as_text.encode_special_tokens = True
+        self.backend = tokenizer.backend_tokenizer
         self.controls = sorted(template.control_tokens, key=len, reverse=True)
         self.guards = {token: chr(_GUARD + i) for i, token in enumerate(self.controls)}
         last = chr(_GUARD + max(len(self.controls) - 1, 0))
@@ -119,11 +113,24 @@ class Coder:
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of template text, in which control tokens count."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self._encoding(text).ids
 
     def text_ids(self, text: str) -> list[int]:
         """Return the ids of somebody's text, in which control tokens are text."""
-        return self.as_text.encode(text, add_special_tokens=False).ids
+        return self._encode_as_text(text).ids
+
+    def _encoding(self, text: str) -> Any:
+        if self.backend.truncation is not None:  # somebody's earlier call left it on
+            self.backend.no_truncation()
+        return self.backend.encode(text, add_special_tokens=False)
+
+    def _encode_as_text(self, text: str) -> Any:
+        # A switch, not a second tokenizer: a large vocabulary takes 100 MB.
+        self.backend.encode_special_tokens = True
+        try:
+            return self._encoding(text)
+        finally:
+            self.backend.encode_special_tokens = False
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a rendered text, guards resolved."""
@@ -135,17 +142,31 @@ class Coder:
         Where a token would reach over the edge of a span (the prompt's last and the answer's first character in
         one token), the text is encoded in two parts: that is what generation sees.
         """
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text)
         ids = encoding.ids
         token_spans = []
         for start, end in spans:
-            first, last = _edge(encoding, text, start), _edge(encoding, text, end)
+            first, last = self._edge(encoding, text, start), self._edge(encoding, text, end)
             if first is None or last is None:
                 return self._encode_cut(text, spans, start if first is None else end)
             token_spans.append((first, last))
         if self.guard_pattern.search(text):
             return self._resolve(text, ids, encoding.offsets, token_spans)
         return ids, token_spans
+
+    def _edge(self, encoding: Any, text: str, position: int) -> int | None:
+        """Return the first token that starts at or after `position`; None where a token reaches over it."""
+        for char in range(position, len(text)):
+            token = encoding.char_to_token(char)
+            if token is None:
+                continue  # white space that the tokenizer drops belongs to no token
+            begin, _ = encoding.token_to_chars(token)
+            if begin >= position:
+                return token
+            # Some control tokens take the white space after them (Phi-3's do): the edge lies behind the token.
+            swallows = char > position or text[begin:position].strip() in self.template.control_tokens
+            return token + 1 if swallows else None
+        return len(encoding.ids)
 
     def _encode_cut(
         self, text: str, spans: Sequence[tuple[int, int]], edge: int
@@ -182,7 +203,7 @@ class Coder:
     def _spelled(self, token: str) -> list[int]:
         """Return the ordinary ids of a control token's spelling, as it stands inside a text."""
         if token not in self._plain_ids:
-            encoding = self.as_text.encode("\n" + token, add_special_tokens=False)
+            encoding = self._encode_as_text("\n" + token)
             ids = [i for i, (_, end) in zip(encoding.ids, encoding.offsets, strict=True) if end > 1]
             self._plain_ids[token] = ids
         return self._plain_ids[token]
@@ -433,19 +454,6 @@ def _everything(coder: Coder, messages: Messages, tools: Sequence[Any] | None) -
         ids, answer = [*ids, coder.tokenizer.eos_token_id], answer + coder.tokenizer.eos_token
     prove(coder, ids, ids, [answer])
     return Encoded(ids, list(ids), [answer])
-
-
-def _edge(encoding: Any, text: str, position: int) -> int | None:
-    """Return the first token that starts at or after `position`; None where a token reaches over it."""
-    for char in range(position, len(text)):
-        token = encoding.char_to_token(char)
-        if token is None:
-            continue  # white space that the tokenizer drops belongs to no token
-        begin, _ = encoding.token_to_chars(token)
-        if begin >= position:
-            return token
-        return None if char == position else token + 1
-    return len(encoding.ids)
 
 
 def _fits(parts: list[str], text: str) -> bool:
