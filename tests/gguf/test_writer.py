@@ -146,7 +146,8 @@ def test_a_spm_tokenizer_without_its_model_file_has_scores_that_give_the_same_id
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_every_type_is_llama_cpps_byte_for_byte(family, tmp_path):
-    base = make_checkpoint(family, tmp_path / "base", hidden_size=256, num_hidden_layers=4, dtype="bfloat16")
+    shape = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 3}
+    base = make_checkpoint(family, tmp_path / "base", dtype="bfloat16", **shape)
     generator = torch.Generator().manual_seed(0)
     source = Path(export_gguf(base, tmp_path / "source.gguf", ["bf16"])[0]["path"])
     columns = {name: t["shape"][-1] for name, t in export_gguf(base, tmp_path, ["f32"])[0]["tensors"].items()}
@@ -334,3 +335,53 @@ def test_killed_or_out_of_disk_leaves_no_file_that_looks_whole(after, how, tmp_p
         assert list(out.iterdir()) == []
     export_gguf(base, out, ["f16", "q8_0"], name="m")
     assert sorted(p.name for p in out.iterdir()) == ["m.F16.gguf", "m.Q8_0.gguf"]
+
+
+@pytest.mark.parametrize("strips", [False, True])
+def test_the_files_name_does_not_change_how_special_tokens_are_read(strips, tmp_path):
+    """llama.cpp strips the whitespace after special tokens where a model's name contains phi-3."""
+    from transformers import AutoTokenizer
+
+    from fastft.llamacpp import open_gguf
+
+    base = make_checkpoint("phi3", tmp_path / ("model" if strips else "my-phi-3-model"))
+    path = base / "tokenizer.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for token in found["added_tokens"]:
+        token["rstrip"] = strips and token["content"].startswith("<|im")
+    path.write_text(json.dumps(found), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    text = "<|im_start|> user<|im_end|>  and"
+    with open_gguf(export_gguf(base, tmp_path, ["f16"])[0]["path"], n_ctx=64) as model:
+        assert model.tokens(text, add_special=False) == tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_an_adapters_own_tokenizer_is_written(tmp_path):
+    from transformers import AddedToken, AutoTokenizer
+
+    from fastft.llamacpp import open_gguf
+
+    base, adapter = make_checkpoint("mistral", tmp_path / "base"), tmp_path / "adapter"
+    trained = train_adapter(base, adapter, 660, target_modules=["q_proj"])
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '<tool>' }}{% endfor %}"
+    tokenizer.save_pretrained(adapter)
+    record = export_gguf(base, tmp_path / "out.gguf", ["f32"], adapter=adapter)[0]
+    assert metadata(Path(record["path"]))["tokenizer.chat_template"] == tokenizer.chat_template
+    ids = tokenizer("Hello <tool> world").input_ids
+    with open_gguf(record["path"], n_ctx=64) as model:
+        assert model.tokens("Hello <tool> world") == ids
+        assert model.ends(len(tokenizer) - 1)
+    assert kl(hf_logits(trained, ids), llama_cpp_logits(Path(record["path"]), ids)) < 1e-6
+
+
+@pytest.mark.long
+def test_the_converter_is_fetched_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = upstream.upstream_folder()
+    assert (folder / "convert_hf_to_gguf.py").is_file()
+    assert (folder / "gguf-py" / "gguf").is_dir()
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+    monkeypatch.setattr(upstream, "_download", None)
+    assert upstream.upstream_folder() == folder
