@@ -178,7 +178,7 @@ def _write_data(path: Path) -> None:
     words = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(24):
-            file.write(json.dumps({"text": " ".join(f"w{words.randrange(2000)}" for _ in range(2500))}) + "\n")
+            file.write(json.dumps({"text": " ".join(f"w{words.randrange(2000)}" for _ in range(800))}) + "\n")
 
 
 # --- workers: each runs alone in its process
