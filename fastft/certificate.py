@@ -31,8 +31,8 @@ class Limits:
 
 LIMITS: dict[str, Limits] = {
     "f32": Limits(1e-5, 1e-3),
-    "f16": Limits(2e-3, 2e-2),
-    "bf16": Limits(5e-3, 5e-2),
+    "f16": Limits(1e-3, 1e-2),
+    "bf16": Limits(2e-3, 2e-2),
     "q8_0": Limits(5e-3, 5e-2),
     "q6_k": Limits(0.02, 0.1),
     "q5_k_m": Limits(0.04, 0.2),
