@@ -22,6 +22,7 @@ from fastft.export.weights import Weights
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SHARD_BYTES = 5_000_000_000
+MARK = "fastft export"
 # What makes a tokenizer; the adapter's own files (added tokens, a new template) win over the base's.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -51,7 +52,7 @@ def export_merged(
     `dtype`: auto (each tensor as the base stores it), float32, bfloat16 or float16. Shards hold at most
     `max_shard_bytes` (one tensor may be larger). `progress(bytes_done, bytes_total)` is called after each tensor.
 
-    Raises FastFTError: unknown dtype, `out` exists and is not a merged model, not enough disk (with the numbers), and
+    Raises FastFTError: unknown dtype, `out` exists and was not written here, not enough disk (with the numbers), and
     all that `Weights` refuses; CouldNotFinishError: the disk filled up meanwhile.
     """
     if dtype not in {"auto", *BYTES}:
@@ -61,13 +62,24 @@ def export_merged(
     plan = _plan_shards(weights, kinds, max_shard_bytes)
     total = sum(size for shard in plan for _, size in shard)
     out = Path(out)
-    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise FastFTError(f"{out} exists and is no model folder. Choose another --out.")
+    if out.is_dir() and any(out.iterdir()) and not _is_ours(out):
+        raise FastFTError(f"{out} exists and was not written by fastft. Choose another --out, or remove it.")
     with whole_or_nothing(out, total) as folder:
         _write_shards(weights, kinds, plan, folder, progress)
         _write_config(weights, kinds, folder)
         _copy_tokenizer(weights, folder)
     return sorted(out.iterdir())
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether every weight file in `folder` was written here: only such a folder is replaced."""
+    found = list(folder.glob("*.safetensors"))
+    for path in found:
+        with open(path, "rb") as file:
+            length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
+            if MARK.encode() not in file.read(min(length, 200)):
+                return False
+    return bool(found)
 
 
 @contextmanager
@@ -150,7 +162,7 @@ def _write_shards(
 
 def _header(weights: Weights, kinds: dict[str, str], shard: list[tuple[str, int]]) -> bytes:
     """Return a safetensors header: 8 bytes of length, then JSON padded to a multiple of 8."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", "written_by": MARK}}
     offset = 0
     for name, size in shard:
         code = CODES.get(kinds[name], "I64")

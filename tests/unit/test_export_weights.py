@@ -276,6 +276,19 @@ def test_base_of_an_adapter(tmp_path, monkeypatch):
     assert asked == ["unsloth/tiny"]
 
 
+def test_only_an_export_is_replaced(tmp_path):
+    base = make_checkpoint("llama", tmp_path / "base")
+    before = (base / "model.safetensors").read_bytes()
+    with pytest.raises(FastFTError, match="was not written by fastft"):
+        export_merged(base, None, base)
+    assert (base / "model.safetensors").read_bytes() == before
+    out = tmp_path / "merged"
+    export_merged(base, None, out, max_shard_bytes=50_000)
+    assert len(list(out.glob("*.safetensors"))) > 1
+    export_merged(base, None, out, dtype="bfloat16")
+    assert [p.name for p in out.glob("*.safetensors")] == ["model.safetensors"]
+
+
 def test_a_full_disk_is_refused_before_a_byte_is_written(tmp_path, monkeypatch):
     base = make_checkpoint("llama", tmp_path / "base")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
