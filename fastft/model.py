@@ -270,7 +270,10 @@ def _check_folder(folder: Path) -> None:
         raise FastFTError(f"{folder / 'config.json'} is not valid JSON: {error}. Download the model again.") from error
     if "config.json" in files and not config.get("model_type"):
         raise FastFTError(f"{folder / 'config.json'} has no model_type: it is not a transformers model.")
-    if any(name.endswith(".safetensors") for name in files):
+    weights = [folder / name for name in files if name.endswith(".safetensors")]
+    for path in weights:
+        _check_whole(path)
+    if weights:
         return
     pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if pickles:
@@ -279,6 +282,23 @@ def _check_folder(folder: Path) -> None:
             "safetensors on a machine you can spare, or use a checkpoint that has them."
         )
     raise FastFTError(f"{folder} has a config.json but no *.safetensors weights. Download the model again.")
+
+
+def _check_whole(path: Path) -> None:
+    """Raise FastFTError where a safetensors file is shorter than its header says: a download that was cut off."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        try:
+            header = json.loads(file.read(length)) if len(start) == 8 and length < 2**30 else None
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            header = None
+    if not isinstance(header, dict):
+        raise FastFTError(f"{path} is not a safetensors file. Download the model again.")
+    needed = 8 + length + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    size = path.stat().st_size
+    if size < needed:
+        raise FastFTError(f"{path} is cut off: {size:,} of {needed:,} bytes are there. Download the model again.")
 
 
 def _check_hub(name: str, revision: str | None, token: str | None) -> None:
