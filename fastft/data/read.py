@@ -197,7 +197,7 @@ def _open(file: Path) -> IO[bytes]:
     if kind == "zstd":
         import pyarrow
 
-        return pyarrow.input_stream(str(file), compression="zstd")
+        return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
     if kind == "zip":
         archive = zipfile.ZipFile(file)
         names = [n for n in archive.namelist() if not n.endswith("/") and not n.startswith("__MACOSX")]
@@ -229,7 +229,8 @@ def _kind(file: Path, head: bytes) -> str:
         if start[0] == "[" and (named != "jsonl" or not _first_line_is_json(start)):
             return "json"
         if start[0] == "{":
-            return "jsonl" if named == "jsonl" or _first_line_is_json(start) else "json"
+            one_object = "\n" not in start.strip()
+            return "jsonl" if named == "jsonl" or (_first_line_is_json(start) and not one_object) else "json"
         if named is None:
             raise FastFTError(
                 f"cannot tell what kind of file {file} is; name it .jsonl, .json, .csv, .tsv, .txt or .parquet."
