@@ -274,8 +274,8 @@ def _divide(
     )
     of_sample = np.repeat(held, main.marks.samples)
     train, evaluation = main.samples[np.flatnonzero(~of_sample)], main.samples[np.flatnonzero(of_sample)]
-    train_marks = _subset(main.marks, ~held)
-    held_marks = other.marks if other else _subset(main.marks, held)
+    train_marks = main.marks.subset(~held)
+    held_marks = other.marks if other else main.marks.subset(held)
     if other:
         evaluation = other.samples
     if main.format.name == "text" and settings.long_text == "split":
@@ -291,10 +291,6 @@ def _divide(
             f"nothing is held out: {len(main.marks.lines)} rows are too few for {config.eval_fraction}"
         )
     return Prepared(train, evaluation if len(evaluation) else None, report, template, fingerprint, conversations)
-
-
-def _subset(marks: RowMarks, keep: np.ndarray) -> RowMarks:
-    return RowMarks(*(getattr(marks, field.name)[keep] for field in dataclasses.fields(marks)))
 
 
 def _joined_documents(documents: TokenDataset, length: int, folder: Path | None) -> TokenDataset:

@@ -109,6 +109,10 @@ class RowMarks:
     signatures: np.ndarray
     samples: np.ndarray
 
+    def subset(self, keep: np.ndarray) -> RowMarks:
+        """Return the marks of the rows in the mask `keep` (N,)."""
+        return RowMarks(*(getattr(self, field.name)[keep] for field in dataclasses.fields(self)))
+
     @classmethod
     def joined(cls, parts: list[RowMarks]) -> RowMarks:
         """Return the marks of several chunks as one."""

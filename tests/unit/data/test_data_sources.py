@@ -1,7 +1,5 @@
 """Every source format and file type gives the same samples; awkward data is read as a person expects, or refused."""
 
-# ruff: noqa: E501  (the tables of awkward data read best with one case a line)
-
 from __future__ import annotations
 
 import bz2
