@@ -28,7 +28,7 @@ _PUBLIC = {
     "verify": "fastft.verify",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604 (the names of the table above)
+__all__ = ["__version__", *sorted(_PUBLIC)]
 
 if TYPE_CHECKING:
     from fastft.config import RunConfig, load_config

@@ -23,8 +23,9 @@ MANIFEST = "manifest.json"
 # Without any one of these a resume silently starts the optimizer or the schedule anew.
 REQUIRED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 MAY_CHANGE = {
-    "train": {"epochs", "max_steps", "max_minutes", "logging_steps", "save_steps", "save_total_limit", "eval_steps", "report_to"},
-}  # fmt: skip
+    "train": {"epochs", "max_steps", "max_minutes", "report_to"}
+    | {"logging_steps", "save_steps", "save_total_limit", "eval_steps"},
+}
 MAY_CHANGE_SECTIONS = {"mirror", "export", "output_dir", "project"}
 
 
@@ -73,7 +74,7 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     """Return (newest whole checkpoint or None, a warning for each damaged one that was passed over)."""
-    warnings = []
+    warnings: list[str] = []
     for _, path in reversed(checkpoints(folder)):
         problem = what_is_wrong(path)
         if problem is None:

@@ -8,7 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastft.errors import AnswerIsNoError, CouldNotFinishError
+from fastft.errors import AnswerIsNoError, CouldNotFinishError, FastFTError
+from fastft.export.llama import base_folder, importance, sample_ids
+from fastft.progress import Reporter
+from fastft.target import resolve
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,3 +80,41 @@ def smallest(candidates: Sequence[str], holds: Callable[[str], bool]) -> str | N
         else:
             low = middle + 1
     return candidates[low] if low < len(candidates) else None
+
+
+def choose_for_run(
+    run: str | Path,
+    quant: str,
+    *,
+    max_kl: float,
+    out: str | Path | None = None,
+    base: str | None = None,
+    imatrix: str | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Write the smallest GGUF within `max_kl` of the run and return its {"path", "kind", "bytes"}.
+
+    Raises FastFTError where `quant` is not "auto" or `max_kl` not positive, AnswerIsNoError where no type is near enough.
+    """
+    if quant != "auto":
+        raise FastFTError(
+            f"--quant is {quant!r}; it can only be auto. A type of your choice is written with --to gguf:TYPE."
+        )
+    if not max_kl > 0:
+        raise FastFTError(f"--max-kl is {max_kl}; it must be above 0 (nats a token; 0.01 is close, 0.1 is loose).")
+    report = reporter or Reporter()
+    target = resolve(run, base=base)
+    folder = Path(out).expanduser() if out is not None else target.default_out
+    folder.mkdir(parents=True, exist_ok=True)
+    found = choose_quantization(
+        base_folder(target),
+        target.adapter,
+        samples=sample_ids(target),
+        max_kl=max_kl,
+        out=folder,
+        imatrix=importance(target, folder, imatrix, report),
+        name=target.name,
+        say=report.note,
+    )
+    report.note(f"{found['chosen']} is the smallest type within a mean KL of {max_kl:g}")
+    return {key: found["record"][key] for key in ("path", "kind", "bytes")}

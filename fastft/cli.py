@@ -184,19 +184,27 @@ def chat(
 @app.command()
 def export(
     run: RunArgument,
-    to: Annotated[str, typer.Option("--to", help="adapter, merged, gguf:TYPE, gguf-lora, ollama; comma-separated")] = "merged",
+    to: Annotated[
+        str | None, typer.Option("--to", help="adapter, merged, gguf:TYPE, gguf-lora, ollama; comma-separated")
+    ] = None,
     out: Out = None,
     base: Base = None,
     dtype: Annotated[str, typer.Option("--dtype", help="of merged: auto, float32, bfloat16, float16")] = "auto",
     certify: Annotated[bool, typer.Option("--verify/--no-verify", help="write the certificate")] = True,
     imatrix: Annotated[str | None, typer.Option("--imatrix", help="auto: from the run's own data")] = None,
+    quant: Annotated[str | None, typer.Option("--quant", help="auto: the smallest GGUF type within --max-kl")] = None,
+    max_kl: Annotated[float, typer.Option("--max-kl", help="budget of --quant auto: mean KL, nats a token")] = 0.01,
     as_json: Json = False,
 ) -> None:
     """Export a run as adapter, merged model, GGUF or Ollama model, with a certificate."""
     from fastft.export import export as run_export
 
-    targets = [part.strip() for part in to.split(",") if part.strip()]
-    result = run_export(run, targets, out=out, base=base, dtype=dtype, imatrix=imatrix)
+    targets = [part.strip() for part in (to or ("" if quant else "merged")).split(",") if part.strip()]
+    result = run_export(run, targets, out=out, base=base, dtype=dtype, imatrix=imatrix) if targets else {"files": []}
+    if quant is not None:
+        from fastft.choose import choose_for_run
+
+        result["files"].append(choose_for_run(run, quant, max_kl=max_kl, out=out, base=base, imatrix=imatrix))
     if certify:
         from fastft.verify import verify as run_verify
 
@@ -240,7 +248,9 @@ def plan(
     config: Annotated[Path | None, typer.Argument(help="the run's YAML config")] = None,
     overrides: Overrides = None,
     gpu: Annotated[str | None, typer.Option("--gpu", help="plan for this card instead of this machine")] = None,
-    apply: Annotated[Path | None, typer.Option("--apply", help="write the config with the changes that make it fit")] = None,
+    apply: Annotated[
+        Path | None, typer.Option("--apply", help="write the config with the changes that make it fit")
+    ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="write the stacked bars as PNG")] = None,
     table: Annotated[bool, typer.Option("--table", help="which model sizes fit which card")] = False,
     as_json: Json = False,
@@ -261,7 +271,9 @@ def plan(
 
 @app.command()
 def doctor(
-    quick: Annotated[bool, typer.Option("--quick", help="skip what takes seconds (importing Unsloth, llama.cpp)")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="skip what takes seconds (importing Unsloth, llama.cpp)")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check this machine: versions, GPU, memory, Hub, llama.cpp, Unsloth's patches; exit 1 where something blocks."""

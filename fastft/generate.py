@@ -84,7 +84,7 @@ class HuggingFaceChat:
         )
         with model.explained(target.base):
             self.tokenizer = AutoTokenizer.from_pretrained(source)
-            self.model = AutoModelForCausalLM.from_pretrained(
+            self.model: Any = AutoModelForCausalLM.from_pretrained(
                 target.base,
                 revision=target.revision,
                 dtype=getattr(torch, self.dtype.value),
@@ -95,7 +95,7 @@ class HuggingFaceChat:
         if adapter is not None:
             from peft import PeftModel
 
-            rows = self.model.get_input_embeddings().num_embeddings
+            rows: int = self.model.get_input_embeddings().num_embeddings
             if len(self.tokenizer) > rows:
                 self.model.resize_token_embeddings(len(self.tokenizer))
             self.model = PeftModel.from_pretrained(self.model, str(adapter))
@@ -128,7 +128,6 @@ class HuggingFaceChat:
         if "error" in result:
             raise result["error"]
         self.last_tokens = result["ids"]
-
 
     def answer_all(self, conversations: list[Messages], *, max_new_tokens: int, batch_size: int = 64) -> list[str]:
         """Return the greedy answer to each of `conversations`, computed in padded batches."""
@@ -295,7 +294,8 @@ class _Pieces:
     def __init__(self, tokenizer: Any) -> None:
         import queue
 
-        self.tokenizer, self.ids, self.sent, self.prompt_seen = tokenizer, [], "", False
+        self.tokenizer, self.sent, self.prompt_seen = tokenizer, "", False
+        self.ids: list[int] = []
         self.queue: Any = queue.SimpleQueue()
 
     def put(self, value: Any) -> None:

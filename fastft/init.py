@@ -28,7 +28,7 @@ def commented_config(*, gpu: str | None = None, model: str | None = None, data: 
     Raises FastFTError for an unknown card.
     """
     hardware = named_gpu(gpu) if gpu else probe()
-    values: dict[str, Any] = {("model", "name"): model or _suggested(hardware), ("data", "source"): data}
+    values: dict[tuple[str, ...], Any] = {("model", "name"): model or _suggested(hardware), ("data", "source"): data}
     if hardware.kind != "cuda":
         values["model", "max_seq_length"] = 512
     elif hardware.vram_bytes > 38 * GIB:

@@ -295,7 +295,11 @@ def _check_whole(path: Path) -> None:
             header = None
     if not isinstance(header, dict):
         raise FastFTError(f"{path} is not a safetensors file. Download the model again.")
-    needed = 8 + length + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    needed = (
+        8
+        + length
+        + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    )
     size = path.stat().st_size
     if size < needed:
         raise FastFTError(f"{path} is cut off: {size:,} of {needed:,} bytes are there. Download the model again.")

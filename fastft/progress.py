@@ -79,7 +79,9 @@ class Reporter:
         if self.quiet or not self.console.is_terminal:
             yield lambda done, total: None
             return
-        with Progress(TextColumn(f"[bold]{what}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=self.console) as bar:
+        with Progress(
+            TextColumn(f"[bold]{what}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=self.console
+        ) as bar:
             task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -87,7 +89,8 @@ class Reporter:
         """Show one line of log.jsonl."""
         if "eval_loss" in record:
             return self.note(f"step {record['step']}: held-out loss {record['eval_loss']:.4f}")
-        numbers = f"loss {record['loss']:.4f}  {record['tokens_per_sec']:,.0f} tok/s  {record['peak_memory_bytes'] / 2**30:.1f} GiB"
+        memory = record["peak_memory_bytes"] / 2**30
+        numbers = f"loss {record['loss']:.4f}  {record['tokens_per_sec']:,.0f} tok/s  {memory:.1f} GiB"
         if self._bar is not None:
             return self._bar.update(self._task, completed=record["step"], numbers=numbers)
         if time.monotonic() - self._last_line > 5:  # a log file does not need every step

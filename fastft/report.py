@@ -20,7 +20,8 @@ def write_report(run: RunFolder) -> None:
         *_table(
             {
                 "Steps": f"{record.get('steps')} of {record.get('total_steps')}",
-                "Held-out loss": f"{_number(record.get('eval_loss_before'))} before, {_number(record.get('eval_loss_after'))} after"
+                "Held-out loss": f"{_number(record.get('eval_loss_before'))} before, "
+                f"{_number(record.get('eval_loss_after'))} after"
                 + (f" (step {record['best_step']})" if record.get("best_step") else ""),
                 "Trained tokens": f"{record['dataset']['trained_tokens']:,} of {record['dataset']['tokens']:,} an epoch",
                 "Speed": f"{speeds[len(speeds) // 2]:,.0f} tokens/s without padding (median)" if speeds else "no step was logged",

@@ -48,9 +48,7 @@ class RunResult:
     """The adapter's folder, once the run is done."""
 
 
-def train(
-    config: RunConfig, *, stop_after: int | None = None, reporter: Reporter | None = None
-) -> RunResult:
+def train(config: RunConfig, *, stop_after: int | None = None, reporter: Reporter | None = None) -> RunResult:
     """Train as `config` says, or go on where an earlier call of the same run stopped; returns how it ended.
 
     `stop_after` ends after so many more steps and leaves the schedule as it is. Raises FastFTError (input),
@@ -140,7 +138,8 @@ class _Session:
         )
         if record.get("versions") != versions():
             self.report.warn(
-                f"the run was started with other versions ({_changed(record.get('versions', {}), versions())}); losses may differ"
+                "the run was started with other versions "
+                f"({_changed(record.get('versions', {}), versions())}); losses may differ"
             )
             self.run.update_record(versions_on_resume=versions())
         if "samples_before" not in record:
@@ -288,8 +287,8 @@ class _Session:
             trainer._load_from_checkpoint(str(self.run.checkpoints / f"checkpoint-{best}"))
         after = next((r["eval_loss"] for r in self.history if r["step"] == best and "eval_loss" in r), None)
         self.run.update_record(
-            eval_loss_after=after, best_step=best, stopped_early=trainer.stopped_early, steps=trainer.state.global_step, total_steps=self._total_steps(),
-            samples_after=self._sample_answers(),
+            eval_loss_after=after, best_step=best, stopped_early=trainer.stopped_early,
+            steps=trainer.state.global_step, total_steps=self._total_steps(), samples_after=self._sample_answers(),
         )  # fmt: skip
         write_adapter(
             self.model, self.tokenizer, self.run.final, config=self.config, record=self.run.read_record(),
@@ -328,7 +327,9 @@ class _Session:
         """Write samples.jsonl: held-out sequences (else trained ones) that the certificates are measured on."""
         dataset = self.data.eval if self.data.eval is not None else self.data.train
         rows = (dataset[i] for i in range(min(count, len(dataset))))
-        lines = [json.dumps({"input_ids": [int(t) for t in r.input_ids], "labels": [int(t) for t in r.labels]}) for r in rows]
+        lines = [
+            json.dumps({"input_ids": [int(t) for t in r.input_ids], "labels": [int(t) for t in r.labels]}) for r in rows
+        ]
         checkpoint.write_atomically(self.run.samples, "\n".join(lines) + "\n")
 
     def _sample_answers(self, count: int = 3) -> list[dict[str, Any]]:

@@ -53,6 +53,8 @@ class Progress:
 class StepTrainer(Trainer):
     """Trainer whose dataset is one of optimizer steps. See the module's docstring."""
 
+    model: Any
+
     def __init__(
         self,
         model: Any,
@@ -91,7 +93,7 @@ class StepTrainer(Trainer):
         """Return the next step's samples; the tokens are counted in `training_step`."""
         return [step for _, step in zip(range(num_batches), epoch_iterator, strict=False)], None
 
-    def training_step(self, model: Any, inputs: list[Any], num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Accumulate the gradient of one whole step; returns its loss, the mean over its supervised tokens."""
         started = time.perf_counter()
         segments = segments_of(inputs)
@@ -227,7 +229,7 @@ class StepTrainer(Trainer):
         """Write checkpoint-N under a temporary name, seal it, rename it."""
         started = time.perf_counter()
         step = self.state.global_step
-        root = Path(self.args.output_dir)
+        root = Path(str(self.args.output_dir))
         aside = root / f".writing-{step}"
         try:
             shutil.rmtree(aside, ignore_errors=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -49,11 +50,12 @@ def varlen_attention(
     `sliding_window` w lets position i see i-w+1 .. i; `softcap` c turns scores s into c tanh(s / c) (gemma2);
     `s_aux` (H,) are gpt-oss' sinks, one extra logit a head that takes probability and gives nothing.
     """
-    assert query.shape[0] == 1 and cu_seq_lens_q is not None, "a padding-free row needs its sequence boundaries"
+    assert query.shape[0] == 1, "a padding-free batch is one row"
+    assert cu_seq_lens_q is not None, "a padding-free row needs its sequence boundaries"
     groups = query.shape[1] // key.shape[1]
     starts = [int(start) for start in cu_seq_lens_q]
     outputs = []
-    for start, end in zip(starts[:-1], starts[1:], strict=True):
+    for start, end in pairwise(starts):
         q = query[:, :, start:end]  # (1, H, L, D)
         k, v = (t[:, :, start:end].repeat_interleave(groups, dim=1) for t in (key, value))
         window = sliding_window if sliding_window is not None and sliding_window < end - start else None

@@ -42,7 +42,7 @@ class StockEngine:
             kwargs["quantization_config"] = quantization
         if attn_implementation is not None:
             kwargs["attn_implementation"] = attn_implementation
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             model_name,
             dtype=dtype,
             device_map=device_map or _default_device(),
@@ -66,9 +66,9 @@ class StockEngine:
         model: Any,
         r: int = 16,
         target_modules: Any = "all-linear",
-        lora_alpha: float = 16,
+        lora_alpha: Any = 16,
         lora_dropout: float = 0.0,
-        bias: str = "none",
+        bias: Any = "none",
         use_gradient_checkpointing: Any = None,
         random_state: int = 3407,
         max_seq_length: int | None = None,

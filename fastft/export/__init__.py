@@ -1,8 +1,8 @@
 """`fastft export`: from a run, an adapter or a model folder to the files that people use, one target each.
 
-    adapter     a peft folder                       merged      a transformers folder
-    gguf:TYPE   a llama.cpp file of that type       gguf-lora   the adapter alone, for llama.cpp
-    ollama      a Modelfile beside the GGUF file
+adapter     a peft folder                       merged      a transformers folder
+gguf:TYPE   a llama.cpp file of that type       gguf-lora   the adapter alone, for llama.cpp
+ollama      a Modelfile beside the GGUF file
 """
 
 from __future__ import annotations
@@ -61,9 +61,13 @@ def parse_targets(to: list[str]) -> list[str]:
         problems.append("no export target given")
     for target in to:
         if target not in EXPORT_KINDS and not re.fullmatch(r"gguf:[a-z0-9_]+", target):
-            problems.append(f"unknown export target {target!r}{did_you_mean(target, (*EXPORT_KINDS, 'gguf:q4_k_m', 'gguf:q8_0'))}")
+            problems.append(
+                f"unknown export target {target!r}{did_you_mean(target, (*EXPORT_KINDS, 'gguf:q4_k_m', 'gguf:q8_0'))}"
+            )
     if problems:
-        raise FastFTError("; ".join(problems) + f". Known: {', '.join(EXPORT_KINDS)}, gguf:TYPE (for example gguf:q4_k_m).")
+        raise FastFTError(
+            "; ".join(problems) + f". Known: {', '.join(EXPORT_KINDS)}, gguf:TYPE (for example gguf:q4_k_m)."
+        )
     return list(dict.fromkeys(to))
 
 

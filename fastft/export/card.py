@@ -22,13 +22,15 @@ def model_card(config: RunConfig, record: dict[str, Any], *, kind: str, base_id:
     losses = record.get("eval_loss_before"), record.get("eval_loss_after")
     rows = {
         "Base model": f"{base}" + (f" @ {config.model.revision}" if config.model.revision else ""),
-        "Data": f"{config.data.source}: {dataset.get('rows_used', '?')} examples, {dataset.get('trained_tokens', '?')} trained tokens",
+        "Data": f"{config.data.source}: {dataset.get('rows_used', '?')} examples, "
+        f"{dataset.get('trained_tokens', '?')} trained tokens",
         "Chat template": (record.get("template") or {}).get("name", "the base model's"),
         "LoRA": f"r {lora.r}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, {lora.target_modules}"
         + (", rsLoRA" if lora.use_rslora else "") + (", DoRA" if lora.use_dora else ""),
-        "Training": f"{record.get('steps', '?')} steps of {train.effective_batch_size} sequences, learning rate {train.learning_rate:g}, "
-        f"{train.scheduler}, seed {train.seed}",
-        "Precision": f"{_choice(record, 'dtype')} on {_choice(record, 'quantization')} weights, engine {_choice(record, 'engine')}",
+        "Training": f"{record.get('steps', '?')} steps of {train.effective_batch_size} sequences, "
+        f"learning rate {train.learning_rate:g}, {train.scheduler}, seed {train.seed}",
+        "Precision": f"{_choice(record, 'dtype')}, quantization {_choice(record, 'quantization')}, "
+        f"engine {_choice(record, 'engine')}",
         "Held-out loss": "not measured" if None in losses else f"{losses[0]:.4f} before, {losses[1]:.4f} after",
         "Trained with": ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items()),
     }  # fmt: skip

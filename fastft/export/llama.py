@@ -35,7 +35,7 @@ def export_for_llamacpp(
     files: list[dict[str, Any]] = []
     wanted = types or ([OLLAMA_DEFAULT] if ollama else [])
     if wanted:
-        importance = _importance(target, folder, imatrix, report)
+        importance = importance(target, folder, imatrix, report)
         with report.bytes("writing GGUF") as progress:
             records = export_gguf(
                 base, folder, wanted, adapter=target.adapter, imatrix=importance, name=target.name,
@@ -69,7 +69,8 @@ def sample_ids(target: Target) -> list[dict[str, list[int]]]:
     return [json.loads(line) for line in target.run.samples.read_text(encoding="utf-8").splitlines()]
 
 
-def _importance(target: Target, folder: Path, imatrix: str | None, report: Reporter) -> Any:
+def importance(target: Target, folder: Path, imatrix: str | None, report: Reporter) -> Any:
+    """Return the importance matrix that --imatrix asks for ({tensor: mean squared inputs}), or None."""
     from fastft.export.gguf.imatrix import collect_imatrix, load_imatrix, save_imatrix
 
     if imatrix is None:
@@ -80,7 +81,9 @@ def _importance(target: Target, folder: Path, imatrix: str | None, report: Repor
         return load_imatrix(imatrix)
     samples = sample_ids(target)
     if not samples:
-        raise FastFTError("--imatrix auto needs a run folder: its samples.jsonl holds the data that it is collected on.")
+        raise FastFTError(
+            "--imatrix auto needs a run folder: its samples.jsonl holds the data that it is collected on."
+        )
     from fastft.generate import HuggingFaceChat
 
     report.note(f"importance matrix: from {len(samples)} of the run's own samples")

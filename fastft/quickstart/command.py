@@ -1,6 +1,6 @@
 """`fastft quickstart`: the whole main job on the embedded tiny model, judged by exact match before and after.
 
-    write the task -> train -> answer held-out and unknown questions -> export -> the same questions through llama.cpp
+write the task -> train -> answer held-out and unknown questions -> export -> the same questions through llama.cpp
 """
 
 from __future__ import annotations
@@ -37,7 +37,11 @@ def quickstart(out: Path, *, reporter: Reporter | None = None) -> dict[str, Any]
     trained = train(config, reporter=report)
     seconds = round(time.monotonic() - started, 1)
     report.note("asking the held-out questions, before and after")
-    result: dict[str, Any] = {"run": trained.run, "seconds_training": seconds, "exact_match": _judge(trained.run, files)}
+    result: dict[str, Any] = {
+        "run": trained.run,
+        "seconds_training": seconds,
+        "exact_match": _judge(trained.run, files),
+    }
 
     targets = ["merged"]
     if importlib.util.find_spec("llama_cpp") is not None:
@@ -60,7 +64,9 @@ def quickstart(out: Path, *, reporter: Reporter | None = None) -> dict[str, Any]
             f"{AT_LEAST:.0%} were expected. `fastft doctor` looks for a cause."
         )
     if checked["verdict"] == "fail":
-        raise AnswerIsNoError(f"an exported file is not the trained model; see {Path(trained.run) / 'export/certificate.md'}.")
+        raise AnswerIsNoError(
+            f"an exported file is not the trained model; see {Path(trained.run) / 'export/certificate.md'}."
+        )
     return result
 
 
@@ -106,7 +112,9 @@ def _chat(run: str, files: TaskFiles) -> list[dict[str, str]]:
 
     chat = open_chat(run)
     questions = read_questions(files.heldout)[:2]
-    return [{"question": m[-1]["content"], "answer": ask(chat, m, Sampling(MAX_ANSWER_TOKENS)).text} for m, _ in questions]
+    return [
+        {"question": m[-1]["content"], "answer": ask(chat, m, Sampling(MAX_ANSWER_TOKENS)).text} for m, _ in questions
+    ]
 
 
 def _show(result: dict[str, Any], report: Reporter) -> None:

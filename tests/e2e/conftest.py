@@ -34,7 +34,9 @@ def fastft(*arguments, timeout=300, env=None):
 
 def run_python(code, *arguments, timeout=300):
     """Run a script in a process of its own and return its last line as JSON."""
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=timeout
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 

@@ -67,7 +67,10 @@ CONFIGS = {
     "no such hub model": (lambda t, b: {"model": {"name": "nobody/no-such-model"}}, "nobody/no-such-model"),
     "model is a file": (lambda t, b: {"model": {"name": str(_file(t / "model.gguf"))}}, "is a file"),
     "folder is no model": (lambda t, b: {"model": {"name": str(t)}}, "no config.json"),
-    "pickle only": (lambda t, b: {"model": {"name": str(_pickle_only(t, b))}}, "only pickle weights (pytorch_model.bin)"),
+    "pickle only": (
+        lambda t, b: {"model": {"name": str(_pickle_only(t, b))}},
+        "only pickle weights (pytorch_model.bin)",
+    ),
     "config without weights": (lambda t, b: {"model": {"name": str(_no_weights(t, b))}}, "no *.safetensors"),
     "config.json damaged": (lambda t, b: {"model": {"name": str(_damaged_config(t, b))}}, "not valid JSON"),
     "weights truncated": (lambda t, b: {"model": {"name": str(_truncated(t, b))}}, "model.safetensors"),

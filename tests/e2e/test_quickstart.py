@@ -77,7 +77,9 @@ print(json.dumps(out.tolist()))
 
 def test_final_loads_without_fastft_and_says_the_same(quickstart):
     run = quickstart[1]
-    prompt = json.loads((run / "data" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[0])["messages"][0]["content"]
+    prompt = json.loads((run / "data" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[0])["messages"][0][
+        "content"
+    ]
     said = fastft("chat", run, "--prompt", prompt, "--max-new-tokens", 16, "--dtype", "float32", "--json")
     assert said.code == 0, said.err
     assert set(said.json) == {"text", "tokens", "tokens_per_sec"}

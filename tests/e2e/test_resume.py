@@ -13,7 +13,9 @@ from tests.e2e.conftest import fastft, losses
 
 
 def start(config):
-    return subprocess.Popen([sys.executable, "-m", "fastft", "train", str(config)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastft", "train", str(config)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def wait_for_step(run, step, process, seconds=120):
