@@ -95,7 +95,7 @@ class HuggingFaceChat:
         if adapter is not None:
             from peft import PeftModel
 
-            rows: int = self.model.get_input_embeddings().num_embeddings
+            rows: Any = self.model.get_input_embeddings().num_embeddings
             if len(self.tokenizer) > rows:
                 self.model.resize_token_embeddings(len(self.tokenizer))
             self.model = PeftModel.from_pretrained(self.model, str(adapter))

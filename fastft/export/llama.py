@@ -35,10 +35,10 @@ def export_for_llamacpp(
     files: list[dict[str, Any]] = []
     wanted = types or ([OLLAMA_DEFAULT] if ollama else [])
     if wanted:
-        importance = importance(target, folder, imatrix, report)
+        matrix = importance(target, folder, imatrix, report)
         with report.bytes("writing GGUF") as progress:
             records = export_gguf(
-                base, folder, wanted, adapter=target.adapter, imatrix=importance, name=target.name,
+                base, folder, wanted, adapter=target.adapter, imatrix=matrix, name=target.name,
                 progress=progress, say=report.note,
             )  # fmt: skip
         files += [{key: record[key] for key in ("path", "kind", "bytes")} for record in records]

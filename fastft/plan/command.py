@@ -29,7 +29,7 @@ def run(
     if plot is not None:
         result.plot(plot)
     if apply is not None:
-        if result.verdict == "does_not_fit" and not result.changes:
+        if result.verdict == "does_not_fit" and all(change.key == "gpu" for change in result.changes):
             raise FastFTError(
                 f"nothing in {config} can be changed so that it fits {result.hardware}; nothing was written."
             )
