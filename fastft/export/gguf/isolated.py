@@ -24,6 +24,8 @@ TENSOR_LINE = re.compile(
     r"\[ *\d+/ *\d+\] (\S+) +- \[[^\]]*\], type = +(\S+), size = +[\d.]+ MiB(?: -> +[\d.]+ MiB \((\S+)\))?"
 )
 
+_callbacks: list[Any] = []
+
 
 def run_isolated(**job: Any) -> tuple[list[Any], str]:
     """Run `job` in a subprocess; return the answers that it wrote and, where it died, the end of what it said."""
@@ -64,7 +66,7 @@ class Api:
         def keep(level: int, text: bytes, data: object) -> None:
             self.log.append(text.decode("utf-8", "replace"))
 
-        self._keep = keep  # the library calls it as long as it lives
+        _callbacks.append(keep)  # the library calls it as long as the process lives
         llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
 
