@@ -24,6 +24,7 @@ _PUBLIC = {
     "inspect_data": "fastft.inspect",
     "load_config": "fastft.config",
     "plan": "fastft.plan",
+    "probe": "fastft.hardware",
     "train": "fastft.train",
     "verify": "fastft.verify",
 }
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from fastft.errors import FastFTError
     from fastft.export import export
     from fastft.generate import chat
+    from fastft.hardware import probe
     from fastft.inspect import inspect_data
     from fastft.model import FastLanguageModel
     from fastft.plan import plan

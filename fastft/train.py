@@ -162,7 +162,6 @@ class _Session:
             self.tokenizer,
             max_seq_length=config.model.max_seq_length,
             seed=config.train.seed,
-            cache_dir=self.run.path / "cache",
         )
         self.data.template.save(self.tokenizer)  # what was trained with is what every later program renders with
         self.report.data(self.data.report)

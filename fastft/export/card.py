@@ -38,7 +38,7 @@ def model_card(config: RunConfig, record: dict[str, Any], *, kind: str, base_id:
     lines = [
         "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "",
         f"# {config.project} ({what})", "",
-        "Fine-tuned with [fastft](https://pypi.org/project/fastft/).", "",
+        "Fine-tuned with fastft.", "",
         "| | |", "|---|---|", *(f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows.items()), "",
         *_usage(kind, base), "## Licence", "",
         "This model is derived from its base model and its training data; their licences apply. Check both before you share it.",
