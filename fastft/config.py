@@ -83,6 +83,10 @@ class DataConfig(Section):
     strict: bool = Field(False, description="a row that cannot be used is an error instead of being counted")
 
 
+# These start from the base's own weights and take what they start with out of the base.
+MOVES_THE_BASE = frozenset({"pissa", "olora"})
+
+
 class LoraConfig(Section):
     """The adapter."""
 
@@ -90,7 +94,8 @@ class LoraConfig(Section):
     alpha: float = Field(16, gt=0, description="scale: the delta is alpha / r times B A")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before A; 0 is fastest")
     target_modules: str | list[str] = Field("all-linear", description="all-linear, or module names")
-    init: Literal["default", "gaussian", "pissa", "olora", "loftq", "orthogonal"] = Field(
+    # LoftQ is not among them: it needs its own copy of the changed base beside the adapter.
+    init: Literal["default", "gaussian", "pissa", "olora", "orthogonal"] = Field(
         "default", description="how A and B start (peft's init_lora_weights)"
     )
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) (arXiv 2312.03732)")
@@ -185,7 +190,7 @@ class RunConfig(Section):
                 f"model.dtype float32 with model.quantization {self.model.quantization}: quantised weights compute in "
                 "16 bit; set quantization: none or dtype: auto"
             )
-        if self.lora.init in {"pissa", "olora", "orthogonal"} and self.model.quantization in {"nf4", "int8"}:
+        if self.lora.init in MOVES_THE_BASE and self.model.quantization in {"nf4", "int8"}:
             problems.append(
                 f"lora.init {self.lora.init} changes the base weights, which {self.model.quantization} cannot hold; "
                 "set model.quantization: none, or lora.init: default"

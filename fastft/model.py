@@ -175,10 +175,6 @@ def attach_lora(
         "init_lora_weights": PEFT_INIT.get(config.init, config.init),
         "use_gradient_checkpointing": gradient_checkpointing,
     }
-    if config.init == "loftq":
-        from peft import LoftQConfig
-
-        keywords["loftq_config"] = LoftQConfig(loftq_bits=4)
     if config.use_dora:
         keywords["use_dora"] = True
     if train_token_ids:

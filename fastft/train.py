@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from fastft import checkpoint, model
-from fastft.config import RunConfig
+from fastft.config import MOVES_THE_BASE, RunConfig
 from fastft.engines import get_engine
 from fastft.engines.base import Engine
 from fastft.errors import FastFTError, InterruptedRunError
+from fastft.export.adapter import keep_initial, write_adapter
 from fastft.hardware import Choice, Hardware, probe
 from fastft.progress import Reporter
 from fastft.run import RunFolder, now, versions
@@ -85,6 +86,7 @@ class _Session:
         self.config, self.run, self.hardware, self.choices, self.report = config, run, hardware, choices, report
         self.stop_after, self.started = stop_after, started
         self.history: list[dict[str, Any]] = []
+        self.initial: Path | None = None  # the untrained adapter, where its init moved the base's weights
 
     # --- the two ways in
 
@@ -181,6 +183,8 @@ class _Session:
             gradient_checkpointing=checkpointing,
             train_token_ids=train_ids,
         )
+        if config.lora.init in MOVES_THE_BASE:
+            self.initial = keep_initial(self.model, self.run.path / "initial_adapter")
         self._choose_batching()
         for name, choice in self.choices.items():
             self.report.choice(name, choice)
@@ -277,7 +281,6 @@ class _Session:
 
     def _finish(self, trainer: Any) -> None:
         """Take the best checkpoint, judge it, write final/, the plot and the report."""
-        from fastft.export.adapter import write_adapter
         from fastft.report import write_report
 
         best = _best_step(self.history)
@@ -291,7 +294,7 @@ class _Session:
         )  # fmt: skip
         write_adapter(
             self.model, self.tokenizer, self.run.final, config=self.config, record=self.run.read_record(),
-            end_token_ids=list(self.data.template.end_token_ids),
+            end_token_ids=list(self.data.template.end_token_ids), initial=self.initial,
         )  # fmt: skip
         self.run.update_record(status="done", finished=now())
         write_report(self.run)

@@ -21,6 +21,7 @@ from typing import Any
 
 from fastft.certificate import file_hash, worst, write_certificate
 from fastft.errors import CouldNotFinishError, FastFTError
+from fastft.export.card import write_export_card
 from fastft.export.llama import base_folder, sample_ids
 from fastft.progress import Reporter
 from fastft.target import Target, resolve
@@ -56,10 +57,13 @@ def verify(
             from fastft.export.gguf import export_gguf
 
             base_gguf = export_gguf(base_path, Path(work) / "base.gguf", ["f32"], tokenizer=target.adapter)[0]["path"]
-        return verify_files(
+        found = verify_files(
             paths, base=base_path, adapter=target.adapter, samples=sample_ids(target), out=folder,
             base_gguf=base_gguf, say=report.note,
         )  # fmt: skip
+    if target.run is not None:
+        write_export_card(target.run, folder, found)
+    return found
 
 
 def exported_files(target: Target, folder: Path) -> list[Path]:

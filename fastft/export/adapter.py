@@ -13,17 +13,26 @@ from fastft.export.card import model_card
 
 
 def write_adapter(
-    model: Any, tokenizer: Any, out: Path, *, config: RunConfig, record: dict[str, Any], end_token_ids: list[int]
+    model: Any,
+    tokenizer: Any,
+    out: Path,
+    *,
+    config: RunConfig,
+    record: dict[str, Any],
+    end_token_ids: list[int],
+    initial: Path | None = None,
 ) -> Path:
     """Write the trained adapter to `out`: safetensors, adapter and base config, tokenizer, model card; whole or not at all.
 
-    It loads with `peft.PeftModel.from_pretrained(base, out)`, without fastft.
+    It loads with `peft.PeftModel.from_pretrained(base, out)`, without fastft. `initial` is the adapter as it was before
+    the first step, for inits that moved the base's weights: the difference of the two (rank 2r) fits the plain base.
     """
     aside = out.with_name(f".writing-{out.name}")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         # peft saves the rows of trained tokens inside the adapter; whole embeddings only where they were resized.
-        model.save_pretrained(str(aside), safe_serialization=True)
+        conversion = {"path_initial_model_for_weight_conversion": str(initial)} if initial else {}
+        model.save_pretrained(str(aside), safe_serialization=True, **conversion)
         tokenizer.save_pretrained(str(aside))
         base = model.get_base_model()
         base.config.to_json_file(str(aside / "config.json"))
@@ -55,4 +64,14 @@ def copy_adapter(final: Path, out: Path) -> Path:
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise checkpoint.disk_error(error, out.parent) from error
+    return out
+
+
+def keep_initial(model: Any, out: Path) -> Path:
+    """Keep the untrained adapter in `out` (once), which `write_adapter` needs for inits that moved the base's weights."""
+    if not (out / "adapter_config.json").is_file():
+        config = model.peft_config["default"]
+        init, config.init_lora_weights = config.init_lora_weights, True  # peft refuses to convert towards itself
+        model.save_pretrained(str(out), safe_serialization=True)
+        config.init_lora_weights = init
     return out

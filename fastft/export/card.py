@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from fastft.checkpoint import write_atomically
 from fastft.config import RunConfig, redact
+from fastft.run import RunFolder
+
+
+def write_export_card(run: RunFolder, folder: Path, certificate: dict[str, Any]) -> Path:
+    """Write README.md beside exported files: the model card, with the certificate's verdicts quoted."""
+    rows = [
+        f"| {Path(entry['path']).name} | {entry['verdict']} | "
+        f"{'' if entry['kl_mean'] is None else format(entry['kl_mean'], '.3g')} | `{entry['sha256'][:16]}` |"
+        for entry in certificate["files"]
+    ]
+    quoted = [
+        "## Certificate", "",
+        "Each file was compared with the trained model; certificate.md has every check and its threshold.", "",
+        "| file | verdict | mean KL (nats a token) | sha256 |", "|---|---|---|---|", *rows, "",
+    ]  # fmt: skip
+    path = folder / "README.md"
+    card = model_card(run.read_config(), run.read_record(), kind="gguf")
+    write_atomically(path, card.replace("## Licence", "\n".join([*quoted, "## Licence"])))
+    return path
 
 
 def model_card(config: RunConfig, record: dict[str, Any], *, kind: str, base_id: str | None = None) -> str:
