@@ -34,7 +34,7 @@ def model_card(config: RunConfig, record: dict[str, Any], *, kind: str, base_id:
     """Return a README.md with the Hub's metadata header. `kind` is adapter, merged or gguf; `base_id` a public name."""
     base = base_id or config.model.name
     header: dict[str, Any] = {
-        "library_name": "peft" if kind == "adapter" else "transformers",
+        "library_name": {"adapter": "peft", "gguf": "gguf"}.get(kind, "transformers"),
         "tags": ["fastft", "lora"],
     }
     if not base.startswith(("/", ".", "~")):
