@@ -42,7 +42,7 @@ def seal(folder: Path, final: Path) -> None:
     _flush(final.parent)
 
 
-def what_is_wrong(folder: Path) -> str | None:
+def what_is_wrong(folder: Path, required: tuple[str, ...] = REQUIRED) -> str | None:
     """Return why `folder` is no whole checkpoint (missing, truncated or changed files), or None where it is."""
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -50,7 +50,7 @@ def what_is_wrong(folder: Path) -> str | None:
         return "it has no manifest"
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         return "its manifest is damaged"
-    for name in REQUIRED:
+    for name in required:
         if name not in entries:
             return f"{name} is not part of it"
     for name, entry in entries.items():

@@ -22,7 +22,7 @@ import typer
 
 from fastft import __version__
 from fastft.config import redact
-from fastft.errors import FastFTError
+from fastft.errors import FastFTError, InterruptedRunError
 
 app = typer.Typer(
     name="fastft",
@@ -46,9 +46,7 @@ def main() -> NoReturn:
     code = run(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    if "torch" in sys.modules:
-        os._exit(code)  # threads that libraries leave behind must not hold up the shell
-    sys.exit(code)
+    os._exit(code)  # what torch and llama.cpp leave behind must neither hold up the shell nor crash on the way out
 
 
 def run(arguments: list[str]) -> int:
@@ -87,7 +85,7 @@ def quickstart(
     """Train the embedded tiny model, compare before and after, export, verify, chat. No network, no GPU."""
     from fastft.quickstart.command import quickstart as run_quickstart
 
-    _print(run_quickstart(out), as_json)
+    _print(run_quickstart(out), as_json, text="")
 
 
 @app.command()
@@ -229,7 +227,7 @@ def verify(run: RunArgument, out: Out = None, base: Base = None, as_json: Json =
 def serve(
     file: Annotated[Path, typer.Argument(help="a .gguf file")],
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen on")] = 8080,
+    port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 8080,
     lora: Annotated[list[str] | None, typer.Option("--lora", help="adapter GGUF on a base GGUF (repeatable)")] = None,
     gpu_layers: Annotated[str, typer.Option("--gpu-layers", help="layers on the GPU: auto or a number")] = "auto",
     n_ctx: Annotated[int | None, typer.Option("--n-ctx", help="context in tokens")] = None,
@@ -237,6 +235,7 @@ def serve(
     """Serve a GGUF file with an OpenAI-compatible API."""
     from fastft.serve import serve as run_server
 
+    print(f"serving {file} at http://{host}:{port}/v1 (Ctrl-C ends it)", file=sys.stderr)
     run_server(file, host=host, port=port, loras=lora or [], gpu_layers=_layers(gpu_layers), n_ctx=n_ctx)
 
 
@@ -348,7 +347,8 @@ def _plain(result: Any) -> Any:
 def _say(error: Any, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    print(f"error: {redact(str(error))}", file=sys.stderr)
+    word = "" if isinstance(error, InterruptedRunError) else "error: "
+    print(f"{word}{redact(str(error))}", file=sys.stderr)
 
 
 def _quiet_libraries() -> None:
@@ -364,7 +364,7 @@ def _quiet_libraries() -> None:
         os.environ.setdefault(variable, value)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # a log file needs no bars
-    for name in ("torch.utils._pytree", "bitsandbytes", "transformers", "datasets", "peft", "trl"):
+    for name in ("torch.utils._pytree", "bitsandbytes", "transformers", "datasets", "peft", "trl", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -55,6 +55,11 @@ class ModelConfig(Section):
     engine: Literal["auto", "unsloth", "stock"] = Field("auto", description="auto: unsloth, with a reason where not")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the checkpoint")
 
+    @field_validator("name")
+    @classmethod
+    def _home(cls, value: str) -> str:
+        return str(Path(value).expanduser()) if value.startswith("~") else value
+
 
 class DataConfig(Section):
     """What is trained on."""
@@ -180,6 +185,8 @@ class RunConfig(Section):
     def _one_folder(cls, value: str) -> str:
         if not re.fullmatch(r"[^/\\\0]+", value) or value in {".", ".."}:
             raise ValueError(f"{value!r} is not a folder name; put the parent folder into output_dir")
+        if len(value.encode()) > 200:
+            raise ValueError(f"is {len(value.encode())} bytes long; file systems take 255, so 200 at most")
         return value
 
     @model_validator(mode="after")
@@ -231,8 +238,30 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise FastFTError(f"config file {path} {what}. Write one with: fastft init > run.yaml")
+    values = read_yaml(path)
+    for override in overrides or []:
+        _apply_override(values, override)
+    return make_config(values, where=str(path))
+
+
+class _NoDuplicates(yaml.SafeLoader):
+    """SafeLoader that refuses a key that stands twice, of which YAML would keep the last without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key, _ in node.value:
+            first = seen.setdefault(key.value, key.start_mark.line + 1)
+            if first != key.start_mark.line + 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice, first on line {first}", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file; raises FastFTError where it is not text, not YAML or not a mapping."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_NoDuplicates)
     except UnicodeDecodeError as error:
         raise FastFTError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
     except yaml.YAMLError as error:
@@ -241,9 +270,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raise FastFTError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}.") from error
     if not isinstance(values, dict):
         raise FastFTError(f"{path} is empty or not a mapping. Write a config with: fastft init > {path}")
-    for override in overrides or []:
-        _apply_override(values, override)
-    return make_config(values, where=str(path))
+    return values
 
 
 def make_config(values: dict[str, Any], where: str = "config") -> RunConfig:

@@ -55,5 +55,6 @@ def _show(label: str, model: ChatModel, messages: Messages, sampling: Sampling, 
     if label:
         print(f"[{label}] ", end="")
     said = ask(model, messages, sampling, lambda piece: print(piece, end="", flush=True))
-    print(f"\n({len(said.tokens)} tokens, {said.tokens_per_sec:.1f} tokens/s)", file=sys.stderr)
+    print()
+    print(f"({len(said.tokens)} tokens, {said.tokens_per_sec:.1f} tokens/s)", file=sys.stderr)
     return said

@@ -11,11 +11,12 @@ from typing import Any, Protocol
 
 from fastft import model
 from fastft.engines.base import Engine
-from fastft.errors import FastFTError
+from fastft.errors import FastFTError, one_of
 from fastft.hardware import compute_dtype, probe
 from fastft.target import Target, resolve
 
 Messages = list[dict[str, Any]]
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class HuggingFaceChat:
 
         from fastft.data.template import choose_template
 
+        if dtype not in DTYPES:
+            raise one_of("dtype", dtype, DTYPES)
         hardware = probe()
         self.dtype = compute_dtype(hardware, dtype)
         device = {"cuda": "cuda", "mps": "mps"}.get(hardware.kind, "cpu")

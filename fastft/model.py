@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastft.config import LoraConfig, ModelConfig, RunConfig
+from fastft.config import MOVES_THE_BASE, LoraConfig, ModelConfig, RunConfig
 from fastft.engines import choose_engine, get_engine
 from fastft.engines.base import Engine
 from fastft.errors import FastFTError, did_you_mean
@@ -163,6 +163,11 @@ def attach_lora(
     `out` more; each trained token row has the embedding's width.
     """
     check_target_modules(model, config.target_modules)
+    if config.init in MOVES_THE_BASE and train_token_ids:
+        raise FastFTError(
+            f"lora.init {config.init} cannot be combined with trained token rows ({len(train_token_ids)} tokens): peft loses "
+            "them when it turns the adapter into one of the plain base. Set lora.train_tokens: [] or lora.init: default."
+        )
     expected = count_lora_parameters(model, config, len(train_token_ids))
     keywords: dict[str, Any] = {
         "r": config.r,
@@ -268,7 +273,7 @@ def _check_folder(folder: Path) -> None:
         raise FastFTError(f"{folder / 'config.json'} has no model_type: it is not a transformers model.")
     weights = [folder / name for name in files if name.endswith(".safetensors")]
     for path in weights:
-        _check_whole(path)
+        check_whole(path)
     if weights:
         return
     pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
@@ -280,8 +285,8 @@ def _check_folder(folder: Path) -> None:
     raise FastFTError(f"{folder} has a config.json but no *.safetensors weights. Download the model again.")
 
 
-def _check_whole(path: Path) -> None:
-    """Raise FastFTError where a safetensors file is shorter than its header says: a download that was cut off."""
+def check_whole(path: Path) -> None:
+    """Raise FastFTError where a safetensors file is shorter than its header says: a download or copy that was cut off."""
     with path.open("rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")

@@ -53,6 +53,10 @@ class Reporter:
             f"data: {report.rows_used:,} of {report.rows_total:,} rows ({report.format}), {report.tokens:,} tokens, "
             f"{share:.0%} of them trained"
         )
+        if report.leakage:
+            self.warn(
+                f"{report.leakage:,} held-out rows also stand in the training rows: the held-out loss is too good"
+            )
         for reason, drop in report.dropped.items():
             count, lines = (drop["count"], drop["lines"]) if isinstance(drop, dict) else (drop.count, drop.lines)
             self.warn(f"{count:,} rows not used: {reason} (first lines: {', '.join(map(str, lines[:5]))})")

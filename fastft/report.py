@@ -23,7 +23,8 @@ def write_report(run: RunFolder) -> None:
                 "Held-out loss": f"{_number(record.get('eval_loss_before'))} before, "
                 f"{_number(record.get('eval_loss_after'))} after"
                 + (f" (step {record['best_step']})" if record.get("best_step") else ""),
-                "Trained tokens": f"{record['dataset']['trained_tokens']:,} of {record['dataset']['tokens']:,} an epoch",
+                "Trained tokens": f"{record['dataset']['trained_tokens']:,} of {record['dataset']['tokens']:,} "
+                "(held-out rows included)",
                 "Speed": f"{speeds[len(speeds) // 2]:,.0f} tokens/s without padding (median)" if speeds else "no step was logged",
                 "Peak memory": f"{max(e['peak_memory_bytes'] for e in steps) / 2**30:.2f} GiB" if steps else "",
                 "Trainable parameters": f"{record['trainable_parameters']:,}",

@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fastft.checkpoint import write_atomically
-from fastft.config import RunConfig, dump_config, make_config, redact
+from fastft.config import RunConfig, dump_config, make_config, read_yaml, redact
 from fastft.errors import FastFTError
 
 PACKAGES = (
@@ -70,15 +68,18 @@ class RunFolder:
         path = self.path / "run.yaml"
         if not path.is_file():
             raise FastFTError(f"{self.path} is not a run: it has no run.yaml.")
-        return make_config(yaml.safe_load(path.read_text(encoding="utf-8")), where=str(path))
+        return make_config(read_yaml(path), where=str(path))
 
     def read_record(self) -> dict[str, Any]:
         """Return run.json, or an empty dict before there is one."""
         try:
-            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            record = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            if not isinstance(record, dict):
+                raise ValueError("it is not a JSON object")
+            return record
         except FileNotFoundError:
             return {}
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # also what JSON and UTF-8 decoding raise
             raise FastFTError(
                 f"{self.path / 'run.json'} is damaged: {error}. Restore it, or start a new project."
             ) from error
@@ -100,13 +101,22 @@ class RunFolder:
             lines = (self.path / "log.jsonl").read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
             return []
+        except UnicodeDecodeError as error:
+            raise FastFTError(
+                f"{self.path / 'log.jsonl'} is damaged: {error}. Delete it to go on without its plot."
+            ) from error
         records = []
         for number, line in enumerate(lines, 1):
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
+                record = json.loads(line)
+                if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                    raise ValueError("it is not a step's record")
+                records.append(record)
+            except ValueError as error:
                 if number < len(lines):
-                    raise FastFTError(f"{self.path / 'log.jsonl'} line {number} is damaged: {error}.") from error
+                    raise FastFTError(
+                        f"{self.path / 'log.jsonl'} line {number} is damaged: {error}. Delete that line to go on."
+                    ) from error
         return records
 
     def cut_log(self, step: int) -> list[dict[str, Any]]:
@@ -119,7 +129,9 @@ class RunFolder:
         """Draw loss.png from log.jsonl: training loss, its running mean, held-out loss. None where nothing was logged."""
         log = self.read_log()
         train = [(r["step"], r["loss"]) for r in log if "loss" in r]
-        held_out = [(r["step"], r["eval_loss"]) for r in log if "eval_loss" in r]
+        before = self.read_record().get("eval_loss_before")
+        held_out = [(0, before)] if before is not None else []
+        held_out += [(r["step"], r["eval_loss"]) for r in log if "eval_loss" in r]
         if not train:
             return None
         from matplotlib.figure import Figure  # not pyplot: no global state, no display
@@ -155,7 +167,7 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def _running_mean(values: tuple[float, ...], decay: float = 0.9) -> list[float]:
+def _running_mean(values: tuple[float, ...], decay: float = 0.8) -> list[float]:
     """Return the exponentially weighted mean, corrected for its start (Adam's bias correction)."""
     means, mean = [], 0.0
     for count, value in enumerate(values, 1):

@@ -64,6 +64,7 @@ def _run(run: RunFolder, base: str | None) -> Target:
         raise FastFTError(
             f"the run {run.path} is not finished: it has no final/. Go on with: fastft train {run.path / 'run.yaml'}"
         )
+    _check_adapter(run.final)
     return Target(base or config.model.name, config.model.revision if base is None else None, run.final, run)
 
 
@@ -72,6 +73,17 @@ def _adapter(path: Path, base: str | None, run: RunFolder | None) -> Target:
         config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FastFTError(f"{path / 'adapter_config.json'} is not valid JSON: {error}.") from error
+    _check_adapter(path)
+    name = base or config.get("base_model_name_or_path")
+    if not name:
+        raise FastFTError(f"{path / 'adapter_config.json'} does not name its base model. Give it with --base.")
+    return Target(name, config.get("revision") if base is None else None, path, run)
+
+
+def _check_adapter(path: Path) -> None:
+    """Raise FastFTError unless the adapter folder holds whole safetensors weights."""
+    from fastft.model import check_whole
+
     weights = path / "adapter_model.safetensors"
     if not weights.is_file():
         pickle = (path / "adapter_model.bin").is_file()
@@ -81,7 +93,4 @@ def _adapter(path: Path, base: str | None, run: RunFolder | None) -> Target:
             else "has no adapter_model.safetensors"
         )
         raise FastFTError(f"adapter {path} {what}. Save it again with safe_serialization=True.")
-    name = base or config.get("base_model_name_or_path")
-    if not name:
-        raise FastFTError(f"{path / 'adapter_config.json'} does not name its base model. Give it with --base.")
-    return Target(name, config.get("revision") if base is None else None, path, run)
+    check_whole(weights)

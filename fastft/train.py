@@ -6,6 +6,7 @@ choose -> hold the run's lock -> tokenizer and data -> base model and LoRA -> be
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import signal
@@ -59,6 +60,11 @@ def train(config: RunConfig, *, stop_after: int | None = None, reporter: Reporte
     report = reporter or Reporter()
     if stop_after is not None and stop_after < 1:
         raise FastFTError(f"--stop-after is {stop_after}; it must be at least 1.")
+    # Absolute, so that the run, its adapter and its certificates find their base from every folder.
+    config = config.model_copy(
+        update={"model": config.model.model_copy(update={"name": model.location(config.model.name)})}
+    )
+    _refuse_what_is_not_there(config)
     hardware = probe(config.output_dir)
     choices = model.choose_loading(config, hardware)
     run = RunFolder(config.run_dir)
@@ -117,7 +123,7 @@ class _Session:
         for warning in warnings:
             self.report.warn(warning)
         self._load_data()
-        was = record["dataset"]["fingerprint"]
+        was = record.get("dataset", {}).get("fingerprint") or "unknown"
         if self.data.fingerprint != was:
             raise FastFTError(
                 f"the data of the run in {self.run.path} has changed since it was started (fingerprint {was[:12]}, now "
@@ -125,13 +131,13 @@ class _Session:
                 "start a new run with another project name."
             )
         at = int(newest.name.split("-")[1]) if newest else 0
-        if (
-            record.get("status") == "done"
-            and at >= self._total_steps()
-            and (self.run.final / "adapter_config.json").exists()
-        ):
-            self.report.note(f"this run is finished ({at} steps); its adapter is in {self.run.final}")
-            return _result_of(self.run, "done")
+        trained = newest is not None and (at >= self._total_steps() or bool(record.get("stopped_early")))
+        if trained and record.get("status") == "done":
+            problem = checkpoint.what_is_wrong(self.run.final, required=("adapter_model.safetensors",))
+            if problem is None:
+                self.report.note(f"this run is finished ({at} steps); its adapter is in {self.run.final}")
+                return _result_of(self.run, "done")
+            self.report.warn(f"final/ is damaged ({problem}); it is written again from the checkpoint of step {at}")
         self.history = self.run.cut_log(at)
         self._load_model()
         trainer = self._trainer()
@@ -147,6 +153,11 @@ class _Session:
         if "samples_before" not in record:
             before = trainer.mean_loss(self.data.eval) if self.data.eval is not None else None
             self.run.update_record(eval_loss_before=before, samples_before=self._sample_answers())
+        if trained:
+            trainer._load_from_checkpoint(str(newest))
+            trainer.state.global_step, trainer.stopped_early = at, bool(record.get("stopped_early"))
+            self._finish(trainer)
+            return _result_of(self.run, "done", time.monotonic() - self.started)
         return self._run(trainer, resume_from=newest)
 
     # --- the parts
@@ -167,6 +178,10 @@ class _Session:
         )
         self.data.template.save(self.tokenizer)  # what was trained with is what every later program renders with
         self.report.data(self.data.report)
+        if self.data.eval is None and (config.data.eval_source or config.data.eval_fraction > 0):
+            self.report.warn(
+                "nothing is held out (too few different rows for it): no held-out loss, no best checkpoint"
+            )
 
     def _load_model(self) -> None:
         config = self.config
@@ -359,6 +374,19 @@ DATASET_KEYS = {
     "duplicates",
     "leakage",
 }
+
+
+def _refuse_what_is_not_there(config: RunConfig) -> None:
+    """Raise FastFTError for settings that would silently do nothing here."""
+    if config.mirror is not None:
+        raise FastFTError(
+            "mirror is set, but this version does not copy checkpoints yet. Set mirror: null and copy the run yourself."
+        )
+    missing = [name for name in config.train.report_to if importlib.util.find_spec(name) is None]
+    if missing:
+        raise FastFTError(
+            f"train.report_to: {', '.join(missing)} is not installed. pip install {' '.join(missing)}, or remove it."
+        )
 
 
 def _best_step(history: list[dict[str, Any]]) -> int | None:

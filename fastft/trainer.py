@@ -245,7 +245,7 @@ class StepTrainer(Trainer):
             raise checkpoint.disk_error(error, root) from error
         except RuntimeError as error:  # torch.save and safetensors wrap a full disk like this
             shutil.rmtree(aside, ignore_errors=True)
-            if "write" not in str(error).lower() and "space" not in str(error).lower():
+            if not any(word in str(error).lower() for word in ("write", "space", "inline_container")):
                 raise
             raise checkpoint.disk_error(OSError(None, str(error).splitlines()[0]), root) from error
         finally:

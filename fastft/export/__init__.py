@@ -36,6 +36,8 @@ def export(
     target = resolve(run, base=base)
     folder = Path(out).expanduser() if out is not None else target.default_out
     report = reporter or Reporter()
+    if "gguf-lora" in wanted:
+        _refuse_unholdable(target)
     files: list[dict[str, Any]] = []
     for kind in wanted:
         if kind == "adapter":
@@ -75,6 +77,17 @@ def describe(path: Path, kind: str) -> dict[str, Any]:
     """Return {"path", "kind", "bytes"} of a file or folder."""
     size = path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
     return {"path": str(path), "kind": kind, "bytes": size}
+
+
+def _refuse_unholdable(target: Target) -> None:
+    """Raise FastFTError for an adapter that a LoRA GGUF cannot hold, before anything is written."""
+    from fastft.export.gguf.lora import check_holdable
+    from fastft.export.llama import base_folder
+    from fastft.export.weights import Weights
+
+    if target.adapter is None:
+        raise FastFTError(f"{target.base} is a plain model; it has no adapter to export.")
+    check_holdable(Weights(base_folder(target), target.adapter))
 
 
 def _adapter(target: Target, folder: Path) -> list[dict[str, Any]]:

@@ -125,3 +125,32 @@ def test_a_second_process_on_the_same_run_is_refused(fresh):
     process.wait()
     assert second.code == 2
     assert f"is being trained by process {process.pid}" in second.err.replace("\n", " ")
+
+
+def test_a_damaged_final_is_written_again_and_a_run_is_found_from_anywhere(fresh, uninterrupted, tmp_path, monkeypatch):
+    config, run, _ = fresh
+    shutil.copytree(uninterrupted[1], run)
+    weights = run / "final" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:1000])
+    refused = fastft("chat", run, "--prompt", "x", "--json")
+    assert refused.code == 2
+    assert "cut off" in refused.err
+    outcome = fastft("train", config, "--json")
+    assert outcome.code == 0, outcome.err
+    assert "final/ is damaged" in outcome.err.replace("\n", " ")
+    assert weights.read_bytes() == whole
+    monkeypatch.chdir(tmp_path)
+    said = fastft("chat", "runs/t", "--prompt", "What is 3?", "--max-new-tokens", 3, "--json")
+    assert said.code == 0, said.err
+
+
+def test_a_run_that_stopped_early_is_finished(write_config, checkpoint_of, tmp_path):
+    train = {"max_steps": 20, "save_steps": 1, "eval_steps": 1, "early_stopping_patience": 1, "learning_rate": 0.5}
+    config = write_config(checkpoint_of("qwen3"), train=train)
+    first = fastft("train", config, "--json")
+    assert first.code == 0, first.err
+    assert "stopping early" in first.err
+    again = fastft("train", config, "--json")
+    assert "this run is finished" in again.err
+    assert again.json["steps"] == first.json["steps"] < 20

@@ -25,7 +25,7 @@ def export_gguf_lora(base: Path, adapter: Path, out: Path, *, name: str | None =
     the streaming writer does not know.
     """
     weights = Weights(base, adapter)
-    _check_holdable(weights)
+    check_holdable(weights)
     model = describe(weights)
     parts = _parts(weights, model)
     out = Path(out)
@@ -57,7 +57,8 @@ def export_gguf_lora(base: Path, adapter: Path, out: Path, *, name: str | None =
     }
 
 
-def _check_holdable(weights: Weights) -> None:
+def check_holdable(weights: Weights) -> None:
+    """Raise FastFTError, naming the tensors, for what a LoRA GGUF cannot hold."""
     kinds: dict[str, list[str]] = {}
     for target, change in weights.changed.items():
         for what, present in {
