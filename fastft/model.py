@@ -295,7 +295,7 @@ def check_whole(path: Path) -> None:
         except (json.JSONDecodeError, UnicodeDecodeError):
             header = None
     if not isinstance(header, dict):
-        raise FastFTError(f"{path} is not a safetensors file. Download the model again.")
+        raise FastFTError(f"{path} is not a safetensors file. Download or copy it again.")
     needed = (
         8
         + length
@@ -303,7 +303,7 @@ def check_whole(path: Path) -> None:
     )
     size = path.stat().st_size
     if size < needed:
-        raise FastFTError(f"{path} is cut off: {size:,} of {needed:,} bytes are there. Download the model again.")
+        raise FastFTError(f"{path} is cut off: {size:,} of {needed:,} bytes are there. Download or copy it again.")
 
 
 def _check_hub(name: str, revision: str | None, token: str | None) -> None:

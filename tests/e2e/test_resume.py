@@ -132,7 +132,7 @@ def test_a_damaged_final_is_written_again_and_a_run_is_found_from_anywhere(fresh
     shutil.copytree(uninterrupted[1], run)
     weights = run / "final" / "adapter_model.safetensors"
     whole = weights.read_bytes()
-    weights.write_bytes(whole[:1000])
+    weights.write_bytes(whole[:-1000])
     refused = fastft("chat", run, "--prompt", "x", "--json")
     assert refused.code == 2
     assert "cut off" in refused.err
