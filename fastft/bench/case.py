@@ -1,0 +1,153 @@
+"""A benchmark case: what is trained, on what lengths, by whom, with which settings. Cases are YAML files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastft.config import read_yaml
+from fastft.errors import FastFTError, one_of
+
+CASES = Path(__file__).parent / "cases"  # a link to benchmarks/cases, so that an installed fastft has them too
+
+ARMS = ("peft", "trl", "unsloth", "liger", "fastft")
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSpec(_Model):
+    """A family and its dimensions (random weights, nothing is downloaded), or a real model's id or folder."""
+
+    id: str | None = None
+    family: str | None = None
+    """transformers' model_type: llama, qwen3, gemma3_text ..."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, vocab_size ..."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> ModelSpec:
+        if (self.id is None) == (self.family is None):
+            raise ValueError("give either id, or family and config")
+        return self
+
+
+class Lora(_Model):
+    """The adapter, equal in every arm."""
+
+    r: int = Field(16, ge=1)
+    alpha: int = Field(16, ge=1)
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+
+
+class Lengths(_Model):
+    """Tokens of a sequence: seeded log-normal, one fixed length, or a file with one number a line."""
+
+    median: int | None = Field(None, ge=2)
+    sigma: float = Field(0.8, ge=0.0)
+    shortest: int = Field(16, ge=2)
+    longest: int = Field(1024, ge=2)
+    fixed: int | None = Field(None, ge=2)
+    file: str | None = None
+    prompt_share: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of each sequence that carries no loss (its prompt)."""
+
+    @model_validator(mode="after")
+    def _one_of_three(self) -> Lengths:
+        if sum(value is not None for value in (self.median, self.fixed, self.file)) != 1:
+            raise ValueError("give exactly one of median, fixed and file")
+        return self
+
+
+class ArmSettings(_Model):
+    """What one arm does in one table; keys that an arm does not know are refused by the arm."""
+
+    settings: dict[str, Any] = Field(default_factory=dict)
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Set before the worker starts: allocator settings, thread waiting."""
+    source: str
+    """Where these settings come from: a documentation page, a notebook, "fastft's defaults"."""
+
+
+class TableSettings(_Model):
+    """One table: its arms, and what of the workload differs from the case's own."""
+
+    arms: dict[str, ArmSettings]
+    lengths: Lengths | None = None
+    effective_batch_size: int | None = Field(None, ge=1)
+
+
+class Tolerances(_Model):
+    """The parity gate, against plain peft in float32."""
+
+    loss: float = 1e-2
+    """Relative difference of the first step's loss."""
+    trace: float = 2e-2
+    """Largest relative difference of any step's loss."""
+    cosine: float = 0.99
+    """Least cosine between the first step's LoRA gradients, all tensors as one vector."""
+
+
+class Case(_Model):
+    """What `--case NAME` runs."""
+
+    name: str
+    title: str
+    device: Literal["cpu", "cuda"]
+    card: str | None = None
+    """The card it is meant for (t4, l4, a100, h200); on a larger one it runs under the memory cap and is labelled so."""
+    memory_cap_gb: float | None = Field(None, gt=0)
+    """GB (1e9 bytes) of VRAM, or of the worker's own memory on a CPU."""
+    model: ModelSpec
+    quantization: Literal["none", "nf4"] = "none"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    flash_attention_2: bool = True
+    """False for a card without it (T4)."""
+    lora: Lora = Lora()
+    lengths: Lengths
+    effective_batch_size: int = Field(8, ge=1)
+    warmup_steps: int = Field(1, ge=1)
+    """Not timed: compilation, caches. At least the first step, which the parity gate looks at."""
+    steps: int = Field(4, ge=1)
+    """Timed optimizer steps of a run."""
+    repeats: int = Field(5, ge=1)
+    seed: int = 3407
+    learning_rate: float = 2e-4
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of a worker; default: the usable cores."""
+    timeout_seconds: int = Field(1800, ge=1)
+    parity_layers: int | None = Field(None, ge=1)
+    """For models too large for float32: the gradient and the trace are compared on the same shape with so many layers."""
+    tolerances: Tolerances = Tolerances()
+    tables: dict[Literal["defaults", "matched"], TableSettings]
+
+    @property
+    def hash(self) -> str:
+        """First 12 hex digits of the SHA-256 of the case's content: results of different cases are never mixed."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def known_cases(folder: Path = CASES) -> dict[str, Path]:
+    """Return the committed cases by name."""
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_case(name: str, folder: Path = CASES) -> Case:
+    """Return the case called `name`, or the one in the YAML file `name`; raises FastFTError with every problem."""
+    path = Path(name)
+    if path.suffix not in {".yaml", ".yml"}:
+        known = known_cases(folder)
+        if name not in known:
+            raise one_of("case", name, known)
+        path = known[name]
+    try:
+        return Case.model_validate(read_yaml(path))
+    except ValidationError as error:
+        problems = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()]
+        raise FastFTError(f"{path}: " + "; ".join(problems)) from error
