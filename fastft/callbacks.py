@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,11 @@ from transformers import TrainerCallback
 
 from fastft import checkpoint
 from fastft.config import RunConfig
+from fastft.data.batches import cut, cut_padded, segments_of
+from fastft.hardware import probe
+from fastft.plan import ModelShape, Situation, calibrate
 from fastft.progress import Reporter
+from fastft.trainer import peak_memory_bytes
 
 
 class Steering(TrainerCallback):
@@ -77,3 +84,130 @@ class Steering(TrainerCallback):
         if minutes is not None and time.monotonic() - self.started >= 60 * minutes:
             return f"train.max_minutes {minutes:g}: saving"
         return None
+
+
+class MemoryCheck(TrainerCallback):
+    """Compares the plan with the memory of the first two steps, and stops a run whose longest batch will not fit.
+
+    `advice` is None, or why the run was stopped and what to change; the state is saved then.
+    """
+
+    STEPS = 2
+
+    def __init__(
+        self,
+        trainer: Any,
+        shape: ModelShape,
+        situation: Situation,
+        *,
+        adjustable: bool,
+        report: Reporter,
+        record: Callable[..., None],
+    ) -> None:
+        self.trainer, self.shape, self.situation = trainer, shape, situation
+        self.adjustable, self.report, self.record = adjustable, report, record
+        self.steps_now = 0
+        self.largest, self.longest = 0, 0
+        self.sampler: _PeakSampler | None = None
+        self.advice: str | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Watch the memory from the first step on, and note the largest micro-batch."""
+        if self.steps_now >= self.STEPS:
+            return
+        if self.sampler is None:
+            self.sampler = _PeakSampler()
+            self.sampler.start()
+        steps, policy = self.trainer.steps, self.trainer.policy
+        segments = segments_of(steps[state.global_step % len(steps)])
+        lengths = [len(segment) for segment in segments if segment.supervised]
+        for row in (cut_padded if policy.padded else cut)(lengths, policy.micro_batch_tokens):
+            longest = max(lengths[i] for i in row)
+            tokens = longest * len(row) if policy.padded else sum(lengths[i] for i in row)
+            self.largest, self.longest = max((self.largest, self.longest), (tokens, longest))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """After the second step: say predicted and measured, and whether what is to come fits."""
+        self.steps_now += 1
+        if self.steps_now != self.STEPS or self.sampler is None or not self.largest:
+            return control
+        measured = self.sampler.stop()
+        found = calibrate(
+            self.shape,
+            replace(self.situation, longest=self._longest_sequence()),
+            tokens=self.largest,
+            longest=self.longest,
+            measured_bytes=measured,
+            largest_tokens=max(self.largest, self._largest_to_come()),
+            limit_bytes=_limit_bytes(),
+        )
+        self.record(memory=asdict(found) | {"fits": found.fits})
+        if found.fits:
+            self.report.note(found.message)
+        elif self.adjustable and found.largest_fitting_tokens >= self._longest_sequence():
+            self.trainer.policy.micro_batch_tokens = found.largest_fitting_tokens
+            self.report.warn(
+                f"{found.message.split('. Stop now')[0]}; micro-batches have at most "
+                f"{found.largest_fitting_tokens:,} tokens from here on (the effective batch stays)"
+            )
+        elif state.global_step < state.max_steps:
+            self.advice = found.message
+            control.should_training_stop = control.should_save = True
+        return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the watch where the run ended before its second step."""
+        if self.sampler is not None:
+            self.sampler.stop()
+
+    def _longest_sequence(self) -> int:
+        return int(self.trainer.steps.dataset.lengths.max())
+
+    def _largest_to_come(self) -> int:
+        """The most tokens that any micro-batch of this run can have, however its sequences are shuffled."""
+        lengths = sorted(self.trainer.steps.dataset.lengths, reverse=True)
+        whole = int(sum(lengths[: self.trainer.steps.effective_batch_size]))
+        return max(min(self.trainer.policy.micro_batch_tokens, whole), self._longest_sequence())
+
+
+class _PeakSampler(threading.Thread):
+    """The largest resident memory since it was started (reserved VRAM on a GPU), in bytes.
+
+    The kernel's own high-water mark also holds what loading and the held-out loss took before, so the present value is
+    read every few milliseconds; where the high-water mark grew meanwhile, that is the exact peak.
+    """
+
+    INTERVAL = 0.005
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        import psutil
+
+        self.process, self.done, self.peak = psutil.Process(), threading.Event(), 0
+        self.before = peak_memory_bytes()
+
+    def run(self) -> None:
+        """Sample until `stop`."""
+        while not self.done.wait(self.INTERVAL):
+            self.peak = max(self.peak, self.process.memory_info().rss)
+
+    def stop(self) -> int:
+        """End the thread; returns the peak."""
+        import torch
+
+        self.done.set()
+        self.join()
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_reserved()
+        after = peak_memory_bytes()
+        return after if after > self.before else max(self.peak, self.process.memory_info().rss)
+
+
+def _limit_bytes() -> int:
+    """What this process may have in all: what it has, and what is free."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    return probe().ram_free_bytes + psutil.Process().memory_info().rss

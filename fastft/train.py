@@ -22,7 +22,7 @@ from fastft import checkpoint, model
 from fastft.config import MOVES_THE_BASE, RunConfig
 from fastft.engines import get_engine
 from fastft.engines.base import Engine
-from fastft.errors import FastFTError, InterruptedRunError
+from fastft.errors import CouldNotFinishError, FastFTError, InterruptedRunError
 from fastft.export.adapter import keep_initial, write_adapter
 from fastft.hardware import Choice, Hardware, probe
 from fastft.progress import Reporter
@@ -266,7 +266,24 @@ class _Session:
                 total,
             )
         )
+        self.memory = self._memory_check(trainer)
+        trainer.add_callback(self.memory)
         return trainer
+
+    def _memory_check(self, trainer: Any) -> Any:
+        """The plan of this run, to be compared with its first steps."""
+        from fastft.callbacks import MemoryCheck
+        from fastft.plan import load_shape, resolve
+
+        shape = load_shape(self.config.model.name, self.config.model.revision)
+        return MemoryCheck(
+            trainer,
+            shape,
+            resolve(self.config, self.hardware, shape).situation,
+            adjustable=self.config.train.micro_batch_tokens == "auto",
+            report=self.report,
+            record=self.run.update_record,
+        )
 
     def _run(self, trainer: Any, resume_from: Path | None) -> RunResult:
         """The loop itself, then final/ and the report; or a clean stop."""
@@ -286,6 +303,11 @@ class _Session:
         if trainer.stopped_by_signal:
             raise InterruptedRunError(
                 f"stopped after step {trainer.state.global_step} of {total}; state saved. The same command goes on."
+            )
+        if self.memory.advice:
+            self.run.update_record(status="paused", steps=trainer.state.global_step, total_steps=total)
+            raise CouldNotFinishError(
+                f"stopped after step {trainer.state.global_step} of {total} (state saved): {self.memory.advice}."
             )
         if trainer.state.global_step < total and not trainer.stopped_early:
             self.run.update_record(status="paused", steps=trainer.state.global_step, total_steps=total)

@@ -9,6 +9,9 @@ from fastft.plan.memory import Situation, Term, imports_term, train_terms
 from fastft.plan.resolve import MARGIN
 from fastft.plan.shape import ModelShape
 
+BELIEVABLE = (0.5, 2.0)
+"""How far the growing part may be off before the rest is taken for something that does not grow (a library's caches)."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -16,6 +19,7 @@ class Calibration:
 
     predicted_bytes: int
     measured_bytes: int
+    tokens: int
     largest_tokens: int
     largest_bytes: int
     limit_bytes: int
@@ -31,12 +35,12 @@ class Calibration:
         """One line for the log; the advice where it will not fit."""
         error = self.predicted_bytes / self.measured_bytes - 1
         planned, measured = self.predicted_bytes / GIB, self.measured_bytes / GIB
-        seen = f"memory: planned {planned:.2f} GiB, measured {measured:.2f} ({error:+.0%})"
-        need = f"{self.largest_tokens:,} tokens, the most to come, will need {self.largest_bytes / GIB:.2f}"
+        seen = f"memory at {self.tokens:,} tokens a pass: planned {planned:.2f} GiB, measured {measured:.2f} ({error:+.0%})"
+        need = f"{self.largest_tokens:,} tokens, the most to come, will need about {self.largest_bytes / GIB:.2f}"
         if self.fits:
             return f"{seen}; {need} of {self.limit_bytes / GIB:.2f}"
         advice = (
-            f"set train.micro_batch_tokens or model.max_seq_length to at most {self.largest_fitting_tokens:,}"
+            f"set train.micro_batch_tokens and model.max_seq_length to at most {self.largest_fitting_tokens:,}"
             if self.largest_fitting_tokens
             else "not even the weights leave room: set model.quantization: nf4 or take a larger card"
         )
@@ -44,29 +48,38 @@ class Calibration:
 
 
 def calibrate(
-    shape: ModelShape, situation: Situation, *, tokens: int, measured_bytes: int, largest_tokens: int, limit_bytes: int
+    shape: ModelShape,
+    situation: Situation,
+    *,
+    tokens: int,
+    measured_bytes: int,
+    largest_tokens: int,
+    limit_bytes: int,
+    longest: int | None = None,
 ) -> Calibration:
     """Return how the plan did at a micro-batch of `tokens`, and what `largest_tokens` will need.
 
-    `measured_bytes` is the peak so far (resident memory on a CPU, reserved VRAM on a GPU), `limit_bytes` what the
-    process may have in all. What does not grow with the tokens is taken from the plan; the growing part is scaled
-    by measured over planned.
+    `measured_bytes` is the peak of the steps so far (resident memory on a CPU, reserved VRAM on a GPU), `limit_bytes`
+    what the process may have in all, `longest` the longest sequence among those `tokens` (default: all of them are
+    one). What does not grow with the tokens is taken from the plan; the growing part is scaled by measured over
+    planned, within BELIEVABLE, and what that leaves unexplained stays as it is.
     """
     assert min(tokens, largest_tokens) > 0, "no step has been taken yet"
 
-    def parts(at: int) -> tuple[int, int]:
-        """(bytes that stay, bytes that grow with tokens)."""
-        s = replace(situation, tokens=at)
+    def parts(at: int, one: int) -> tuple[int, int]:
+        """(bytes that stay, bytes that grow with tokens) at `at` tokens whose longest sequence has `one`."""
+        s = replace(situation, tokens=at, longest=min(one, at))
         terms = [t for t in train_terms(shape, s) if t.name != "CUDA context"]
         growing = _growing(terms)
         fixed = sum(t.bytes for t in terms) - growing
         return fixed + (imports_term(s).bytes if s.device == "cpu" else 0), growing
 
-    fixed, growing = parts(tokens)
-    ratio = max(0.1, (measured_bytes - fixed) / growing)
+    fixed, growing = parts(tokens, longest or tokens)
+    ratio = min(max((measured_bytes - fixed) / max(growing, 1), BELIEVABLE[0]), BELIEVABLE[1])
+    unexplained = measured_bytes - fixed - ratio * growing
 
     def need(at: int) -> int:
-        return int(fixed + ratio * parts(at)[1])
+        return int(fixed + unexplained + ratio * parts(at, at)[1])
 
     fitting = 0
     if need(1) <= limit_bytes:
@@ -75,7 +88,8 @@ def calibrate(
             middle = (low + high + 1) // 2
             low, high = (middle, high) if need(middle) <= (1 - MARGIN / 2) * limit_bytes else (low, middle - 1)
         fitting = low
-    return Calibration(fixed + growing, measured_bytes, largest_tokens, need(largest_tokens), limit_bytes, fitting)
+    largest = need(largest_tokens)
+    return Calibration(fixed + growing, measured_bytes, tokens, largest_tokens, largest, limit_bytes, fitting)
 
 
 def _growing(terms: list[Term]) -> int:
