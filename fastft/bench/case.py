@@ -70,6 +70,8 @@ class ArmSettings(_Model):
     settings: dict[str, Any] = Field(default_factory=dict)
     environment: dict[str, str] = Field(default_factory=dict)
     """Set before the worker starts: allocator settings, thread waiting."""
+    implementation: str | None = None
+    """module:class of an arm of your own (see arms.py); default: the built-in arm of this name."""
     source: str
     """Where these settings come from: a documentation page, a notebook, "fastft's defaults"."""
 

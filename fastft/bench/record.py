@@ -54,7 +54,9 @@ class Noise(_Model):
     load_average_before: float
     load_average_after: float
     cpu_share: float | None = None
-    """CPU seconds of the worker over wall seconds x threads, in the measured steps: below 1 where it waited for a core."""
+    """CPU seconds of the worker over wall seconds x threads, in the measured steps."""
+    others_share: float | None = None
+    """CPU time of other processes, and time stolen by a hypervisor, over wall x all cores, in the measured steps."""
     clock_mhz: float | None = None
     throttled: str | None = None
     """The GPU's throttle reasons, where there were any."""

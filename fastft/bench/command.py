@@ -1,0 +1,181 @@
+"""The command line of the benchmark: fastft bench [--case NAME] and its subcommands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastft.errors import AnswerIsNoError, FastFTError, one_of
+
+app = typer.Typer(
+    name="bench",
+    help="Measure fastft against plain peft, trl, Unsloth and Liger: paired, isolated, parity-gated.",
+    invoke_without_command=True,
+    no_args_is_help=True,
+)
+
+RESULTS = Path("benchmarks/results")
+Cases = Annotated[list[str] | None, typer.Option("--case", help="name of a case or a YAML file (repeatable)")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
+ResultFiles = Annotated[list[Path], typer.Argument(metavar="RESULT.json...", help="results of earlier runs")]
+
+
+@app.callback()
+def measure(
+    context: typer.Context,
+    case: Cases = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="all cases of this card: t4, l4, a100, h200")] = None,
+    arms: Annotated[str | None, typer.Option("--arms", help="only these, comma-separated: peft,unsloth,fastft")] = None,
+    tables: Annotated[str | None, typer.Option("--tables", help="only these: defaults,matched")] = None,
+    repeats: Annotated[int | None, typer.Option("--repeats", min=1, help="rounds; default: the case's")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="where results, logs and plots go")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run cases; exit 1 where an arm does not do the same work as plain peft."""
+    if context.invoked_subcommand is not None:
+        return
+    from fastft.bench.case import load_case
+    from fastft.bench.runner import run_case
+
+    names = [*(case or []), *(_cases_of(gpu) if gpu else [])]
+    if not names:
+        raise FastFTError("give --case NAME or --gpu CARD; `python -m fastft.bench cases` lists the cases.")
+    loaded = [load_case(name) for name in names]  # every mistake in them before hours of work
+    out = out or Path("bench-results")
+    results = []
+    for each in loaded:
+        _say(f"case {each.name}: {each.title}")
+        found = run_case(
+            each,
+            arms=_split(arms),
+            tables=_split(tables),
+            repeats=repeats,
+            say=_say,
+            keep=out / "logs" / each.name,
+        )
+        results.append(found)
+        _written(found, out, show_tables=not as_json)
+    summaries = [found.summary() for found in results]
+    _answer(summaries[0] if len(summaries) == 1 else {"cases": summaries}, as_json)
+    if not all(found.parity_passed for found in results):
+        raise AnswerIsNoError("an arm does not do the same work as plain peft (see above); no ratio is printed for it.")
+
+
+@app.command()
+def cases(as_json: Json = False) -> None:
+    """List the cases."""
+    from fastft.bench.case import known_cases, load_case
+
+    rows = {name: load_case(str(path)) for name, path in known_cases().items()}
+    if as_json:
+        return _answer({name: case.title for name, case in rows.items()}, True)
+    width = max(map(len, rows))
+    print("\n".join(f"{name:<{width}}  {case.title}" for name, case in rows.items()))
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Option("--results", help="folder of results")] = RESULTS,
+    readme: Annotated[Path, typer.Option("--readme", help="the file to write")] = Path("benchmarks/README.md"),
+    check: Annotated[
+        bool, typer.Option("--check", help="write nothing; exit 1 where the file is not up to date")
+    ] = False,
+) -> None:
+    """Write benchmarks/README.md and its plots from the committed results."""
+    from fastft.bench.report import write_report
+
+    stale = write_report(results, readme, readme.parent / "images", check=check)
+    if check and stale:
+        raise AnswerIsNoError(f"not up to date: {', '.join(map(str, stale))}. Run: python -m fastft.bench report")
+    print("\n".join(map(str, stale)) if stale else "up to date")
+
+
+@app.command()
+def html(
+    files: ResultFiles, out: Annotated[Path, typer.Option("--out", help="the page to write")] = Path("benchmark.html")
+) -> None:
+    """Write one self-contained HTML page of results, for sharing."""
+    from fastft.bench.html import write_html
+    from fastft.bench.record import read_result
+
+    write_html([read_result(path) for path in files], out)
+    print(out)
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(metavar="A", help="an earlier result")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="a later result")],
+    threshold: Annotated[float, typer.Option("--threshold", help="regression that fails: 0.05 is 5 %")] = 0.05,
+    force: Annotated[bool, typer.Option("--force", help="compare different cases nevertheless")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what changed between two results; exit 1 for a regression beyond the threshold."""
+    from fastft.bench.compare import compare as compare_results
+    from fastft.bench.record import read_result
+
+    comparison = compare_results(read_result(before), read_result(after), threshold=threshold, force=force)
+    _answer(comparison.model_dump(mode="json") if as_json else {}, as_json)
+    if not as_json:
+        print(comparison.text())
+    if comparison.regressions:
+        raise AnswerIsNoError(f"{len(comparison.regressions)} regressions beyond {threshold:.0%}.")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a result."""
+    from fastft.bench.record import Result
+
+    print(json.dumps(Result.model_json_schema(), indent=1))
+
+
+def _cases_of(gpu: str) -> list[str]:
+    """Return the names of the cases of a card; raises FastFTError for a card without any."""
+    from fastft.bench.case import known_cases, load_case
+
+    by_card: dict[str, list[str]] = {}
+    for name, path in known_cases().items():
+        card = load_case(str(path)).card
+        if card:
+            by_card.setdefault(card.split("-")[0], []).append(name)
+    wanted = gpu.lower().split("-")[0]
+    if wanted not in by_card:
+        raise one_of("card with cases", gpu, by_card)
+    return by_card[wanted]
+
+
+def _written(found: Any, out: Path, *, show_tables: bool) -> Path:
+    """Write the result and its plots, print the tables; return the JSON file."""
+    from rich.console import Console
+
+    from fastft.bench.plots import plot_result
+    from fastft.bench.show import show
+
+    label = "".join(c if c.isalnum() else "-" for c in found.machine.label.lower()).strip("-")
+    path = out / f"{found.case.name}--{label}--{found.date[:10]}--{found.commit or 'no-commit'}.json"
+    found.write(path)
+    plots = plot_result(found, out)
+    if show_tables:
+        show(found, Console())
+    _say(f"{path}" + "".join(f"\n{plot}" for plot in plots))
+    return path
+
+
+def _answer(values: Any, as_json: bool) -> None:
+    if as_json:
+        from fastft.cli import _print
+
+        _print(values, True)
+
+
+def _split(text: str | None) -> list[str] | None:
+    return [part.strip() for part in text.split(",") if part.strip()] if text else None
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

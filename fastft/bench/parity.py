@@ -1,0 +1,140 @@
+"""The gate before any ratio: whether an arm did the same work, and learnt the same, as plain peft in float32."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from fastft.bench.case import Tolerances
+from fastft.bench.record import Check, Parity, Record
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A run's record and the file with its first step's LoRA gradient."""
+
+    record: Record
+    gradient: Path
+
+
+def judge(run: Evidence, reference: Evidence, tokens: list[int], tolerances: Tolerances) -> Parity:
+    """Compare a run with the float32 reference; `tokens` are the non-padding tokens of each step.
+
+    Every check is made, so that a failure tells all that differs.
+    """
+    ours, theirs = run.record, reference.record
+    checks = [
+        _parameters(ours, theirs),
+        _tokens_seen(ours, tokens),
+        _tokens_claimed(ours, sum(tokens)),
+        _first_loss(ours, theirs, tolerances.loss),
+        _trace(ours, theirs, tolerances.trace),
+        *_gradient(run.gradient, reference.gradient, tolerances.cosine),
+    ]
+    return Parity(passed=all(check.passed for check in checks), checks=checks)
+
+
+def judge_across(full: Record, reference_loss: float, small: Parity, tokens: list[int], limit: float) -> Parity:
+    """For a model too large for float32: the gate of the same shape with few layers, and step 1 at full size.
+
+    `reference_loss` is the first loss of plain peft at full size in the case's own precision.
+    """
+    checks = [
+        *small.checks,
+        _tokens_seen(full, tokens),
+        _tokens_claimed(full, sum(tokens)),
+        _relative("step-1 loss at full size", full.steps[0].loss, reference_loss, limit),
+    ]
+    return Parity(passed=all(check.passed for check in checks), checks=checks)
+
+
+def _parameters(ours: Record, theirs: Record) -> Check:
+    mine, other = ours.trainable_parameters, theirs.trainable_parameters
+    return Check(
+        name="trainable parameters",
+        passed=mine == other,
+        value=mine,
+        expected=other,
+        limit=0,
+        text=f"{mine:,} trainable parameters, the reference has {other:,}",
+    )
+
+
+def _tokens_seen(ours: Record, tokens: list[int]) -> Check:
+    seen = [step.tokens for step in ours.steps]
+    wrong = next((i for i, (mine, other) in enumerate(zip(seen, tokens, strict=False)) if mine != other), None)
+    passed = seen == tokens
+    where = "" if wrong is None else f" (first in step {wrong + 1}: {seen[wrong]:,} of {tokens[wrong]:,})"
+    return Check(
+        name="tokens seen",
+        passed=passed,
+        value=sum(seen),
+        expected=sum(tokens),
+        limit=0,
+        text=f"{sum(seen):,} non-padding tokens went through the model, the steps hold {sum(tokens):,}{where}",
+    )
+
+
+def _tokens_claimed(ours: Record, tokens: int) -> Check:
+    claimed = ours.claimed_tokens
+    text = "the arm claims no count" if claimed is None else f"the arm claims {claimed:,} tokens of {tokens:,}"
+    return Check(
+        name="tokens claimed",
+        passed=claimed is None or claimed == tokens,
+        value=claimed,
+        expected=tokens,
+        limit=0,
+        text=text,
+    )
+
+
+def _first_loss(ours: Record, theirs: Record, limit: float) -> Check:
+    return _relative("step-1 loss", ours.steps[0].loss, theirs.steps[0].loss, limit)
+
+
+def _relative(name: str, value: float | None, expected: float | None, limit: float) -> Check:
+    if value is None or expected is None or not math.isfinite(value):
+        return Check(name=name, passed=False, value=None, expected=expected, limit=limit, text=f"{name} is {value}")
+    difference = abs(value - expected) / abs(expected)
+    text = f"{name} {value:.5f}, the reference has {expected:.5f}: {difference:.1e} apart, at most {limit:.0e}"
+    return Check(name=name, passed=difference <= limit, value=value, expected=expected, limit=limit, text=text)
+
+
+def _trace(ours: Record, theirs: Record, limit: float) -> Check:
+    mine, other = [s.loss for s in ours.steps], [s.loss for s in theirs.steps]
+    if len(mine) != len(other) or any(loss is None or not math.isfinite(loss) for loss in mine):
+        text = f"loss trace: {len(mine)} steps, the reference has {len(other)}; losses {mine}"
+        return Check(name="loss trace", passed=False, value=None, limit=limit, text=text)
+    worst = max(abs(a - b) / abs(b) for a, b in zip(mine, other, strict=True) if a is not None and b is not None)
+    text = f"loss trace of {len(mine)} steps: at most {worst:.1e} apart, limit {limit:.0e}"
+    return Check(name="loss trace", passed=worst <= limit, value=worst, expected=0.0, limit=limit, text=text)
+
+
+def _gradient(ours: Path, theirs: Path, least: float) -> list[Check]:
+    """Cosine of the gradients, all tensors as one vector, and that none of the norms is zero."""
+    mine, other = load_file(ours) if ours.exists() else {}, load_file(theirs)
+    missing = sorted(set(other) - set(mine))
+    norm = math.sqrt(sum(float(np.sum(g.astype(np.float64) ** 2)) for g in mine.values()))
+    norms = Check(
+        name="gradient norm",
+        passed=norm > 0 and not missing,
+        value=norm,
+        limit=0,
+        text=f"gradient norm {norm:.3g}" + (f"; {len(missing)} tensors without gradient" if missing else ""),
+    )
+    same_shape = not missing and all(mine[name].shape == other[name].shape for name in other)
+    if not same_shape or norm == 0:
+        text = "LoRA gradient: other tensors than the reference's, or none"
+        return [norms, Check(name="gradient cosine", passed=False, value=None, limit=least, text=text)]
+    dot = sum(float(np.sum(mine[n].astype(np.float64) * other[n])) for n in other)
+    expected = math.sqrt(sum(float(np.sum(g.astype(np.float64) ** 2)) for g in other.values()))
+    cosine = dot / (norm * expected)
+    text = f"cosine of the LoRA gradient with the reference's {cosine:.6f}, at least {least}"
+    return [
+        norms,
+        Check(name="gradient cosine", passed=cosine >= least, value=cosine, expected=1.0, limit=least, text=text),
+    ]

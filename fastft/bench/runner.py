@@ -1,0 +1,506 @@
+"""Runs a case: makes the work, starts one process a run, interleaves the arms, gates, and sums up.
+
+Imports no torch, and lets no arm share a process: Unsloth patches the one it is imported in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fastft.bench.case import Case
+from fastft.bench.parity import Evidence, judge, judge_across
+from fastft.bench.record import Machine, Parity, Record, Result, Table, TableResult
+from fastft.bench.statistics import NOISY, paired_ratio, summarise
+from fastft.bench.workload import Workload, load
+from fastft.errors import CouldNotFinishError, FastFTError, one_of
+from fastft.hardware import Hardware, gpu_key, probe
+
+BASELINE = "peft"
+REFERENCE = {"training": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 0}}  # 0: the whole batch
+LOG_TAIL = 25
+OTHERS = 0.05
+"""Share of the cores that others may have before a note says so."""
+
+
+@dataclass
+class _Invocation:
+    """What the parts of one invocation share."""
+
+    case: Case
+    machine: Machine
+    folder: Path
+    say: Callable[[str], None]
+    seed: int
+    order: int = 0
+    records: list[Record] = field(default_factory=list)
+    evidence: dict[tuple[str, str, int], Evidence] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def run_case(
+    case: Case,
+    *,
+    arms: Sequence[str] | None = None,
+    tables: Sequence[str] | None = None,
+    repeats: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    keep: Path | None = None,
+) -> Result:
+    """Measure `case` on this machine and return the result; nothing is written but to `keep` and a temporary folder.
+
+    `arms` and `tables` narrow the case, `repeats` overrides it. `keep`: a folder for the workers' logs and gradients.
+    Raises FastFTError for a case that cannot run here at all (no GPU), CouldNotFinishError where the reference dies.
+    """
+    case = _narrowed(case, arms, tables)
+    repeats = repeats or case.repeats
+    machine = describe_machine(case, probe())
+    folder = Path(tempfile.mkdtemp(prefix="fastft-bench-"))
+    state = _Invocation(case, machine, folder, say, case.seed)
+    try:
+        say("making the model and the sequences")
+        _make_work(state)
+        machine.matmul_flops = _ceiling(state)
+        plan = [(table, arm) for table, settings in case.tables.items() for arm in settings.arms]
+        references = {table: _reference(state, table, case.parity_layers) for table in case.tables}
+        small = _parity_at_few_layers(state, plan, references) if case.parity_layers else {}
+        gates: dict[tuple[str, str], Parity] = {}
+        for repeat in range(repeats):
+            order = [pair for pair in plan if _goes_on(state, pair, gates)]
+            random.Random(f"{case.seed} {repeat}").shuffle(order)
+            for table, arm in order:
+                _measure(state, table, arm, repeat)
+            if repeat == 0:
+                gates = _gates(state, references, small)
+        return _summed_up(state, repeats, gates)
+    finally:
+        if keep is not None:
+            _keep(folder, keep)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _narrowed(case: Case, arms: Sequence[str] | None, tables: Sequence[str] | None) -> Case:
+    """Return the case with only these arms and tables; raises FastFTError for names that it does not have."""
+    for name in tables or []:
+        if name not in case.tables:
+            raise one_of("table", name, case.tables)
+    chosen = {name: settings for name, settings in case.tables.items() if not tables or name in tables}
+    known = {arm for settings in chosen.values() for arm in settings.arms}
+    for name in arms or []:
+        if name not in known:
+            raise one_of(f"arm of case {case.name}", name, known)
+    narrowed = {
+        name: settings.model_copy(
+            update={"arms": {arm: values for arm, values in settings.arms.items() if not arms or arm in arms}}
+        )
+        for name, settings in chosen.items()
+    }
+    return case.model_copy(update={"tables": narrowed})
+
+
+# --- the machine
+
+
+def describe_machine(case: Case, hardware: Hardware) -> Machine:
+    """Return where the case runs and how its result is called; raises FastFTError where it cannot run here."""
+    if case.device == "cuda" and hardware.kind != "cuda":
+        raise FastFTError(
+            f"case {case.name} needs an NVIDIA GPU and this machine has none ({hardware.name}). "
+            "`python -m fastft.bench cases` lists those for a CPU."
+        )
+    threads = case.threads or hardware.cpu_cores
+    cap = int(case.memory_cap_gb * 1e9) if case.memory_cap_gb else None
+    machine = Machine(
+        device=case.device,
+        label=f"{hardware.name}, {threads} threads" if case.device == "cpu" else hardware.name,
+        card=None,
+        cpu=hardware.name if hardware.kind == "cpu" else platform.machine(),
+        threads=threads,
+        memory_bytes=hardware.ram_bytes,
+        cap_bytes=cap,
+    )
+    if case.device == "cpu":
+        if cap:
+            machine.label += f", capped at {case.memory_cap_gb:g} GB"
+        return machine
+    assert hardware.vram_bytes is not None
+    machine.gpu, machine.vram_bytes, machine.driver = hardware.name, hardware.vram_bytes, _driver()
+    here = gpu_key(hardware.name, hardware.vram_bytes)
+    if case.card is None or here == case.card:
+        machine.card, machine.cap_bytes = here, None
+    elif cap is None or cap > hardware.vram_bytes:
+        raise FastFTError(
+            f"case {case.name} is for a {case.card} and this is a {hardware.name}; it can stand in only for a smaller "
+            "card, with memory_cap_gb in the case."
+        )
+    else:
+        machine.label = f"{hardware.name}, capped at {case.memory_cap_gb:g} GB"
+    return machine
+
+
+def _driver() -> str | None:
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
+
+
+# --- the work
+
+
+def _make_work(state: _Invocation) -> None:
+    jobs = [{"case": state.case.model_dump(mode="json"), "folder": str(state.folder / "model"), "layers": None}]
+    if state.case.parity_layers:
+        jobs.append(jobs[0] | {"folder": str(state.folder / "small"), "layers": state.case.parity_layers})
+    for job in jobs:
+        Path(job["folder"]).mkdir()
+    path = state.folder / "work.json"
+    path.write_text(json.dumps(jobs), encoding="utf-8")
+    log = state.folder / "work.log"
+    code = _start(["fastft.bench.workload", str(path)], log, {}, state.machine.threads, state.case.timeout_seconds)
+    if code != 0:
+        raise CouldNotFinishError(
+            f"the model of case {state.case.name} could not be made: {' | '.join(_tail(log)[-3:])}"
+        )
+
+
+def _ceiling(state: _Invocation) -> float | None:
+    record = state.folder / "ceiling.json"
+    job = {
+        "kind": "ceiling",
+        "record": str(record),
+        "device": "cuda" if state.machine.device == "cuda" else "cpu",
+        "dtype": state.case.dtype,
+    }
+    code = _run_job(state, job, "ceiling")
+    return json.loads(record.read_text("utf-8"))["matmul_flops"] if code == 0 else None
+
+
+def _work_of(state: _Invocation, table: str) -> Workload:
+    return load(state.folder / "model" / f"{table}.npz")
+
+
+# --- one run
+
+
+def _measure(state: _Invocation, table: str, arm: str, repeat: int) -> None:
+    """Run one arm once and keep its record and its gradient."""
+    settings = state.case.tables[table].arms[arm]  # type: ignore[index]
+    evidence = _run_arm(
+        state,
+        name=f"{table}-{arm}-{repeat}",
+        table=table,
+        arm=arm,
+        repeat=repeat,
+        settings=settings.settings,
+        implementation=settings.implementation,
+        environment=settings.environment,
+        dtype=state.case.dtype,
+        model=state.folder / "model",
+    )
+    state.records.append(evidence.record)
+    state.evidence[table, arm, repeat] = evidence
+    record = evidence.record
+    if record.status == "ok":
+        state.say(f"{table} {arm} #{repeat + 1}: {record.non_padding_tokens_per_sec:,.0f} tokens/s")
+    else:
+        state.say(f"{table} {arm} #{repeat + 1}: {record.status}: {record.reason}")
+
+
+def _reference(state: _Invocation, table: str, layers: int | None) -> Evidence:
+    """Run plain peft in float32, one sequence at a time: padding-free by construction, and small."""
+    batch = _work_of(state, table).effective_batch_size
+    training = REFERENCE["training"] | {"gradient_accumulation_steps": batch}
+    if state.case.device == "cuda":
+        training |= {"gradient_checkpointing": True}
+    state.say(f"{table}: float32 reference")
+    evidence = _run_arm(
+        state,
+        name=f"{table}-reference",
+        table=table,
+        arm=BASELINE,
+        repeat=0,
+        settings={"training": training},
+        implementation=None,
+        environment={},
+        dtype="float32",
+        model=state.folder / ("small" if layers else "model"),
+    )
+    if evidence.record.status != "ok":
+        tail = " | ".join(evidence.record.log_tail[-3:])
+        raise CouldNotFinishError(
+            f"the float32 reference of case {state.case.name} died ({evidence.record.status}: {evidence.record.reason}), so "
+            f"nothing could be compared with it. {tail}"
+        )
+    return evidence
+
+
+def _run_arm(
+    state: _Invocation,
+    *,
+    name: str,
+    table: str,
+    arm: str,
+    repeat: int,
+    settings: dict[str, Any],
+    implementation: str | None,
+    environment: dict[str, str],
+    dtype: str,
+    model: Path,
+) -> Evidence:
+    """Start the worker, wait for it, and return its record: of a dead one as well."""
+    work = state.folder / name
+    work.mkdir()
+    record_path, gradient = work / "record.json", work / "gradient.safetensors"
+    is_reference = name.endswith("-reference")
+    job = {
+        "kind": "train",
+        "case": state.case.model_dump(mode="json"),
+        "table": table,
+        "arm": arm,
+        "implementation": implementation,
+        "repeat": repeat,
+        "order": state.order,
+        "settings": settings,
+        "model": str(model) if state.case.model.id is None or model.name == "small" else state.case.model.id,
+        "start": str(model / "start.safetensors"),
+        "dtype": dtype,
+        "workload": str(model / f"{table}.npz"),
+        "work": str(work),
+        "record": str(record_path),
+        "gradient": str(gradient) if repeat == 0 else None,
+        "cap_bytes": None if is_reference else state.machine.cap_bytes,
+        "threads": state.machine.threads,
+    }
+    state.order += 1
+    code = _run_job(state, job, name, environment)
+    log = state.folder / f"{name}.log"
+    if record_path.exists() and code == 0:
+        record = Record.model_validate_json(record_path.read_text("utf-8"))
+    else:
+        record = _record_of_the_dead(job, code, log, state.case)
+    if record.status != "ok":
+        record.log_tail = _tail(log)
+    shutil.rmtree(work / "trainer", ignore_errors=True)
+    shutil.rmtree(work / "bench", ignore_errors=True)
+    return Evidence(record, gradient)
+
+
+def _run_job(
+    state: _Invocation, job: dict[str, Any], name: str, environment: dict[str, str] | None = None
+) -> int | None:
+    path = state.folder / f"{name}.json"
+    path.write_text(json.dumps(job), encoding="utf-8")
+    module = ["fastft.bench.worker", str(path)]
+    log = state.folder / f"{name}.log"
+    return _start(module, log, environment or {}, state.machine.threads, state.case.timeout_seconds)
+
+
+def _start(module: list[str], log: Path, environment: dict[str, str], threads: int, timeout: int) -> int | None:
+    """Run `python -m MODULE ARGS` with its output in `log`; return the exit code, None after a timeout."""
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+    variables = os.environ | quiet | {"OMP_NUM_THREADS": str(threads)} | environment
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *module], stdout=sink, stderr=sink, env=variables, start_new_session=True
+        )
+        try:
+            return process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _record_of_the_dead(job: dict[str, Any], code: int | None, log: Path, case: Case) -> Record:
+    """Return the record of a worker that could not write one."""
+    tail = "\n".join(_tail(log))
+    if code is None:
+        status, reason = "timeout", f"no end after {case.timeout_seconds} s"
+    elif code == -signal.SIGKILL:
+        status, reason = "oom", "killed (SIGKILL), as the kernel does where memory is full"
+    elif "bad_alloc" in tail or "MemoryError" in tail:
+        status, reason = "oom", f"ended with {code}: memory could not be allocated"
+    else:
+        status, reason = "crashed", f"ended with exit code {code} and no record"
+    names = ("table", "arm", "repeat", "order", "settings")
+    return Record.model_validate({name: job[name] for name in names} | {"status": status, "reason": reason})
+
+
+def _tail(log: Path) -> list[str]:
+    lines = log.read_text("utf-8", errors="replace").splitlines() if log.exists() else []
+    return [line.rstrip() for line in lines if line.strip()][-LOG_TAIL:]
+
+
+# --- the gate
+
+
+def _goes_on(state: _Invocation, pair: tuple[str, str], gates: dict[tuple[str, str], Parity]) -> bool:
+    """Whether an arm is run once more: it lived, and its gate did not fail."""
+    alive = all(r.status == "ok" for r in state.records if (r.table, r.arm) == pair)
+    return alive and (pair not in gates or gates[pair].passed)
+
+
+def _gates(
+    state: _Invocation, references: dict[Any, Evidence], small: dict[tuple[str, str], Parity]
+) -> dict[tuple[str, str], Parity]:
+    """Judge every arm by the run that was timed, not by another one."""
+    gates = {}
+    for (table, arm, repeat), evidence in state.evidence.items():
+        if repeat or evidence.record.status != "ok":
+            continue
+        work = _work_of(state, table)
+        tokens = [work.tokens(i) for i in range(work.steps)]
+        limits = state.case.tolerances
+        if state.case.parity_layers:
+            baseline = state.evidence.get((table, BASELINE, 0), evidence).record
+            first = baseline.steps[0].loss if baseline.status == "ok" else evidence.record.steps[0].loss
+            gate = judge_across(evidence.record, first or float("nan"), small[table, arm], tokens, limits.loss)
+        else:
+            gate = judge(evidence, references[table], tokens, limits)
+        gates[table, arm] = gate
+        for check in gate.checks:
+            if not check.passed:
+                state.say(f"{table} {arm}: parity failed: {check.text}")
+    return gates
+
+
+def _parity_at_few_layers(
+    state: _Invocation, plan: list[tuple[Any, str]], references: dict[Any, Evidence]
+) -> dict[tuple[str, str], Parity]:
+    """Run every arm once on the same shape with few layers, and judge it against the float32 reference there."""
+    gates = {}
+    for table, arm in plan:
+        settings = state.case.tables[table].arms[arm]
+        state.say(f"{table} {arm}: parity at {state.case.parity_layers} layers")
+        evidence = _run_arm(
+            state,
+            name=f"{table}-{arm}-small",
+            table=table,
+            arm=arm,
+            repeat=0,
+            settings=settings.settings,
+            implementation=settings.implementation,
+            environment=settings.environment,
+            dtype=state.case.dtype,
+            model=state.folder / "small",
+        )
+        if evidence.record.status == "ok":
+            work = load(state.folder / "small" / f"{table}.npz")
+            tokens = [work.tokens(i) for i in range(work.steps)]
+            gates[table, arm] = judge(evidence, references[table], tokens, state.case.tolerances)
+        else:
+            gates[table, arm] = Parity(passed=False, checks=[])
+    return gates
+
+
+# --- the sum
+
+
+def _summed_up(state: _Invocation, repeats: int, gates: dict[tuple[str, str], Parity]) -> Result:
+    from fastft.plan.shape import load_shape
+
+    case, machine = state.case, state.machine
+    shape = load_shape(case.model.id or str(state.folder / "model"))
+    tables: dict[Table, TableResult] = {}
+    for table, settings in case.tables.items():
+        work = _work_of(state, table)
+        lengths = [work.lengths(i) for i in range(work.steps)]
+        supervised = [work.supervised(i) for i in range(work.steps)]
+        runs = {arm: [r for r in state.records if (r.table, r.arm) == (table, arm)] for arm in settings.arms}
+        summaries = {arm: summarise(found, shape, lengths, supervised, machine) for arm, found in runs.items()}
+        parity = {arm: gates[table, arm] for arm in settings.arms if (table, arm) in gates}
+        passed = [arm for arm, gate in parity.items() if gate.passed and summaries[arm].status == "ok"]
+        ok = {arm: [r for r in runs[arm] if r.status == "ok"] for arm in passed}
+        ratios = {}
+        if "fastft" in passed:
+            ratios = {arm: paired_ratio(ok["fastft"], ok[arm]) for arm in passed if arm != "fastft"}
+        tables[table] = TableResult(arms=summaries, ratios=ratios, parity=parity)
+    commit, dirty = _commit()
+    return Result(
+        case=case,
+        case_hash=case.hash,
+        date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        commit=commit,
+        dirty=dirty,
+        machine=machine,
+        versions=_versions(),
+        repeats=repeats,
+        tables=tables,
+        records=state.records,
+        notes=_notes(state, tables),
+    )
+
+
+def _notes(state: _Invocation, tables: dict[Table, TableResult]) -> list[str]:
+    """Return what a reader must know beside the figures."""
+    notes = []
+    if state.machine.device == "cuda" and state.machine.cap_bytes:
+        notes.append(
+            f"{state.machine.label}: memory is meaningful, speed is that of the card it ran on, not of a {state.case.card}"
+        )
+    for name, table in tables.items():
+        for arm, summary in table.arms.items():
+            if summary.noisy and summary.non_padding_tokens_per_sec:
+                share = summary.non_padding_tokens_per_sec.relative
+                notes.append(f"{name} {arm}: spread p20 to p80 is {share:.0%} of the median, above {NOISY:.0%}")
+            if summary.status != "ok":
+                notes.append(f"{name} {arm}: {summary.status}: {summary.reason}")
+    others = [r.noise.others_share for r in state.records if r.noise and r.noise.others_share is not None]
+    if others and max(others) > OTHERS:
+        notes.append(
+            f"other processes (or the hypervisor) had up to {max(others):.0%} of the cores during a run, "
+            f"{sum(others) / len(others):.0%} on average"
+        )
+    return notes
+
+
+def _commit() -> tuple[str | None, bool]:
+    """Return the commit of the source tree that fastft is imported from, and whether it has changes."""
+    home = Path(__file__).parents[2]
+    try:
+        head = ["git", "-C", str(home), "rev-parse", "--short=12", "HEAD"]
+        commit = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
+        state = ["git", "-C", str(home), "status", "--porcelain", "--untracked-files=no"]
+        return commit, bool(subprocess.run(state, capture_output=True, text=True, check=True).stdout.strip())
+    except (OSError, subprocess.SubprocessError):
+        return None, False
+
+
+def _versions() -> dict[str, str]:
+    from importlib import metadata
+
+    names = ("fastft", "torch", "transformers", "peft", "trl", "unsloth", "unsloth_zoo", "liger-kernel", "bitsandbytes")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _keep(folder: Path, keep: Path) -> None:
+    """Copy logs, jobs and gradients for a person who wants to look closer."""
+    keep.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.log"):
+        shutil.copy(path, keep)
+    for path in folder.glob("*/record.json"):
+        shutil.copy(path, keep / f"{path.parent.name}.record.json")
+    (keep / "finished").write_text(time.strftime("%Y-%m-%dT%H:%M:%S"), encoding="utf-8")

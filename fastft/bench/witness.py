@@ -1,0 +1,85 @@
+"""What happened in a run, seen from outside the arm: tokens through the embedding, seconds, losses, the gradient.
+
+An arm cannot misreport these. The hook counts what goes into the model, the callback reads the clock and the
+gradient; both cost the same in every arm.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from fastft.bench.record import Step
+from fastft.bench.workload import PAD, plain_name
+
+
+class Witness(TrainerCallback):
+    """Give it to the arm's Trainer as a callback; `watch` the model before."""
+
+    def __init__(self, gradient_path: Path | None) -> None:
+        self.gradient_path = gradient_path
+        self.steps: list[Step] = []
+        self.first_step_seconds: float | None = None
+        self.trainable_parameters = 0
+        self._counts: list[torch.Tensor] = []
+        self._sizes = 0
+        self._started = 0.0
+        self._pending: Step | None = None
+        self.cpu_started = 0.0
+
+    def watch(self, model: Any, start: Path) -> None:
+        """Count the trainable parameters, put the starting adapter in, and hook the embedding."""
+        self.model = model
+        trainable = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+        self.trainable_parameters = sum(p.numel() for p in trainable.values())
+        adapters = {plain_name(name): p for name, p in model.named_parameters() if "lora_" in name}
+        with torch.no_grad():
+            for name, value in load_file(start).items():
+                if name in adapters and adapters[name].shape == value.shape:
+                    adapters[name].copy_(value)
+        model.get_input_embeddings().register_forward_pre_hook(self._count)
+
+    def _count(self, module: Any, args: tuple[Any, ...]) -> None:
+        ids = args[0]
+        self._counts.append((ids != PAD).sum())  # read at the end of the step: no waiting for a GPU here
+        self._sizes += ids.numel()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._counts, self._sizes = [], 0
+        self._started = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the first step's gradient (after clipping, which does not turn it)."""
+        if self.gradient_path is not None and not self.steps:
+            found = {
+                plain_name(name): p.grad.detach().float().cpu().contiguous()
+                for name, p in self.model.named_parameters()
+                if p.requires_grad and p.grad is not None
+            }
+            save_file(found or {"none": torch.zeros(1)}, self.gradient_path)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Read the clock when the device has finished."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        tokens = int(sum(int(count) for count in self._counts))
+        self.steps.append(
+            Step(seconds=now - self._started, loss=None, grad_norm=None, tokens=tokens, padded_tokens=self._sizes)
+        )
+        if self.first_step_seconds is None:
+            self.first_step_seconds = now - self._started
+        self._counts, self._sizes, self._started = [], 0, now
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Take the loss and the gradient norm of the step just done, as the trainer logs them."""
+        if logs and "loss" in logs and self.steps:
+            norm = logs.get("grad_norm")
+            self.steps[-1].loss = float(logs["loss"])
+            self.steps[-1].grad_norm = float(norm) if norm is not None else None
