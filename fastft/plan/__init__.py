@@ -21,7 +21,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from fastft.config import RunConfig
-from fastft.hardware import Hardware
+from fastft.hardware import GIB, Hardware
 from fastft.plan.advise import Change, apply_changes, cheapest_changes
 from fastft.plan.calibrate import Calibration, calibrate
 from fastft.plan.disk import adapter_bytes, checkpoint_term, export_term, tokenizer_bytes
@@ -181,6 +181,12 @@ def _measure(config: RunConfig, hardware: Hardware, shape: ModelShape, mean_leng
 
 def _notes(config: RunConfig, shape: ModelShape, s: Situation, mean_length: float | None) -> list[str]:
     notes = []
+    longest, made_for = config.model.max_seq_length, shape.max_positions
+    if made_for is not None and longest > made_for:
+        notes.append(
+            f"model.max_seq_length {longest:,} is above the {made_for:,} positions that {shape.name} was made for: it "
+            f"answers badly beyond them; set at most {made_for:,}"
+        )
     if mean_length is None:
         notes.append(f"every sequence taken as {config.model.max_seq_length:,} tokens; shorter ones need less of both")
     if config.lora.train_tokens == "auto":
@@ -244,7 +250,7 @@ def _judge(phases: dict[str, Phase], available: dict[str, int], s: Situation) ->
                 shares.append((need / max(available[place], 1), need, place, name))
     share, need, place, name = max(shares)
     what = place if place == "disk" else place.upper()
-    reason = f"{name} needs {need / 1e9:.1f} GB of {what}, {available[place] / 1e9:.1f} GB are free"
+    reason = f"{name} needs {need / GIB:.1f} GiB of {what}, {available[place] / GIB:.1f} GiB are free"
     if share > 1:
         return "does_not_fit", reason
     return ("tight" if share > 1 - MARGIN else "fits"), reason

@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from fastft import hub
 from fastft.errors import FastFTError, did_you_mean
 
 Role = Literal["embedding", "head", "linear", "expert", "router", "norm", "other"]
@@ -59,6 +60,8 @@ class ModelShape:
     experts: int = 0
     experts_per_token: int = 0
     sliding_window: int | None = None
+    max_positions: int | None = None
+    """Longest sequence that the model was made for (max_position_embeddings), where the config says."""
     stored: str = "bfloat16"
     """How the checkpoint stores its weights: bfloat16, float16, float32, nf4 or mxfp4."""
     checkpoint_bytes: int = 0
@@ -181,6 +184,7 @@ def shape_from_config(config: dict[str, Any], name: str = "model") -> ModelShape
         experts=experts,
         experts_per_token=config.get("num_experts_per_tok") or config.get("experts_per_token") or 0,
         sliding_window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
+        max_positions=config.get("max_position_embeddings"),
         stored=_stored(config),
         notes=tuple(notes),
     )
@@ -354,7 +358,6 @@ def _local_shape(folder: Path) -> ModelShape:
 def _hub_shape(name: str, revision: str | None) -> ModelShape:
     from huggingface_hub import get_safetensors_metadata, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import (
-        GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
@@ -367,20 +370,19 @@ def _hub_shape(name: str, revision: str | None) -> ModelShape:
         return replace(_local_shape(Path(cached).parent), name=name)
     try:
         _reach_hub()
-        config = json.loads(Path(hf_hub_download(name, "config.json", revision=revision)).read_text(encoding="utf-8"))
-        metadata = get_safetensors_metadata(name, revision=revision)
-    except HFValidationError as error:
-        raise FastFTError(f"{name!r} is neither a folder nor a Hub id (owner/name).") from error
-    except GatedRepoError as error:
-        raise FastFTError(
-            f"model {name!r} is gated: accept its licence on its page and sign in (hf auth login)."
-        ) from error
+        with hub.bounded_waits():
+            config = json.loads(Path(hf_hub_download(name, "config.json", revision=revision)).read_text(encoding="utf-8"))
+            metadata = get_safetensors_metadata(name, revision=revision)
+    except (HFValidationError, RepositoryNotFoundError) as error:  # a gated repository is one that is not found
+        raise hub.explain(error, f"model {name!r}") from error
     except NotASafetensorsRepoError as error:
         raise FastFTError(f"model {name!r} has no safetensors weights; fastft does not load pickles.") from error
-    except RepositoryNotFoundError as error:
-        raise FastFTError(f"there is no model {name!r} on the Hub, nor a folder of that name.") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if hub.status(error) in {401, 403}:
+            raise hub.explain(error, f"model {name!r}") from error
         known = _known_by_hub_id(name)
+        if known is None and hub.status(error) is not None:
+            raise hub.explain(error, f"model {name!r}") from error
         if known is None:
             raise FastFTError(
                 f"model {name!r}: no such folder, and the Hub cannot be reached ({type(error).__name__}). Give a "
@@ -421,27 +423,50 @@ def _model(family: str, *sizes: int, tied: Any = False, head_dim: Any = 128, **m
     } | more
 
 
+_40K, _128K = {"max_position_embeddings": 40960}, {"max_position_embeddings": 131072}
 _MXFP4 = {"quantization_config": {"quant_method": "mxfp4"}}
 # Dimensions from the models' published config.json files.
 KNOWN_MODELS: dict[str, dict[str, Any]] = {
-    "qwen3-0.6b": _model("qwen3", 1024, 28, 16, 8, 3072, 151936, tied=True),
-    "qwen3-1.7b": _model("qwen3", 2048, 28, 16, 8, 6144, 151936, tied=True),
-    "qwen3-4b": _model("qwen3", 2560, 36, 32, 8, 9728, 151936, tied=True),
-    "qwen3-8b": _model("qwen3", 4096, 36, 32, 8, 12288, 151936),
-    "qwen3-14b": _model("qwen3", 5120, 40, 40, 8, 17408, 151936),
-    "qwen3-32b": _model("qwen3", 5120, 64, 64, 8, 25600, 151936),
-    "llama-3.2-1b": _model("llama", 2048, 16, 32, 8, 8192, 128256, tied=True, head_dim=64),
-    "llama-3.2-3b": _model("llama", 3072, 28, 24, 8, 8192, 128256, tied=True),
-    "llama-3.1-8b": _model("llama", 4096, 32, 32, 8, 14336, 128256),
-    "llama-3.3-70b": _model("llama", 8192, 80, 64, 8, 28672, 128256),
-    "llama-2-7b": _model("llama", 4096, 32, 32, 32, 11008, 32000),
-    "llama-65b": _model("llama", 8192, 80, 64, 64, 22016, 32000),
-    "mistral-7b": _model("mistral", 4096, 32, 32, 8, 14336, 32000),
+    "qwen3-0.6b": _model("qwen3", 1024, 28, 16, 8, 3072, 151936, tied=True, **_40K),
+    "qwen3-1.7b": _model("qwen3", 2048, 28, 16, 8, 6144, 151936, tied=True, **_40K),
+    "qwen3-4b": _model("qwen3", 2560, 36, 32, 8, 9728, 151936, tied=True, **_40K),
+    "qwen3-8b": _model("qwen3", 4096, 36, 32, 8, 12288, 151936, **_40K),
+    "qwen3-14b": _model("qwen3", 5120, 40, 40, 8, 17408, 151936, **_40K),
+    "qwen3-32b": _model("qwen3", 5120, 64, 64, 8, 25600, 151936, **_40K),
+    "llama-3.2-1b": _model("llama", 2048, 16, 32, 8, 8192, 128256, tied=True, head_dim=64, **_128K),
+    "llama-3.2-3b": _model("llama", 3072, 28, 24, 8, 8192, 128256, tied=True, **_128K),
+    "llama-3.1-8b": _model("llama", 4096, 32, 32, 8, 14336, 128256, **_128K),
+    "llama-3.3-70b": _model("llama", 8192, 80, 64, 8, 28672, 128256, **_128K),
+    "llama-2-7b": _model("llama", 4096, 32, 32, 32, 11008, 32000, max_position_embeddings=4096),
+    "llama-65b": _model("llama", 8192, 80, 64, 64, 22016, 32000, max_position_embeddings=2048),
+    "mistral-7b": _model("mistral", 4096, 32, 32, 8, 14336, 32000, max_position_embeddings=32768),
     "gpt-oss-20b": _model(
-        "gpt_oss", 2880, 24, 64, 8, 2880, 201088, head_dim=64, num_local_experts=32, num_experts_per_tok=4, **_MXFP4
+        "gpt_oss",
+        2880,
+        24,
+        64,
+        8,
+        2880,
+        201088,
+        head_dim=64,
+        num_local_experts=32,
+        num_experts_per_tok=4,
+        **_MXFP4,
+        **_128K,
     ),
     "gpt-oss-120b": _model(
-        "gpt_oss", 2880, 36, 64, 8, 2880, 201088, head_dim=64, num_local_experts=128, num_experts_per_tok=4, **_MXFP4
+        "gpt_oss",
+        2880,
+        36,
+        64,
+        8,
+        2880,
+        201088,
+        head_dim=64,
+        num_local_experts=128,
+        num_experts_per_tok=4,
+        **_MXFP4,
+        **_128K,
     ),
 }
 

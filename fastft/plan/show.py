@@ -1,4 +1,7 @@
-"""A plan on the terminal, as a PNG, and the README's table of models and cards."""
+"""A plan on the terminal, as a PNG, and the README's table of models and cards.
+
+Sizes are GiB (2^30 bytes) everywhere, as nvidia-smi, torch and the sizes of cards mean them: a "15 GB" T4 has 14.74 GiB.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +36,14 @@ def print_plan(plan: Plan, console: Any = None) -> None:
     console.print(f"{escape(plan.model)} on {escape(plan.hardware)}: {VERDICTS[plan.verdict]} ({plan.reason})")
     table = Table("phase", *(_heading(plan, place) for place in ("vram", "ram", "disk")), box=None, pad_edge=False)
     for name, phase in plan.phases.items():
-        table.add_row(name, *(_gb(size) for size in (phase.vram_bytes, phase.ram_bytes, phase.disk_bytes)))
+        table.add_row(name, *(_gib(size) for size in (phase.vram_bytes, phase.ram_bytes, phase.disk_bytes)))
     console.print(table)
     place = "vram" if plan.phases["train"].vram_bytes else "ram"
     terms = getattr(plan.phases["train"], f"{place}_terms")
     console.print(f"\ntraining step, {place.upper()}:")
     console.print(_bar(terms, plan.available[place]))
     for term, colour in zip(_by_size(terms), _colours(terms), strict=True):
-        console.print(f"  [{colour}]█[/] {_gb(term.bytes):>9}  {term.name}  [dim]{escape(term.formula)}[/]")
+        console.print(f"  [{colour}]█[/] {_gib(term.bytes):>9}  {term.name}  [dim]{escape(term.formula)}[/]")
     if plan.seconds_per_step is None:
         console.print(f"\ntime: unknown ({plan.time_basis})")
     else:
@@ -59,11 +62,11 @@ def print_plan(plan: Plan, console: Any = None) -> None:
 
 
 def _heading(plan: Plan, place: str) -> str:
-    return f"{place} ({plan.available[place] / 1e9:.1f} GB free)"
+    return f"{place} ({plan.available[place] / GIB:.1f} GiB free)"
 
 
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size else "-"
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size else "-"
 
 
 def _by_size(terms: list[Term]) -> list[Term]:
@@ -82,7 +85,7 @@ def _bar(terms: list[Term], available: int) -> str:
     for term, colour in zip(_by_size(terms), _colours(terms), strict=True):
         start, used = round(used), used + term.bytes * scale
         line += f"[{colour}]{'█' * (round(used) - start)}[/]"
-    return f"  {line}{'·' * (BAR_WIDTH - round(used))}| {total / 1e9:.1f} of {available / 1e9:.1f} GB free"
+    return f"  {line}{'·' * (BAR_WIDTH - round(used))}| {total / GIB:.1f} of {available / GIB:.1f} GiB free"
 
 
 def plot_plan(plan: Plan, path: Path) -> Path:
@@ -99,12 +102,12 @@ def plot_plan(plan: Plan, path: Path) -> Path:
         left = 0.0
         for term in getattr(phase, f"{place}_terms"):
             colour = COLOURS[names.index(term.name) % len(COLOURS)]
-            axes.barh(row, term.bytes / 1e9, left=left, color=colour, label=term.name)
-            left += term.bytes / 1e9
-    axes.axvline(plan.available[place] / 1e9, color="black", linestyle="--", label="free")
+            axes.barh(row, term.bytes / GIB, left=left, color=colour, label=term.name)
+            left += term.bytes / GIB
+    axes.axvline(plan.available[place] / GIB, color="black", linestyle="--", label="free")
     axes.set_yticks(range(len(plan.phases)), list(plan.phases))
     axes.invert_yaxis()
-    axes.set_xlabel(f"{place.upper()}, GB")
+    axes.set_xlabel(f"{place.upper()}, GiB")
     axes.set_title(f"{plan.model} on {plan.hardware}: {plan.verdict.replace('_', ' ')}")
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     axes.legend(handles.values(), handles.keys(), fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))

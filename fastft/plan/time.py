@@ -1,16 +1,23 @@
-"""Seconds of a training step, from FLOPs, memory traffic and an efficiency: the weakest part of a plan."""
+"""Seconds of a training step: matrix products, memory traffic and calls. The weakest part of a plan."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from pydantic import BaseModel
 
 from fastft.hardware import Hardware
-from fastft.plan.memory import Situation
+from fastft.plan.memory import Situation, layer_bytes_per_token
 from fastft.plan.shape import ModelShape
 
-EFFICIENCY = {"cuda": 0.40, "cpu": 0.33, "mps": 0.30}
-"""Share of the matmul ceiling that a LoRA step reaches. CPU: measured, a 135M Llama at 419 tokens/s of 1,300;
-GPU and Metal: assumed, as nothing was measured on one yet."""
+GPU_EFFICIENCY = {"cuda": 0.40, "mps": 0.30}
+"""Share of the card's matmul rate that a LoRA step reaches: assumed, as nothing was measured on one yet."""
+CPU_MATMUL_SHARE = 0.60
+"""Share of the matmul ceiling that a CPU's matrix products reach."""
+CPU_TRAFFIC = 2.0e9
+"""Bytes of saved activations and logits that a core handles in a second, all element-wise work and copies included."""
+CPU_LAYER_SECONDS = 0.004
+"""Python and torch's dispatch for one layer, forward and backward, whatever its size."""
 
 
 class StepTime(BaseModel):
@@ -27,27 +34,66 @@ class StepTime(BaseModel):
 def step_time(shape: ModelShape, s: Situation, hardware: Hardware, *, sequences: int, mean_length: float) -> StepTime:
     """Return the time of an optimizer step over `sequences` of `mean_length` tokens.
 
-    FLOPs: 2 a parameter and token forward, 2 for the input gradients, 2 again where layers are recomputed (frozen
-    weights need no weight gradients); attention 2 x 2 x T/2 x Q a layer and token, times the same passes plus one.
-    Quantised weights are dequantised through memory once a pass and micro-batch.
+    On a GPU: FLOPs over an assumed share of the card's rate, and quantised weights dequantised through memory once a
+    pass and micro-batch. On a CPU: FLOPs over a share of the ceiling, plus the traffic of what is not a matrix
+    product, plus a fixed time a layer and micro-batch; the three constants are measured (docs/plan.md).
     """
     tokens = sequences * mean_length
-    passes = 2 + (s.checkpointing != "off") + s.full_finetuning
-    attention = 2 * 2 * (mean_length / 2) * shape.query_size * shape.layers * (passes + 1)
-    flops = tokens * (2 * passes * shape.matmul_parameters + attention)
-    efficiency = EFFICIENCY[hardware.kind]
-    measured = "measured on a 135M Llama" if hardware.kind == "cpu" else "assumed, not measured"
-    basis = f"{efficiency:.0%} of the {_flops_text(hardware)} matmul ceiling ({measured})"
+    flops = step_flops(shape, s, tokens=tokens, mean_length=mean_length)
     if hardware.flops is None:
         return StepTime(tokens=int(tokens), flops=flops, seconds=None, tokens_per_sec=None, basis="speed not tabled")
+    micro_batches = max(1.0, tokens / max(s.tokens, 1))
+    if hardware.kind == "cpu":
+        seconds, basis = _cpu_seconds(shape, s, hardware, flops, tokens, micro_batches)
+    else:
+        seconds, basis = _gpu_seconds(shape, s, hardware, flops, micro_batches)
+    return StepTime(tokens=int(tokens), flops=flops, seconds=seconds, tokens_per_sec=tokens / seconds, basis=basis)
+
+
+def step_flops(shape: ModelShape, s: Situation, *, tokens: float, mean_length: float) -> float:
+    """Return the FLOPs of `tokens` in sequences of `mean_length`.
+
+    2 a parameter and token forward, 2 for the input gradients, 2 again where layers are recomputed (frozen weights
+    need no weight gradients); attention 2 x 2 x T/2 x Q a layer and token, times the same passes plus one.
+    """
+    passes = _passes(s)
+    attention = 2 * 2 * (mean_length / 2) * shape.query_size * shape.layers * (passes + 1)
+    return tokens * (2 * passes * shape.matmul_parameters + attention)
+
+
+def _passes(s: Situation) -> int:
+    return 2 + (s.checkpointing != "off") + s.full_finetuning
+
+
+def _cpu_seconds(
+    shape: ModelShape, s: Situation, hardware: Hardware, flops: float, tokens: float, micro_batches: float
+) -> tuple[float, str]:
+    assert hardware.flops
+    again = _passes(s) / 2
+    saved = shape.layers * sum(layer_bytes_per_token(shape, replace(s, checkpointing="off")).values())
+    traffic = tokens * (saved * again + 8 * shape.vocab) / (CPU_TRAFFIC * hardware.cpu_cores)
+    products = flops / (hardware.flops * CPU_MATMUL_SHARE)
+    calls = micro_batches * shape.layers * CPU_LAYER_SECONDS * again
+    basis = (
+        f"matrix products {products:.2f} s at {CPU_MATMUL_SHARE:.0%} of {_flops_text(hardware)}, copies and element-wise "
+        f"work {traffic:.2f} s, calls {calls:.2f} s"
+    )
+    return products + traffic + calls, basis
+
+
+def _gpu_seconds(
+    shape: ModelShape, s: Situation, hardware: Hardware, flops: float, micro_batches: float
+) -> tuple[float, str]:
+    assert hardware.flops
+    efficiency = GPU_EFFICIENCY[hardware.kind]
     seconds = flops / (hardware.flops * efficiency)
+    basis = f"{efficiency:.0%} of the {_flops_text(hardware)} matmul ceiling (assumed, not measured)"
     if s.quantization == "nf4" and hardware.bandwidth:
-        micro_batches = max(1.0, tokens / max(s.tokens, 1))
         packed = sum(w.parameters for w in shape.of("linear", "expert"))
         # Read 0.5 bytes, write 2, read 2 back, at half the bandwidth that the datasheet gives.
-        seconds += micro_batches * passes * packed * 4.5 / (0.5 * hardware.bandwidth)
+        seconds += micro_batches * _passes(s) * packed * 4.5 / (0.5 * hardware.bandwidth)
         basis += ", plus dequantisation through memory"
-    return StepTime(tokens=int(tokens), flops=flops, seconds=seconds, tokens_per_sec=tokens / seconds, basis=basis)
+    return seconds, basis
 
 
 def _flops_text(hardware: Hardware) -> str:

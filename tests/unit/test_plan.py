@@ -401,6 +401,21 @@ def test_changes_make_it_fit_in_order_and_apply():
         assert plan(make_config(apply_changes(settings, fewer)), hardware).verdict == "does_not_fit"
 
 
+def test_a_length_beyond_the_models_positions_is_warned_of():
+    def notes(length):
+        return " ".join(plan(config("llama-2-7b", length), named_gpu("h100")).notes)
+
+    assert "8,192 is above the 4,096 positions that llama-2-7b was made for" in notes(8192)
+    assert "positions" not in notes(4096)
+
+
+def test_sizes_are_gib_throughout():
+    """The free memory of a card is printed as the card's makers and torch count it: 14.7 GiB of a T4."""
+    result = plan(config("llama-3.3-70b", 1024), named_gpu("t4"))
+    assert "14.7 GiB are free" in result.reason
+    assert result.available["vram"] == named_gpu("t4").vram_bytes
+
+
 def test_full_disk_is_a_verdict_too():
     small = replace(named_gpu("h100"), disk_assumed_bytes=GIB)
     result = plan(config("qwen3-0.6b", export__to=["merged", "gguf:q8_0"]), small)
