@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -14,9 +15,12 @@ from transformers import TrainerCallback
 from fastft import checkpoint
 from fastft.config import RunConfig
 from fastft.data.batches import cut, cut_padded, segments_of
+from fastft.errors import CouldNotFinishError
 from fastft.hardware import probe
+from fastft.mirror import Mirror
 from fastft.plan import ModelShape, Situation, calibrate
 from fastft.progress import Reporter
+from fastft.run import best_step, out_of_patience
 from fastft.trainer import peak_memory_bytes
 
 
@@ -37,11 +41,23 @@ class Steering(TrainerCallback):
         folder: Path,
         report: Reporter,
         total_steps: int,
+        mirror: Mirror | None = None,
     ) -> None:
         self.trainer, self.settings, self.history = trainer, config.train, history
         self.stop_after, self.started, self.folder, self.report = stop_after, started, folder, report
-        self.total_steps = total_steps
+        self.total_steps, self.mirror = total_steps, mirror
         self.steps_now = 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop before a gradient that is not finite reaches the weights (in float16 the loss scaler skips such a step)."""
+        import torch
+
+        gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+        if not args.fp16 and gradients and not math.isfinite(torch.nn.utils.get_total_norm(gradients).item()):
+            raise CouldNotFinishError(
+                f"the gradient is not finite at step {state.global_step + 1}; nothing of this step was kept. Try a smaller "
+                "train.learning_rate, a longer warm-up, or model.dtype: float32."
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Decide on stopping, evaluating and saving."""
@@ -63,17 +79,23 @@ class Steering(TrainerCallback):
         if best_at == len(losses) - 1:
             control.should_save = True
         patience = self.settings.early_stopping_patience
-        if patience is not None and len(losses) - 1 - best_at >= patience:
+        if out_of_patience(self.history, patience):
             self.report.note(f"no better held-out loss in {patience} evaluations; stopping early")
             self.trainer.stopped_early = True
             control.should_training_stop = control.should_save = True
         return control
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Delete what is neither new nor best, only now that a newer checkpoint is whole."""
-        evaluations = [(r["eval_loss"], -r["step"]) for r in self.history if "eval_loss" in r]
-        best = {-min(evaluations)[1]} if evaluations else set()
-        checkpoint.prune(self.folder, self.settings.save_total_limit, best)
+        """Delete what is neither new nor best, only now that a newer checkpoint is whole; have the mirror follow."""
+        best = {step} if (step := best_step(self.history)) is not None else set()
+        copying = self.mirror.copying if self.mirror else set()
+        checkpoint.prune(self.folder, self.settings.save_total_limit, best | copying)
+        if self.mirror:
+            self.mirror.request(self.settings.save_total_limit, best)
+        seconds = self.trainer.progress.saving_seconds
+        if len(seconds) == 1:
+            size = sum(p.stat().st_size for p in (self.folder / f"checkpoint-{state.global_step}").rglob("*"))
+            self.report.note(f"saving a checkpoint takes {seconds[0]:.2f} s ({size / 2**20:,.1f} MiB)")
 
     def _reason_to_pause(self) -> str | None:
         if self.trainer.stopped_by_signal:
@@ -81,8 +103,10 @@ class Steering(TrainerCallback):
         if self.stop_after is not None and self.steps_now >= self.stop_after:
             return f"--stop-after {self.stop_after}: saving"
         minutes = self.settings.max_minutes
-        if minutes is not None and time.monotonic() - self.started >= 60 * minutes:
-            return f"train.max_minutes {minutes:g}: saving"
+        saving = max(self.trainer.progress.saving_seconds, default=0.0)  # so that the checkpoint too is in time
+        if minutes is not None and time.monotonic() - self.started + saving >= 60 * minutes:
+            took = f" (the slowest so far took {saving:.1f} s)" if saving else ""
+            return f"train.max_minutes {minutes:g}: saving{took}"
         return None
 
 

@@ -12,12 +12,15 @@ import json
 import os
 import re
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fastft.config import RunConfig
 from fastft.errors import CouldNotFinishError, FastFTError
+from fastft.files import LOCAL, Files
 
 MANIFEST = "manifest.json"
 # Without any one of these a resume silently starts the optimizer or the schedule anew.
@@ -26,6 +29,8 @@ MAY_CHANGE = {
     "train": {"epochs", "max_steps", "max_minutes", "report_to"}
     | {"logging_steps", "save_steps", "save_total_limit", "eval_steps"},
 }
+# Compared by their content: the base's fingerprint, the data's.
+MAY_MOVE = {"model": {"name"}, "data": {"source", "eval_source", "chat_template"}}
 MAY_CHANGE_SECTIONS = {"mirror", "export", "output_dir", "project"}
 
 
@@ -36,32 +41,54 @@ def seal(folder: Path, final: Path) -> None:
     write_atomically(folder / MANIFEST, json.dumps({"files": entries}, indent=1))
     for path in files:
         _flush(path)
+    old = final.with_name(f".writing-old-{final.name}")
+    shutil.rmtree(old, ignore_errors=True)
     if final.exists():
-        shutil.rmtree(final)
+        os.replace(final, old)  # renamed, not deleted in place: nobody sees half of it
     os.replace(folder, final)
     _flush(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def what_is_wrong(folder: Path, required: tuple[str, ...] = REQUIRED) -> str | None:
+def what_is_wrong(folder: Path, required: tuple[str, ...] = REQUIRED, files: Files = LOCAL) -> str | None:
     """Return why `folder` is no whole checkpoint (missing, truncated or changed files), or None where it is."""
     try:
-        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
+        entries = read_manifest(b"".join(files.read(folder / MANIFEST)))
+    except (FileNotFoundError, NotADirectoryError):
         return "it has no manifest"
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except OSError as error:
+        return f"its manifest cannot be read: {error.strerror or error}"
+    except ValueError:
         return "its manifest is damaged"
     for name in required:
         if name not in entries:
             return f"{name} is not part of it"
     for name, entry in entries.items():
-        path = folder / name
-        if not path.is_file():
+        try:
+            size = files.size(folder / name)
+            if size != entry["bytes"]:
+                return f"{name} has {size:,} bytes instead of {entry['bytes']:,}"
+            if files.digest(folder / name)[0] != entry["sha256"]:
+                return f"{name} was changed (its sha256 differs)"
+        except FileNotFoundError:
             return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
-        if sha256(path) != entry["sha256"]:
-            return f"{name} was changed (its sha256 differs)"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror or error}"
     return None
+
+
+def read_manifest(content: bytes) -> dict[str, dict[str, Any]]:
+    """Return {file: {"sha256", "bytes"}} of a manifest's content; raises ValueError where it is none."""
+    try:
+        entries = json.loads(content.decode("utf-8"))["files"]
+        for name, entry in entries.items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{name} lies outside the folder")
+            if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):
+                raise ValueError(f"{name} has no size or no hash")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it has not the form of a manifest: {error}") from error
+    return entries
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -70,6 +97,11 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
         (int(m[1]), path) for path in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
     ]
     return sorted(found)
+
+
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint folder."""
+    return int(path.name.split("-")[1])
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
@@ -96,23 +128,31 @@ def prune(folder: Path, keep: int, protected: set[int]) -> None:
             shutil.rmtree(doomed)
 
 
-def refuse_differences(before: dict[str, Any], config: RunConfig) -> None:
-    """Raise FastFTError naming every setting that differs from the run's and may not change on resume."""
+def refuse_differences(before: dict[str, Any], config: RunConfig) -> list[str]:
+    """Raise FastFTError naming every setting that differs from the run's and may not change on resume.
+
+    Returns a line for each path that differs: another machine has other paths, and what lies there is compared by its
+    fingerprint.
+    """
     now = config.model_dump()
-    lines = []
+    lines: list[str] = []
+    moved: list[str] = []
     for section, values in now.items():
         if section in MAY_CHANGE_SECTIONS:
             continue
         old = before.get(section, {})
         for key, value in values.items():
-            if key not in MAY_CHANGE.get(section, set()) and key in old and old[key] != value:
-                lines.append(f"  - {section}.{key} was {old[key]!r}, is now {value!r}")
+            if key in MAY_CHANGE.get(section, set()) or key not in old or old[key] == value:
+                continue
+            line = f"{section}.{key} was {old[key]!r}, is now {value!r}"
+            (moved if key in MAY_MOVE.get(section, set()) and old[key] and value else lines).append(line)
     if lines:
         raise FastFTError(
             f"the run in {config.run_dir} was started with other settings:\n"
-            + "\n".join(lines)
+            + "\n".join(f"  - {line}" for line in lines)
             + "\nPut them back to go on, or start a new run with another project name."
         )
+    return moved
 
 
 @contextlib.contextmanager
@@ -122,21 +162,22 @@ def hold(run_dir: Path) -> Iterator[None]:
     with _writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         handle = path.open("a+")
-    try:
-        _lock(handle)
-    except OSError as error:
-        handle.seek(0)
-        holder = handle.read().strip() or "another process"
+    handle.seek(0)
+    holder = handle.read().strip()
+    if not _lock(handle, holder):
         handle.close()
         raise FastFTError(
-            f"{run_dir} is being trained by {holder}. Wait for it, stop it, or use another project name."
-        ) from error
+            f"{run_dir} is being trained by {holder or 'another process'}. Wait for it, stop it, or use another project name."
+        )
     try:
         handle.seek(0)
         handle.truncate()
-        handle.write(f"process {os.getpid()}")
+        since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+        handle.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
         handle.flush()
         yield
+        handle.seek(0)
+        handle.truncate()
     finally:
         handle.close()  # releases the lock; the kernel does so too where the process is killed
 
@@ -192,12 +233,29 @@ def _flush(path: Path) -> None:
             os.close(descriptor)
 
 
-def _lock(handle: Any) -> None:
-    if os.name == "nt":
-        import msvcrt
+def _lock(handle: Any, holder: str) -> bool:
+    """Take the kernel's lock on an open file, which ends with the process; False where another process has it."""
+    try:
+        if os.name == "nt":
+            import msvcrt
 
-        msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-    else:
-        import fcntl
+            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
 
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # a file system without locks (network drives): ask whether the process that is named lives
+        return not _lives_here(holder)
+    return True
+
+
+def _lives_here(holder: str) -> bool:
+    """Whether `holder`, as `hold` writes it, is another process of this machine that is alive."""
+    named = re.match(r"process (\d+) on (\S+)", holder)
+    if not named or named[2] != socket.gethostname() or int(named[1]) == os.getpid():
+        return False
+    import psutil
+
+    return psutil.pid_exists(int(named[1]))

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import shutil
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastft import checkpoint
 from fastft.checkpoint import write_atomically
 from fastft.config import RunConfig, dump_config, make_config, read_yaml, redact
 from fastft.errors import FastFTError
@@ -31,6 +35,10 @@ PACKAGES = (
     "accelerate",
     "bitsandbytes",
 )
+
+# What a checkpoint keeps of its run, so that it alone is enough to go on from an empty disk.
+STATE = ("run.yaml", "run.json", "log.jsonl", "samples.jsonl")
+INITIAL_ADAPTER = "initial_adapter"
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,74 @@ class RunFolder:
         write_atomically(
             self.path / "run.json", redact(json.dumps(self.read_record() | values, indent=1, ensure_ascii=False))
         )
+
+    def keep_state(self, checkpoint_folder: Path) -> None:
+        """Copy what a checkpoint needs beside itself (config, record, log, samples) into its `run/`."""
+        kept = checkpoint_folder / "run"
+        kept.mkdir()
+        for name in STATE:
+            if (self.path / name).is_file():
+                shutil.copyfile(self.path / name, kept / name)
+        if (self.path / INITIAL_ADAPTER).is_dir():
+            shutil.copytree(self.path / INITIAL_ADAPTER, kept / INITIAL_ADAPTER)
+
+    def repair_state(self, newest: Path | None) -> list[str]:
+        """Take from the checkpoint `newest` what is missing or damaged in the folder; returns a line for each file.
+
+        A kill cannot damage these files; a full disk, a power cut, a careless editor and an empty new machine can.
+        """
+        repaired = []
+        kept = newest / "run" if newest else None
+        problems = {"run.yaml": self._config_problem(), "run.json": self.record_problem()}
+        problems["log.jsonl"] = self._log_problem(checkpoint.step_of(newest)) if newest else None
+        problems["samples.jsonl"] = None if (self.path / "samples.jsonl").is_file() else "samples.jsonl is missing"
+        for name, problem in problems.items():
+            if problem and kept and (kept / name).is_file():
+                shutil.copyfile(kept / name, self.path / f".{name}.writing")
+                os.replace(self.path / f".{name}.writing", self.path / name)
+                repaired.append(f"{problem}; it was taken from {newest.name if newest else ''}")
+        if kept and (kept / INITIAL_ADAPTER).is_dir() and not (self.path / INITIAL_ADAPTER).is_dir():
+            aside = self.path / f".writing-{INITIAL_ADAPTER}"
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(kept / INITIAL_ADAPTER, aside)
+            os.replace(aside, self.path / INITIAL_ADAPTER)
+        return repaired
+
+    def is_started(self) -> bool:
+        """Whether this folder holds a run. Raises FastFTError where it does, but the record of it is gone or damaged."""
+        problem = self.record_problem()
+        if problem:
+            raise FastFTError(
+                f"{self.path} holds a run, but {problem}, and no checkpoint has a copy. Restore it, or use another project "
+                "name; to start over, delete the folder."
+            )
+        return (self.path / "run.json").is_file()
+
+    def record_problem(self) -> str | None:
+        """Return what is wrong with run.json, or None; it may be absent only where nothing was trained yet."""
+        try:
+            record = self.read_record()
+        except FastFTError:
+            return "run.json is damaged"
+        if (self.path / "run.json").is_file():
+            return None if {"started", "dataset"} <= record.keys() else "run.json is incomplete"
+        trained = (self.path / "log.jsonl").is_file() or checkpoint.checkpoints(self.checkpoints)
+        return "run.json is missing" if trained or self.final.is_dir() else None
+
+    def _config_problem(self) -> str | None:
+        try:
+            self.read_config()
+        except FastFTError:
+            return "run.yaml is missing or damaged"
+        return None
+
+    def _log_problem(self, step: int) -> str | None:
+        """Return what is wrong with the log of a run whose newest checkpoint is that of `step`."""
+        try:
+            log = self.read_log()
+        except FastFTError:
+            return "log.jsonl is damaged"
+        return None if any(record["step"] >= step for record in log) else f"log.jsonl ends before step {step}"
 
     def append_log(self, record: dict[str, Any]) -> None:
         """Append one line to log.jsonl."""
@@ -149,6 +225,26 @@ class RunFolder:
         path = self.path / "loss.png"
         figure.savefig(path, dpi=120)
         return path
+
+
+def best_step(history: list[dict[str, Any]]) -> int | None:
+    """Return the step with the lowest held-out loss, the latest of equals; None without evaluations."""
+    evaluations = [(record["eval_loss"], -record["step"]) for record in history if "eval_loss" in record]
+    return -min(evaluations)[1] if evaluations else None
+
+
+def out_of_patience(history: list[dict[str, Any]], patience: int | None) -> bool:
+    """Whether the last `patience` evaluations brought no better held-out loss than the one before them."""
+    losses = [record["eval_loss"] for record in history if "eval_loss" in record]
+    return patience is not None and bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
+
+
+def machine() -> dict[str, Any]:
+    """Return what of this machine can move the last digits of a loss, or tells it from another."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"host": socket.gethostname(), "device": device, "threads": torch.get_num_threads()}
 
 
 def versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,9 +25,11 @@ from fastft.engines import get_engine
 from fastft.engines.base import Engine
 from fastft.errors import CouldNotFinishError, FastFTError, InterruptedRunError
 from fastft.export.adapter import keep_initial, write_adapter
+from fastft.fingerprint import base_fingerprint, differences
 from fastft.hardware import Choice, Hardware, probe
+from fastft.mirror import FLUSH_SECONDS, INTERRUPTED_FLUSH_SECONDS, Mirror
 from fastft.progress import Reporter
-from fastft.run import RunFolder, now, versions
+from fastft.run import INITIAL_ADAPTER, RunFolder, best_step, machine, now, out_of_patience, versions
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,15 @@ def train(config: RunConfig, *, stop_after: int | None = None, reporter: Reporte
     hardware = probe(config.output_dir)
     choices = model.choose_loading(config, hardware)
     run = RunFolder(config.run_dir)
-    with checkpoint.hold(run.path):
-        before = run.read_record()
-        if before:
-            checkpoint.refuse_differences(run.read_config().model_dump(), config)
-        session = _Session(config, run, hardware, choices, report, stop_after, started)
-        return session.go_on() if before else session.start()
+    with checkpoint.hold(run.path), _mirrored(config, run, report) as mirror:
+        newest, warnings = checkpoint.newest_whole(run.checkpoints)
+        for warning in [*warnings, *run.repair_state(newest)]:
+            report.warn(warning)
+        session = _Session(config, run, hardware, choices, report, stop_after, started, mirror)
+        if not run.is_started():
+            return session.start()
+        session.moved = checkpoint.refuse_differences(run.read_config().model_dump(), config)
+        return session.go_on(newest)
 
 
 class _Session:
@@ -88,7 +94,10 @@ class _Session:
         report: Reporter,
         stop_after: int | None,
         started: float,
+        mirror: Mirror | None,
     ) -> None:
+        self.mirror = mirror
+        self.moved: list[str] = []  # paths that are others than when the run was started
         self.config, self.run, self.hardware, self.choices, self.report = config, run, hardware, choices, report
         self.stop_after, self.started = stop_after, started
         self.history: list[dict[str, Any]] = []
@@ -98,11 +107,13 @@ class _Session:
 
     def start(self) -> RunResult:
         """A new run."""
+        self._load_tokenizer()
         self._load_data()
         self._load_model()
         self.run.write_config(self.config)
         self.run.update_record(
-            started=now(), versions=versions(), hardware=_plain(asdict(self.hardware)), seed=self.config.train.seed,
+            run_id=uuid.uuid4().hex, started=now(), base=self.base, machine=machine(), versions=versions(),
+            hardware=_plain(asdict(self.hardware)), seed=self.config.train.seed,
             choices={k: {"value": c.value, "reason": c.reason} for k, c in self.choices.items()},
             patches=self.engine.patches(), trainable_parameters=self.trainable,
             dataset={"fingerprint": self.data.fingerprint, **self.data.report.model_dump(include=DATASET_KEYS)},
@@ -116,12 +127,11 @@ class _Session:
             self.report.note(f"held-out loss before training: {before:.4f}")
         return self._run(trainer, resume_from=None)
 
-    def go_on(self) -> RunResult:
-        """A run that exists: finished, to be resumed, or killed before its first checkpoint."""
+    def go_on(self, newest: Path | None) -> RunResult:
+        """A run that exists: finished, to be resumed from `newest`, or killed before its first checkpoint."""
         record = self.run.read_record()
-        newest, warnings = checkpoint.newest_whole(self.run.checkpoints)
-        for warning in warnings:
-            self.report.warn(warning)
+        self._load_tokenizer()
+        self._refuse_another_base(record)
         self._load_data()
         was = record.get("dataset", {}).get("fingerprint") or "unknown"
         if self.data.fingerprint != was:
@@ -130,20 +140,28 @@ class _Session:
                 f"{self.data.fingerprint[:12]}: content, tokenizer, template or data settings). Put it back to go on, or "
                 "start a new run with another project name."
             )
-        at = int(newest.name.split("-")[1]) if newest else 0
-        trained = newest is not None and (at >= self._total_steps() or bool(record.get("stopped_early")))
+        self.run.write_config(self.config)  # with what may change, and the paths of this machine
+        at = checkpoint.step_of(newest) if newest else 0
+        self.history = [entry for entry in self.run.read_log() if entry["step"] <= at]
+        stopped_early = bool(record.get("stopped_early")) or out_of_patience(
+            self.history, self.config.train.early_stopping_patience
+        )
+        trained = newest is not None and (at >= self._total_steps() or stopped_early)
         if trained and record.get("status") == "done":
             problem = checkpoint.what_is_wrong(self.run.final, required=("adapter_model.safetensors",))
             if problem is None:
                 self.report.note(f"this run is finished ({at} steps); its adapter is in {self.run.final}")
                 return _result_of(self.run, "done")
             self.report.warn(f"final/ is damaged ({problem}); it is written again from the checkpoint of step {at}")
-        self.history = self.run.cut_log(at)
+        self.run.cut_log(at)
         self._load_model()
         trainer = self._trainer()
         self.report.note(
             f"resuming after step {at}" if newest else "the run was stopped before its first checkpoint; starting over"
         )
+        self._note_differences(record, at)
+        if not self.run.samples.is_file():
+            self._keep_samples()
         if record.get("versions") != versions():
             self.report.warn(
                 "the run was started with other versions "
@@ -155,21 +173,57 @@ class _Session:
             self.run.update_record(eval_loss_before=before, samples_before=self._sample_answers())
         if trained:
             trainer._load_from_checkpoint(str(newest))
-            trainer.state.global_step, trainer.stopped_early = at, bool(record.get("stopped_early"))
+            trainer.state.global_step, trainer.stopped_early = at, stopped_early
             self._finish(trainer)
             return _result_of(self.run, "done", time.monotonic() - self.started)
         return self._run(trainer, resume_from=newest)
 
     # --- the parts
 
-    def _load_data(self) -> None:
-        """Tokenizer and data, before the weights: a fault in the data is found in seconds."""
-        config = self.config
+    def _load_tokenizer(self) -> None:
+        """The tokenizer and which base this is, before anything that takes long."""
         self.engine: Engine = get_engine(self.choices["engine"].value)
+        self.tokenizer = model.load_tokenizer(self.config.model)
+        self.base = base_fingerprint(self.config.model.name, self.config.model.revision)
+
+    def _refuse_another_base(self, record: dict[str, Any]) -> None:
+        """Raise FastFTError where the base is not the one that the run was started with."""
+        name, was = self.config.model.name, record.get("base")
+        moved = any(line.startswith("model.name") for line in self.moved)
+        if was is None and moved:
+            raise FastFTError(
+                f"{'; '.join(self.moved)}, and this run was started by a version that did not record which base that was. "
+                "Put the path back to go on."
+            )
+        found = differences(was, self.base) if was is not None else []
+        if found:
+            raise FastFTError(
+                f"the base model {name} is not the one that the run in {self.run.path} was started with:\n"
+                + "\n".join(f"  - {line}" for line in found)
+                + "\nPut the old one back to go on (for a Hub id: set model.revision to its commit), or start a new run with "
+                "another project name."
+            )
+
+    def _note_differences(self, record: dict[str, Any], at: int) -> None:
+        """Write down in run.json what is another machine's: it can move the last digits, never the order of the data."""
+        machines = [record.get("machine") or {}, *(entry["machine"] for entry in record.get("resumed", []))]
+        here, last = machine(), machines[-1]
+        chosen = {k: f"{v['value']} -> {c.value}" for k, v in record.get("choices", {}).items()
+                  if (c := self.choices.get(k)) is not None and c.value != v["value"]}  # fmt: skip
+        if here == last and not self.moved and not chosen:
+            return
+        entry = {"after_step": at, "at": now(), "machine": here, "paths": self.moved, "choices": chosen}
+        self.run.update_record(resumed=[*record.get("resumed", []), entry])
+        changed = [f"{key} {last.get(key)} -> {here[key]}" for key in here if here[key] != last.get(key)]
+        changed += [*self.moved, *(f"{key} {change}" for key, change in chosen.items())]
+        self.report.note(f"going on elsewhere: {'; '.join(changed)}; the order of the data is the same")
+
+    def _load_data(self) -> None:
+        """The data, before the weights: a fault in it is found in seconds."""
+        config = self.config
         # After the engine: Unsloth must be imported before transformers, which the data layer imports.
         from fastft.data import prepare
 
-        self.tokenizer = model.load_tokenizer(config.model)
         self.data = prepare(
             config.data,
             self.tokenizer,
@@ -199,7 +253,7 @@ class _Session:
             train_token_ids=train_ids,
         )
         if config.lora.init in MOVES_THE_BASE:
-            self.initial = keep_initial(self.model, self.run.path / "initial_adapter")
+            self.initial = keep_initial(self.model, self.run.path / INITIAL_ADAPTER)
         self._choose_batching()
         for name, choice in self.choices.items():
             self.report.choice(name, choice)
@@ -249,7 +303,7 @@ class _Session:
             policy=policy,
             on_log=self._on_log,
             on_note=self.report.warn,
-            save_extra=self.tokenizer.save_pretrained,
+            save_extra=self._save_extra,
             report_every=settings.logging_steps,
         )
         from fastft.callbacks import Steering
@@ -264,6 +318,7 @@ class _Session:
                 self.run.checkpoints,
                 self.report,
                 total,
+                self.mirror,
             )
         )
         self.memory = self._memory_check(trainer)
@@ -320,7 +375,7 @@ class _Session:
         """Take the best checkpoint, judge it, write final/, the plot and the report."""
         from fastft.report import write_report
 
-        best = _best_step(self.history)
+        best = self._best_whole_step(trainer.state.global_step)
         if best is not None and best != trainer.state.global_step:
             self.report.note(f"the held-out loss was lowest at step {best}; that checkpoint becomes final/")
             trainer._load_from_checkpoint(str(self.run.checkpoints / f"checkpoint-{best}"))
@@ -336,6 +391,17 @@ class _Session:
         self.run.update_record(status="done", finished=now())
         write_report(self.run)
         self.report.samples(self.run.read_record())
+
+    def _best_whole_step(self, last: int) -> int | None:
+        """The step with the lowest held-out loss of those whose checkpoint is whole (or is the model as it is now)."""
+        history = list(self.history)
+        while (best := best_step(history)) is not None and best != last:
+            problem = checkpoint.what_is_wrong(self.run.checkpoints / f"checkpoint-{best}")
+            if problem is None:
+                break
+            self.report.warn(f"checkpoint-{best} had the lowest held-out loss, but {problem}; the next best is taken")
+            history = [record for record in history if record["step"] != best]
+        return best
 
     # --- small answers
 
@@ -356,6 +422,11 @@ class _Session:
         """Transformers' name of the optimizer; fused AdamW has kernels for CUDA and CPU, not for MPS."""
         name = self.choices["optimizer"].value
         return {"adamw": "adamw_torch" if self.hardware.kind == "mps" else "adamw_torch_fused"}.get(name, name)
+
+    def _save_extra(self, folder: Path) -> None:
+        """Put into a checkpoint what else it takes to go on from it alone."""
+        self.tokenizer.save_pretrained(folder)
+        self.run.keep_state(folder)
 
     def _on_log(self, record: dict[str, Any]) -> None:
         self.run.append_log(record)
@@ -401,9 +472,9 @@ DATASET_KEYS = {
 def _refuse_what_is_not_there(config: RunConfig) -> None:
     """Raise FastFTError for settings that would silently do nothing here."""
     if config.mirror is not None:
-        raise FastFTError(
-            "mirror is set, but this version does not copy checkpoints yet. Set mirror: null and copy the run yourself."
-        )
+        mirror = Path(config.mirror).expanduser().absolute() / config.project
+        if mirror == config.run_dir.absolute():
+            raise FastFTError(f"mirror and output_dir are the same folder, {config.mirror}. A copy belongs elsewhere.")
     missing = [name for name in config.train.report_to if importlib.util.find_spec(name) is None]
     if missing:
         raise FastFTError(
@@ -411,10 +482,28 @@ def _refuse_what_is_not_there(config: RunConfig) -> None:
         )
 
 
-def _best_step(history: list[dict[str, Any]]) -> int | None:
-    """Return the step with the lowest held-out loss, the latest of equals; None without evaluations."""
-    evaluations = [(record["eval_loss"], -record["step"]) for record in history if "eval_loss" in record]
-    return -min(evaluations)[1] if evaluations else None
+@contextlib.contextmanager
+def _mirrored(config: RunConfig, run: RunFolder, report: Reporter) -> Iterator[Mirror | None]:
+    """Bring here what the mirror has newer, and leave it up to date, also where the run was interrupted or stopped."""
+    if config.mirror is None:
+        yield None
+        return
+    mirror = Mirror(
+        run, Path(config.mirror).expanduser().absolute() / config.project, note=report.note, warn=report.warn
+    )
+    mirror.restore()
+    seconds = INTERRUPTED_FLUSH_SECONDS
+    try:
+        yield mirror
+        seconds = FLUSH_SECONDS
+    except FastFTError as error:
+        if error.exit_code == FastFTError.exit_code:  # the input is wrong: nothing was done
+            seconds = 0.0
+        raise
+    finally:
+        if seconds:
+            mirror.close(seconds)
+            run.update_record(mirror=mirror.facts())
 
 
 @contextlib.contextmanager

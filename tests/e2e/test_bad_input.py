@@ -77,7 +77,7 @@ CONFIGS = {
     "unknown token to train": (lambda t, b: {"lora": {"train_tokens": ["<|nope|>"]}}, "<|nope|>"),
     "output is a file": (lambda t, b: {"output_dir": str(_file(t / "taken"))}, "taken"),
     "float16 on a cpu": (lambda t, b: {"model": {"dtype": "float16"}}, "float16"),
-    "mirror": (lambda t, b: {"mirror": str(t / "drive")}, "does not copy checkpoints yet"),
+    "mirror not mounted": (lambda t, b: {"mirror": str(t / "drive" / "fastft")}, "is the drive still mounted"),
     "tracker not installed": (lambda t, b: {"train": {"report_to": ["wandb"]}}, "wandb is not installed"),
     "endless project name": (lambda t, b: {"project": "x" * 300}, "300 bytes long"),
     "pissa with token rows": (
