@@ -321,7 +321,7 @@ from fastft.engines import get_engine
 engine = get_engine("unsloth")
 state = {"reported": engine.patches(), "active": {}, "fell_back": {}}
 def note(name, active, why=""):
-    state["active" if active else "fell_back"][name] = why
+    state["active" if active else "fell_back"][name] = "" if active else why
 backend = state["reported"].get("backend")
 import trl, transformers
 if backend == "cpu":
@@ -335,14 +335,18 @@ if backend == "cpu":
     note("Triton kernels", False, "no GPU")
     note("trl's packing", False, "SDPA would attend across sequences; fastft's own padding-free rows instead")
 else:
-    for name, package, why in (
-        ("FlashAttention 2", "flash_attn", "not installed: xformers or SDPA instead"),
-        ("xformers", "xformers", "not installed: SDPA instead"),
-        ("Triton kernels", "triton", "not installed"),
-        ("bitsandbytes", "bitsandbytes", "not installed: no NF4, no 8-bit AdamW"),
+    # What Unsloth itself decided on, not only what is installed: a wheel for another CUDA is there and unusable.
+    from unsloth.models import _utils
+    from unsloth.utils import attention_dispatch
+    for name, package, usable, instead in (
+        ("FlashAttention 2", "flash_attn", getattr(_utils, "HAS_FLASH_ATTENTION", None), "xformers or SDPA"),
+        ("xformers", "xformers", getattr(attention_dispatch, "HAS_XFORMERS", None), "SDPA"),
+        ("Triton kernels", "triton", None, "plain torch"),
+        ("bitsandbytes", "bitsandbytes", None, "no NF4, no 8-bit AdamW"),
     ):
         found = importlib.util.find_spec(package) is not None
-        note(name, found, "" if found else why)
+        why = "installed, but Unsloth cannot use it here" if found else "not installed"
+        note(name, found if usable is None else bool(usable), f"{why}; {instead} instead")
     trainer = f"{trl.SFTTrainer.__module__}.{trl.SFTTrainer.__name__}"
     note("Unsloth's trainer", "unsloth" in trainer.lower(), f"{trainer} is in place")
 print("FASTFT " + json.dumps(state))
@@ -365,6 +369,15 @@ def check_unsloth(hardware: Hardware, timeout: float = 180.0) -> tuple[list[Chec
     reported = state["reported"]
     detail = f"{reported['unsloth']} ({reported['backend']} backend), imported in {time.monotonic() - started:.0f} s"
     checks = [Check(name=name, status="ok", detail=detail)]
+    early = reported.get("imported_before_unsloth")
+    if early:
+        fix = "import fastft (or unsloth) before transformers, trl and peft"
+        found = f"{early} was imported first: its patches are missing"
+        checks.append(Check(name=f"{name}: import order", status="warning", detail=found, fix=fix))
+    own = {
+        key: value for key, value in reported.items() if key not in {"unsloth", "backend", "imported_before_unsloth"}
+    }
+    checks += [Check(name=f"fastft: {patch}", status="ok", detail=str(value)) for patch, value in own.items()]
     checks += [Check(name=f"{name}: {patch}", status="ok", detail="active") for patch in state["active"]]
     checks += [
         Check(name=f"{name}: {patch}", status="note", detail=f"fell back: {why}")

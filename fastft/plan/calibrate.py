@@ -21,6 +21,8 @@ class Calibration:
     measured_bytes: int
     tokens: int
     largest_tokens: int
+    longest: int
+    """Tokens of the longest sequence, which is a micro-batch of its own at least."""
     largest_bytes: int
     limit_bytes: int
     largest_fitting_tokens: int
@@ -39,11 +41,13 @@ class Calibration:
         need = f"{self.largest_tokens:,} tokens, the most to come, will need about {self.largest_bytes / GIB:.2f}"
         if self.fits:
             return f"{seen}; {need} of {self.limit_bytes / GIB:.2f}"
-        advice = (
-            f"set train.micro_batch_tokens and model.max_seq_length to at most {self.largest_fitting_tokens:,}"
-            if self.largest_fitting_tokens
-            else "not even the weights leave room: set model.quantization: nf4 or take a larger card"
-        )
+        most = self.largest_fitting_tokens
+        if not most:
+            advice = "not even the weights leave room: set model.quantization: nf4, or take a larger machine"
+        elif most >= self.longest:
+            advice = f"start a new run with train.micro_batch_tokens of at most {most:,} (the gradient stays the same)"
+        else:
+            advice = f"start a new run with model.max_seq_length of at most {most:,}, or take a larger machine"
         return f"{seen}; {need}, but only {self.limit_bytes / GIB:.2f} are there. Stop now: {advice}"
 
 
@@ -89,7 +93,16 @@ def calibrate(
             low, high = (middle, high) if need(middle) <= (1 - MARGIN / 2) * limit_bytes else (low, middle - 1)
         fitting = low
     largest = need(largest_tokens)
-    return Calibration(fixed + growing, measured_bytes, tokens, largest_tokens, largest, limit_bytes, fitting)
+    return Calibration(
+        predicted_bytes=fixed + growing,
+        measured_bytes=measured_bytes,
+        tokens=tokens,
+        largest_tokens=largest_tokens,
+        longest=min(situation.longest, largest_tokens),
+        largest_bytes=largest,
+        limit_bytes=limit_bytes,
+        largest_fitting_tokens=fitting,
+    )
 
 
 def _growing(terms: list[Term]) -> int:

@@ -371,7 +371,9 @@ def _hub_shape(name: str, revision: str | None) -> ModelShape:
     try:
         _reach_hub()
         with hub.bounded_waits():
-            config = json.loads(Path(hf_hub_download(name, "config.json", revision=revision)).read_text(encoding="utf-8"))
+            config = json.loads(
+                Path(hf_hub_download(name, "config.json", revision=revision)).read_text(encoding="utf-8")
+            )
             metadata = get_safetensors_metadata(name, revision=revision)
     except (HFValidationError, RepositoryNotFoundError) as error:  # a gated repository is one that is not found
         raise hub.explain(error, f"model {name!r}") from error

@@ -49,7 +49,7 @@ def test_a_run_whose_longest_row_cannot_fit_is_stopped_with_its_state(checkpoint
     done = fastft("train", config, "--json")
     assert done.code == 3, done.err
     assert "stopped after step 2 of 16" in done.err
-    assert "model.max_seq_length to at most" in done.err
+    assert "model.max_seq_length of at most" in done.err
     assert "Traceback" not in done.err
     folder, record = run_of(tmp_path)
     assert record["status"] == "paused"

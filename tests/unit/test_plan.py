@@ -469,7 +469,23 @@ def test_calibration_scales_what_grows_and_says_what_would_fit():
     assert worse.largest_bytes > later
     assert not worse.fits
     assert 1024 <= worse.largest_fitting_tokens < 8192
-    assert f"at most {worse.largest_fitting_tokens:,}" in worse.message
+    assert f"train.micro_batch_tokens of at most {worse.largest_fitting_tokens:,}" in worse.message
+    one_row = calibrate(
+        shape, replace(s, longest=8192), tokens=1024, measured_bytes=planned + 2 * GIB, largest_tokens=8192,
+        limit_bytes=12 * GIB,
+    )  # fmt: skip
+    assert f"model.max_seq_length of at most {worse.largest_fitting_tokens:,}" in one_row.message
+    too_small = calibrate(shape, s, tokens=1024, measured_bytes=planned, largest_tokens=1024, limit_bytes=GIB // 2)
+    assert "not even the weights leave room" in too_small.message
+
+
+def test_calibration_does_not_blow_up_what_it_cannot_explain():
+    """300 MB of a library's caches at 64 tokens are not 300 MB for each 64 tokens to come."""
+    shape = shape_from_config(LLAMA)
+    s = Situation(device="cpu", kernels="peft", tokens=64, longest=64)
+    planned = calibrate(shape, s, tokens=64, measured_bytes=GIB, largest_tokens=64, limit_bytes=GIB).predicted_bytes
+    found = calibrate(shape, s, tokens=64, measured_bytes=planned + 300_000_000, largest_tokens=4096, limit_bytes=GIB)
+    assert 0 < found.largest_bytes - found.measured_bytes < 300_000_000
 
 
 def test_cpu_counts_ram_and_no_vram(tmp_path):
