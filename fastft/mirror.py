@@ -77,9 +77,10 @@ class Mirror:
         warn: Callable[[str], None],
         files: Files = LOCAL,
         stall_seconds: float = STALL_SECONDS,
+        retry_after_seconds: tuple[float, ...] = RETRY_AFTER_SECONDS,
     ) -> None:
         self.run, self.folder, self.note, self.warn, self.files = run, folder, note, warn, files
-        self.stall_seconds = stall_seconds
+        self.stall_seconds, self.retry_after_seconds = stall_seconds, retry_after_seconds
         self.verified: set[int] = set()  # steps whose copy was read back by this process and is still listed
         self.copied_bytes = 0
         self.blocked_seconds = 0.0  # that training waited
@@ -120,7 +121,7 @@ class Mirror:
         wanted, self._moved = self._wanted, began
         number = self.request(wanted.keep, wanted.protected, everything=True)
         self.note(f"mirror: bringing {self.folder} up to date (at most {seconds:.0f} s)")
-        while not self._wait_for(number, 5.0):
+        while not self._wait_for(number, min(5.0, seconds)):
             waited, stalled = time.monotonic() - began, time.monotonic() - self._moved
             if waited > seconds or stalled > min(self.stall_seconds, seconds) or not self._alive():
                 self.problem = (
@@ -280,7 +281,7 @@ class Mirror:
 
     def _try(self, wanted: Wanted) -> None:
         """Do what is wanted, a few times; say once what is in the way."""
-        for pause in (*RETRY_AFTER_SECONDS, None):
+        for pause in (*self.retry_after_seconds, None):
             try:
                 self._moved = time.monotonic()
                 self._sync(wanted)
