@@ -103,8 +103,8 @@ def _section(result: Result) -> dict[str, Any]:
 def _embedded_plots(result: Result) -> list[dict[str, str]]:
     with tempfile.TemporaryDirectory() as scratch:
         return [
-            {"title": path.stem.replace("-", " "), "base64": base64.b64encode(path.read_bytes()).decode()}
-            for path in plots.plot_result(result, Path(scratch))
+            {"title": plot.title, "base64": base64.b64encode(plot.write(Path(scratch)).read_bytes()).decode()}
+            for plot in plots.plots_of(result)
         ]
 
 

@@ -10,6 +10,8 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,34 +31,59 @@ DPI = 130
 MARK = "fastft-bench"
 
 
+@dataclass(frozen=True)
+class Plot:
+    """A plot that can be drawn: its file name, what it shows, and the digest of that."""
+
+    name: str
+    title: str
+    digest: str
+    draw: Callable[[], Figure]
+
+    def write(self, folder: Path) -> Path:
+        """Draw it into `folder`, with the digest in the PNG's text; return the file."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / self.name
+        self.draw().savefig(path, dpi=DPI, metadata={"Software": None, MARK: self.digest})
+        return path
+
+
 def plot_result(result: Result, folder: Path) -> list[Path]:
     """Write the plots of one result into `folder`; a plot that would be empty is left out."""
-    names = plot_names(result)
-    return [save(DRAWINGS[kind](result), folder / name, digest(result)) for kind, name in names.items()]
+    return [plot.write(folder) for plot in plots_of(result)]
 
 
-def plot_names(result: Result) -> dict[str, str]:
-    """Return the file name of each plot that `plot_result` draws, by its kind."""
+def plots_of(result: Result) -> list[Plot]:
+    """Return the plots of one result: step time and memory where an arm ran, speed-up where there is a ratio."""
     ran = any(summary.status == "ok" for table in result.tables.values() for summary in table.arms.values())
     compared = any(table.ratios for table in result.tables.values())
     kinds = [*(["step-time", "memory"] if ran else []), *(["speed-up"] if compared else [])]
-    return {kind: f"{slug(heading(result))}-{kind}.png" for kind in kinds}
+    return [
+        Plot(
+            name=f"{slug(heading(result))}-{kind}.png",
+            title=f"{kind.replace('-', ' ')}, {heading(result)}",
+            digest=digest(result),
+            draw=partial(DRAWINGS[kind], result),
+        )
+        for kind in kinds
+    ]
 
 
-def plot_lengths(results: Sequence[Result], folder: Path) -> list[Path]:
-    """Write memory over sequence length for each group of results that differ only in length."""
-    groups = groups_by_length(results)
-    return [save(memory_over_length(g), folder / _group_name(g), digest(*g)) for g in groups]
-
-
-def length_plot_names(results: Sequence[Result]) -> list[str]:
-    """Return the file names that `plot_lengths` writes."""
-    return [_group_name(group) for group in groups_by_length(results)]
-
-
-def _group_name(group: Sequence[Result]) -> str:
-    names = sorted({result.case.name for result in group})
-    return slug(f"{names[0]} to {names[-1]} on {group[0].machine.label}") + "-memory-over-length.png"
+def plots_over_length(results: Sequence[Result]) -> list[Plot]:
+    """Return a plot of memory over sequence length for each group of results that differ only in length."""
+    found = []
+    for group in groups_by_length(results):
+        names = sorted({result.case.name for result in group})
+        about = f"{names[0]} to {names[-1]} on {group[0].machine.label}"
+        found.append(
+            Plot(
+                name=f"{slug(about)}-memory-over-length.png",
+                title=f"memory over sequence length, {about}",
+                digest=digest(*group),
+                draw=partial(memory_over_length, group),
+            )
+        )
+    return found
 
 
 # --- the drawings
@@ -250,13 +277,6 @@ def digest(*results: Result) -> str:
     """Return 16 hex digits of what the plots of `results` show."""
     text = json.dumps([r.model_dump(mode="json", exclude={"records"}) for r in results], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def save(figure: Figure, path: Path, content: str) -> Path:
-    """Write `figure`, with the digest of its content in the PNG's text."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, metadata={"Software": None, MARK: content})
-    return path
 
 
 def digest_of(path: Path) -> str | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,14 +55,16 @@ def write_report(results: Path, readme: Path, images: Path, *, cases: Path = CAS
     but cannot be read raises FastFTError. Plots of results that are gone are removed.
     """
     entries = newest(read_results(results))
-    with tempfile.TemporaryDirectory() as scratch:
-        drawn = _draw(entries, Path(scratch))
-        stale = _stale_images(drawn, images)
-        text = readme_text(entries, readme.parent, images, cases)
-        if not readme.is_file() or readme.read_text(encoding="utf-8") != text:
-            stale.append(readme)
-        if not check:
-            _write(stale, drawn, readme, text)
+    shown = [entry.result for entry in entries]
+    drawings = {
+        p.name: p for p in [*(p for result in shown for p in plots.plots_of(result)), *plots.plots_over_length(shown)]
+    }
+    stale = _stale_images(drawings, images)
+    text = readme_text(entries, readme.parent, images, cases)
+    if not readme.is_file() or readme.read_text(encoding="utf-8") != text:
+        stale.append(readme)
+    if not check:
+        _write(stale, drawings, readme, text)
     return sorted(stale)
 
 
@@ -114,7 +115,7 @@ def readme_text(entries: Sequence[Entry], home: Path, images: Path, cases: Path 
         pairs=PAIRS,
         overview=overview,
         elsewhere=[_overview_row(entry) for entry in entries if not tables.own_card(entry.result)],
-        length_plots=[_link(images / name, home) for name in plots.length_plot_names([e.result for e in entries])],
+        length_plots=[_link(images / p.name, home) for p in plots.plots_over_length([e.result for e in entries])],
         sections=[_section(entry, home, images, hashes) for entry in entries],
     )  # fmt: skip
 
@@ -194,10 +195,7 @@ def _section(entry: Entry, home: Path, images: Path, hashes: dict[str, str]) -> 
             }
             for name, table in result.tables.items()
         ],
-        "plots": [
-            {"title": f"{kind.replace('-', ' ')}, {tables.heading(result)}", "path": _link(images / name, home)}
-            for kind, name in plots.plot_names(result).items()
-        ],
+        "plots": [{"title": p.title, "path": _link(images / p.name, home)} for p in plots.plots_of(result)],
         "settings": [line for name in result.tables for line in settings_lines(result, name)],
         "notes": result.notes,
         "older": [
@@ -247,29 +245,20 @@ def _link(path: Path, home: Path) -> str:
 # --- the files
 
 
-def _draw(entries: Sequence[Entry], folder: Path) -> list[Path]:
-    shown = [entry.result for entry in entries]
-    drawn = [path for result in shown for path in plots.plot_result(result, folder)]
-    return drawn + plots.plot_lengths(shown, folder)
-
-
-def _stale_images(drawn: Sequence[Path], images: Path) -> list[Path]:
-    """Return the images that show something else than the new ones, are missing, or whose result is gone."""
-    new = {path.name: plots.digest_of(path) for path in drawn}
+def _stale_images(drawings: dict[str, plots.Plot], images: Path) -> list[Path]:
+    """Return the images that are missing, show something else than the new ones would, or whose result is gone."""
     old = {path.name: plots.digest_of(path) for path in images.glob("*.png")}
-    gone = {name for name, digest in old.items() if digest is not None and name not in new}
-    return [images / name for name in sorted(gone | {name for name in new if new[name] != old.get(name)})]
+    gone = {name for name, digest in old.items() if digest is not None and name not in drawings}
+    return [images / name for name in sorted(gone | {n for n, plot in drawings.items() if plot.digest != old.get(n)})]
 
 
-def _write(stale: Sequence[Path], drawn: Sequence[Path], readme: Path, text: str) -> None:
-    new = {path.name: path for path in drawn}
+def _write(stale: Sequence[Path], drawings: dict[str, plots.Plot], readme: Path, text: str) -> None:
     for path in stale:
         if path == readme:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-        elif path.name in new:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(new[path.name].read_bytes())
+        elif path.name in drawings:
+            drawings[path.name].write(path.parent)
         else:
             path.unlink()
 
