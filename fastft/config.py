@@ -140,6 +140,9 @@ class TrainConfig(Section):
     padding_free: Literal["auto"] | bool = Field(
         "auto", description="auto: rows without padding where the family's attention is known exactly, else padded"
     )
+    fused_layers: Literal["auto"] | bool = Field(
+        "auto", description="auto: fastft's own LoRA, MLP, attention and loss on a CPU; off: transformers' and peft's"
+    )
     gradient_checkpointing: Literal["auto"] | bool = Field("auto", description="auto: off where memory allows")
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
 

@@ -275,6 +275,26 @@ class _Session:
             self.choices["padding_free"] = Choice(known, reason)
         else:
             self.choices["padding_free"] = Choice(wanted, "asked for")
+        self._choose_fused()
+
+    def _choose_fused(self) -> None:
+        """fastft's own layers, where the model has some that they stand for: CPU, weights not quantised."""
+        import torch
+
+        from fastft.engines import native
+        from fastft.engines.fused import FusedLayers
+
+        wanted, self.fused = self.config.train.fused_layers, None
+        if wanted is False or self.hardware.kind != "cpu":
+            why = "asked for" if wanted is False else "CPU only"
+            self.choices["fused_layers"] = Choice(False, why)
+            return
+        fused = FusedLayers(self.model, getattr(torch, self.choices["dtype"].value))
+        if fused.forwards:
+            self.fused = fused
+        kernels = native.why_not()
+        reason = f"{len(fused.forwards)} modules" + (f", torch's element-wise operations ({kernels})" if kernels else "")
+        self.choices["fused_layers"] = Choice(bool(fused.forwards), reason)
 
     def _trainer(self) -> Any:
         from fastft.trainer import StepPolicy, StepTrainer, training_arguments
@@ -305,6 +325,7 @@ class _Session:
             on_note=self.report.warn,
             save_extra=self._save_extra,
             report_every=settings.logging_steps,
+            fused=self.fused,
         )
         from fastft.callbacks import Steering
 

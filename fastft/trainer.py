@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from fastft import checkpoint
 from fastft.data.batches import Segment, StepBatches, micro_batches, segments_of, supervised_tokens
 from fastft.engines.attention import padding_free
 from fastft.engines.base import Engine
+from fastft.engines.fused import FusedLayers
 from fastft.errors import CouldNotFinishError
 
 
@@ -69,6 +70,7 @@ class StepTrainer(Trainer):
         on_note: Callable[[str], None],
         save_extra: Callable[[Path], None],
         report_every: int = 1,
+        fused: FusedLayers | None = None,
     ) -> None:
         self.steps = StepBatches(train_dataset, effective_batch_size, args.seed)
         super().__init__(model=model, args=args, train_dataset=self.steps, data_collator=_the_step)
@@ -81,6 +83,7 @@ class StepTrainer(Trainer):
         self.on_note = on_note
         self.save_extra = save_extra
         self.report_every = report_every
+        self.fused = fused
         self.progress = Progress()
 
     # --- one step
@@ -122,8 +125,7 @@ class StepTrainer(Trainer):
         model.train()
         supervised = supervised_tokens(segments)
         policy, loss_sum = self.policy, torch.zeros((), device=self.args.device, dtype=torch.float64)
-        attention = contextlib.nullcontext() if policy.padded else padding_free(self.model)
-        with attention, self.engine.loss_mode(self.model):
+        with self._fast_layers(), self.engine.loss_mode(self.model):
             for batch in micro_batches(
                 segments,
                 policy.micro_batch_tokens,
@@ -136,6 +138,16 @@ class StepTrainer(Trainer):
                 self.accelerator.backward(loss)
                 loss_sum += loss.detach()
         return loss_sum.item(), sum(len(segment) for segment in segments)
+
+    @contextlib.contextmanager
+    def _fast_layers(self) -> Iterator[None]:
+        """Inside, the model takes padding-free rows (unless padded) and computes with the fused layers, where there are any."""
+        with contextlib.ExitStack() as stack:
+            if not self.policy.padded:
+                stack.enter_context(padding_free(self.model))
+            if self.fused is not None:
+                stack.enter_context(self.fused.active())
+            yield
 
     def _shrink(self, segments: list[Segment]) -> None:
         """Halve the budget after an out-of-memory; raises CouldNotFinishError where rows cannot get smaller."""
@@ -185,9 +197,8 @@ class StepTrainer(Trainer):
         """Return the mean loss per supervised token over `dataset`, in the training's precision."""
         was_training = self.model.training
         self.model.eval()
-        attention = contextlib.nullcontext() if self.policy.padded else padding_free(self.model)
         total, supervised = 0.0, 0
-        with attention, self.autocast():
+        with self._fast_layers(), self.autocast():
             for first in range(0, len(dataset), 32):
                 segments = segments_of([dataset[i] for i in range(first, min(first + 32, len(dataset)))])
                 for batch in micro_batches(
