@@ -8,7 +8,6 @@ import pytest
 
 from fastft.bench.case import Case
 from fastft.bench.record import Result, read_result
-from fastft.bench.runner import run_case
 from tests.e2e.conftest import fastft
 
 FAULTY = {
@@ -66,10 +65,17 @@ def tiny_case(arms: dict[str, str | None], **changes) -> Case:
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory) -> Result:
-    result = run_case(tiny_case({"peft": None} | FAULTY))
-    path = tmp_path_factory.mktemp("bench") / "result.json"
-    result.write(path)
+def outcome(tmp_path_factory):
+    """The command line on a case with an honest arm and all the others."""
+    home = tmp_path_factory.mktemp("bench")
+    path = home / "case.yaml"
+    path.write_text(json.dumps(tiny_case({"peft": None} | FAULTY).model_dump(mode="json")), encoding="utf-8")
+    return home, fastft("bench", "--case", str(path), "--out", str(home / "out"), "--json", timeout=900)
+
+
+@pytest.fixture(scope="module")
+def planted(outcome) -> Result:
+    (path,) = (outcome[0] / "out").glob("planted--*.json")
     return read_result(path)
 
 
@@ -108,17 +114,14 @@ def test_a_dead_arm_has_its_record(planted, arm, status, word):
     assert planted.tables["defaults"].arms[arm].status == status
 
 
-def test_parity_fails_with_exit_1_and_json_only(tmp_path):
-    case = tiny_case({"peft": None, "frozen": "Frozen"}).model_dump(mode="json")
-    path = tmp_path / "case.yaml"
-    path.write_text(json.dumps(case), encoding="utf-8")  # JSON is YAML
-    done = fastft("bench", "--case", str(path), "--out", str(tmp_path / "out"), "--json")
+def test_parity_fails_with_exit_1_and_json_only(outcome):
+    home, done = outcome
     assert done.code == 1, done.err
-    answer = json.loads(done.out)
-    assert answer["parity"] == {"defaults": {"peft": True, "frozen": False}}
-    assert answer["ratios"] == {"defaults": {}}
+    passed = {"peft": True} | dict.fromkeys(("frozen", "other-rank", "drops", "counts-padding"), False)
+    assert done.json["parity"] == {"defaults": passed}
+    assert done.json["ratios"] == {"defaults": {}}
     assert "does not do the same work" in done.err
-    assert list((tmp_path / "out").glob("planted--*.json"))
+    assert list((home / "out").glob("*.png"))
 
 
 @pytest.mark.long
