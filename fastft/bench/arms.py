@@ -35,6 +35,8 @@ class Job:
     workload: Workload
     work: Path
     """A scratch folder of this run alone."""
+    cap_bytes: int | None = None
+    """Memory that the run may use, where it is less than the machine has."""
 
 
 class UnsupportedError(Exception):
@@ -311,4 +313,4 @@ def _forbid_flash_attention_2() -> None:
     """Let a newer card take the path of one without FlashAttention 2 (T4)."""
     for module in [m for name, m in sys.modules.items() if name.startswith("unsloth.models")]:
         if hasattr(module, "HAS_FLASH_ATTENTION"):
-            module.HAS_FLASH_ATTENTION = False
+            module.HAS_FLASH_ATTENTION = False  # type: ignore[attr-defined]

@@ -49,7 +49,7 @@ def judge_across(full: Record, reference_loss: float, small: Parity, tokens: lis
         _tokens_claimed(full, sum(tokens)),
         _relative("step-1 loss at full size", full.steps[0].loss, reference_loss, limit),
     ]
-    return Parity(passed=all(check.passed for check in checks), checks=checks)
+    return Parity(passed=small.passed and all(check.passed for check in checks), checks=checks)
 
 
 def _parameters(ours: Record, theirs: Record) -> Check:

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which people with any common colour blindness can tell apart; the y labels name the arms too.
-COLOURS = {"peft": "#999999", "trl": "#E69F00", "unsloth": "#009E73", "liger": "#CC79A7", "fastft": "#0072B2"}
+COLOURS = {"peft": "#767676", "trl": "#E69F00", "unsloth": "#009E73", "liger": "#CC79A7", "fastft": "#0072B2"}
 OTHERS = ("#56B4E9", "#D55E00", "#F0E442")
+DARK = {COLOURS["peft"], COLOURS["unsloth"], COLOURS["fastft"]}  # white text is readable on these
 INK, FAINT = "#222222", "#666666"
 DPI = 130
 MARK = "fastft-bench"
@@ -73,8 +74,7 @@ def plots_over_length(results: Sequence[Result]) -> list[Plot]:
     """Return a plot of memory over sequence length for each group of results that differ only in length."""
     found = []
     for group in groups_by_length(results):
-        names = sorted({result.case.name for result in group})
-        about = f"{names[0]} to {names[-1]} on {group[0].machine.label}"
+        about = f"{group[0].case.name} to {group[-1].case.name} on {group[0].machine.label}"
         found.append(
             Plot(
                 name=f"{slug(about)}-memory-over-length.png",
@@ -249,7 +249,8 @@ def _bars(axes: Axes, table: TableResult, values: dict[str, float | None], text:
             continue
         axes.barh(row, value, height=0.62, color=_colour(arm))
         inside = value > 0.25 * widest
-        x, colour = (0.02 * widest, "white") if inside else (value + 0.03 * widest, INK)
+        x = 0.02 * widest if inside else value + 0.03 * widest
+        colour = "white" if inside and _colour(arm) in DARK else INK
         axes.text(x, row, text(value), va="center", fontsize=9, color=colour, fontweight="bold")
     _arm_labels(axes, list(values))
     axes.set_xlim(0, axes.get_xlim()[1])

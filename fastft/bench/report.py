@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ def readme_text(entries: Sequence[Entry], home: Path, images: Path, cases: Path 
             overview.append({"case": name, "card": card, "machine": NOT_MEASURED, "ratios": ["-"] * len(PAIRS)})
     hashes = {name: case.hash for name, case in known.items()}
     return _environment().get_template("README.md.jinja").render(
-        legend=tables.LEGEND,
+        legend=textwrap.fill(tables.LEGEND, 125),
         headings=tables.HEADINGS,
         pairs=PAIRS,
         overview=overview,

@@ -163,7 +163,9 @@ def _driver() -> str | None:
 
 
 def _make_work(state: _Invocation) -> None:
-    jobs = [{"case": state.case.model_dump(mode="json"), "folder": str(state.folder / "model"), "layers": None}]
+    jobs: list[dict[str, Any]] = [
+        {"case": state.case.model_dump(mode="json"), "folder": str(state.folder / "model"), "layers": None}
+    ]
     if state.case.parity_layers:
         jobs.append(jobs[0] | {"folder": str(state.folder / "small"), "layers": state.case.parity_layers})
     for job in jobs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from fastft.bench.arms import Job
 from fastft.config import make_config
+from fastft.hardware import Hardware, named_gpu, probe
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,6 @@ class OpenSession:
 def open_session(job: Job) -> OpenSession:
     """Choose, load and attach as `fastft train` does with the case's settings."""
     from fastft import model
-    from fastft.hardware import probe
     from fastft.progress import Reporter
     from fastft.run import RunFolder
     from fastft.train import _Session
@@ -97,7 +97,7 @@ def open_session(job: Job) -> OpenSession:
         },
         where=f"arm {job.arm}",
     )
-    hardware = probe(job.work)
+    hardware = _capped(probe(job.work), job)
     choices = model.choose_loading(config, hardware)
     run = RunFolder(config.run_dir)
     session = _Session(config, run, hardware, choices, Reporter(quiet=True), None, time.monotonic(), mirror=None)
@@ -106,3 +106,20 @@ def open_session(job: Job) -> OpenSession:
     session.data = SimpleNamespace(train=rows, eval=None, template=SimpleNamespace(needs_tokens=[]))  # type: ignore[assignment]
     session._load_model()
     return OpenSession(session)
+
+
+def _capped(hardware: Hardware, job: Job) -> Hardware:
+    """Return the machine as the cap makes it, so that what is chosen automatically fits the card that is stood in for."""
+    cap = job.cap_bytes
+    if cap is None:
+        return hardware
+    if hardware.kind != "cuda":
+        return replace(hardware, ram_free_bytes=min(hardware.ram_free_bytes, cap))
+    card = named_gpu(job.case.card) if job.case.card else hardware
+    return replace(
+        hardware,
+        vram_bytes=cap,
+        vram_free_bytes=min(hardware.vram_free_bytes, cap),
+        capability=card.capability,
+        bf16=card.bf16,
+    )

@@ -66,18 +66,8 @@ def _train(job: dict[str, Any], case: Case, record: Record) -> None:
 
     workload = load(Path(job["workload"]))
     arm = make_arm(job["arm"], job["implementation"], job["settings"])
-    work = Path(job["work"])
-    task = Job(
-        case,
-        job["table"],
-        job["arm"],
-        job["implementation"],
-        job["settings"],
-        job["model"],
-        job["dtype"],
-        workload,
-        work,
-    )
+    names = ("table", "arm", "implementation", "settings", "model", "dtype", "cap_bytes")
+    task = Job(case=case, workload=workload, work=Path(job["work"]), **{name: job[name] for name in names})
     started = time.perf_counter()
     _import_libraries(job["arm"], job["implementation"])
     imported = time.perf_counter()

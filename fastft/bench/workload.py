@@ -111,7 +111,7 @@ def make_checkpoint(case: Case, folder: Path, *, layers: int | None = None) -> i
     if case.model.family is not None:
         config = AutoConfig.for_model(case.model.family, **case.model.config)
     else:
-        config = AutoConfig.from_pretrained(case.model.id)
+        config = AutoConfig.from_pretrained(str(case.model.id))
     if layers is not None:
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
@@ -182,7 +182,7 @@ def _use_real_model(case: Case, folder: Path) -> int:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = AutoConfig.from_pretrained(case.model.id)
+    config = AutoConfig.from_pretrained(str(case.model.id))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     write_starting_adapter(model, case, folder / "start.safetensors")
