@@ -18,6 +18,7 @@ import torch  # noqa: E402
 
 from fastft.data.batches import micro_batches, segments_of, supervised_tokens  # noqa: E402
 from fastft.engines.attention import is_known_family, padding_free  # noqa: E402
+from fastft.engines.fused import FusedLayers  # noqa: E402
 from tests.families import FAMILIES, make_checkpoint  # noqa: E402
 
 EAGER = {"gemma2", "gpt-oss"}  # whose softcaps and sinks SDPA drops: the reference must be eager
@@ -44,11 +45,16 @@ def trainable(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def accumulate(model, segments, budget, padded):
+def accumulate(model, segments, budget, padded, fused=None):
     """Return (loss, gradient) of one step."""
     model.zero_grad()
     total, supervised = 0.0, supervised_tokens(segments)
-    with contextlib.nullcontext() if padded else padding_free(model), ENGINE.loss_mode(model):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ENGINE.loss_mode(model))
+        if not padded:
+            stack.enter_context(padding_free(model))
+        if fused is not None:
+            stack.enter_context(fused.active())
         for batch in micro_batches(segments, budget, padded=padded, pad_token_id=0, device="cpu"):
             loss = model(**batch.inputs, num_items_in_batch=supervised, use_cache=False).loss
             loss.backward()
@@ -76,15 +82,27 @@ def examine(family, folder):
         for parameter in trainable(model):
             parameter.normal_(0, 0.05, generator=generator)
     reference_loss, reference = accumulate(model, segments, 10**6, padded=True)
-    worst = 0.0
-    for budget in (30, 70, 1000):
-        loss, gradient = accumulate(model, segments, budget, padded=False)
-        worst = max(worst, float((gradient - reference).norm() / reference.norm()), abs(loss - reference_loss))
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    losses = []
-    for _ in range(3):
-        losses.append(accumulate(model, segments, 70, padded=False)[0])
-        optimizer.step()
+    fused = FusedLayers(model, torch.float32)
+
+    def difference(budget, padded, fused):
+        loss, gradient = accumulate(model, segments, budget, padded, fused)
+        return max(float((gradient - reference).norm() / reference.norm()), abs(loss - reference_loss))
+
+    worst = max(difference(budget, False, None) for budget in (30, 70, 1000))
+    worst_fused = max(difference(budget, False, fused) for budget in (30, 70, 1000))
+    padded_fused = difference(10**6, True, fused)  # the fused layers under padded batches
+    start = [p.detach().clone() for p in trainable(model)]
+    traces = {}
+    for name, (budget, padded, layers) in {"padded": (10**6, True, None), "fused": (70, False, fused)}.items():
+        with torch.no_grad():
+            for parameter, value in zip(trainable(model), start, strict=True):
+                parameter.copy_(value)
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
+        traces[name] = []
+        for _ in range(30):
+            traces[name].append(accumulate(model, segments, budget, padded, layers)[0])
+            optimizer.step()
+    losses = traces["fused"]
     model.eval()
     ids = torch.from_numpy(segments[1].input_ids)[None]
     with torch.no_grad():
@@ -98,6 +116,10 @@ def examine(family, folder):
         "known": is_known_family(model),
         "gradient_norm": float(reference.norm()),
         "exactness": worst,
+        "exactness_fused": worst_fused,
+        "exactness_fused_padded": padded_fused,
+        "trace_difference": max(abs(a - b) for a, b in zip(traces["padded"], traces["fused"], strict=True)),
+        "fused": sorted({type(module).__name__ for module, _ in fused.forwards}),
         "losses": losses,
         "reload_difference": float((trained - reloaded).abs().max()),
         "attention_after": model.get_base_model().config._attn_implementation,
