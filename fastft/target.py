@@ -6,7 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastft.checkpoint import MANIFEST, read_manifest, sha256
 from fastft.errors import FastFTError
+from fastft.fingerprint import base_fingerprint, differences
 from fastft.run import RunFolder
 
 
@@ -65,6 +67,8 @@ def _run(run: RunFolder, base: str | None) -> Target:
             f"the run {run.path} is not finished: it has no final/. Go on with: fastft train {run.path / 'run.yaml'}"
         )
     _check_adapter(run.final)
+    if base is None:
+        _check_base(run, config.model.name, config.model.revision)
     return Target(base or config.model.name, config.model.revision if base is None else None, run.final, run)
 
 
@@ -77,11 +81,27 @@ def _adapter(path: Path, base: str | None, run: RunFolder | None) -> Target:
     name = base or config.get("base_model_name_or_path")
     if not name:
         raise FastFTError(f"{path / 'adapter_config.json'} does not name its base model. Give it with --base.")
+    if base is None and run is not None and path.name == "final":
+        _check_base(run, name, config.get("revision"))
     return Target(name, config.get("revision") if base is None else None, path, run)
 
 
+def _check_base(run: RunFolder, name: str, revision: str | None) -> None:
+    """Raise FastFTError where what lies at the base's place is not what the run was trained on."""
+    was = run.read_record().get("base")
+    if was is None or (was["kind"] == "folder" and not Path(name).expanduser().is_dir()):
+        return  # an older run; or no base there, which says so itself
+    found = differences(was, base_fingerprint(name, revision, full=False))
+    if found:
+        raise FastFTError(
+            f"the base model {name} is not the one that {run.path} was trained on:\n"
+            + "\n".join(f"  - {line}" for line in found)
+            + "\nPut the old one back, or name the right one with --base (which is then taken as it is)."
+        )
+
+
 def _check_adapter(path: Path) -> None:
-    """Raise FastFTError unless the adapter folder holds whole safetensors weights."""
+    """Raise FastFTError unless the adapter folder holds whole safetensors weights, those of its manifest if it has one."""
     from fastft.model import check_whole
 
     weights = path / "adapter_model.safetensors"
@@ -94,3 +114,18 @@ def _check_adapter(path: Path) -> None:
         )
         raise FastFTError(f"adapter {path} {what}. Save it again with safe_serialization=True.")
     check_whole(weights)
+    _check_manifest(path)
+
+
+def _check_manifest(path: Path) -> None:
+    """Raise FastFTError where the weights or their settings are not what training wrote (a README may be edited)."""
+    try:
+        entries = read_manifest((path / MANIFEST).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return  # another tool's adapter, or nothing to compare with: `fastft train` finds a damaged manifest and mends it
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        if name in entries and (not (path / name).is_file() or sha256(path / name) != entries[name]["sha256"]):
+            raise FastFTError(
+                f"{path / name} was changed after training: its sha256 is not the one in {MANIFEST}. Run `fastft train` "
+                f"again to have it restored; to use it as it is, delete {MANIFEST}."
+            )
