@@ -25,6 +25,7 @@ _PUBLIC = {
     "load_config": "fastft.config",
     "plan": "fastft.plan",
     "probe": "fastft.hardware",
+    "push": "fastft.export.hub",
     "train": "fastft.train",
     "verify": "fastft.verify",
 }
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from fastft.config import RunConfig, load_config
     from fastft.errors import FastFTError
     from fastft.export import export
+    from fastft.export.hub import push
     from fastft.generate import chat
     from fastft.hardware import probe
     from fastft.inspect import inspect_data

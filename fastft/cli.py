@@ -21,6 +21,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from fastft import __version__
+from fastft.bench.command import app as bench_app
 from fastft.config import redact
 from fastft.errors import FastFTError, InterruptedRunError
 
@@ -224,6 +225,26 @@ def verify(run: RunArgument, out: Out = None, base: Base = None, as_json: Json =
 
 
 @app.command()
+def push(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder or an adapter folder")],
+    repo: Annotated[str, typer.Option("--repo", help="user/name on the Hub; made where it is not there yet")],
+    private: Annotated[bool, typer.Option("--private", help="make it private")] = False,
+    base_id: Annotated[
+        str | None, typer.Option("--base-id", help="the base's public name, where it was loaded from a folder")
+    ] = None,
+    include: Annotated[str, typer.Option("--include", help="exports to add: merged, gguf; comma-separated")] = "",
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Upload adapter, model card and certified exports to the Hub, in one commit."""
+    from fastft.export.hub import push as run_push
+
+    kinds = [part.strip() for part in include.split(",") if part.strip()]
+    result = run_push(run, repo=repo, private=private, base_id=base_id, include=kinds, out=out)
+    _print(result, as_json, text=result["url"])
+
+
+@app.command()
 def serve(
     file: Annotated[Path, typer.Argument(help="a .gguf file")],
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
@@ -284,6 +305,10 @@ def doctor(
     _print(report, as_json, text="")
     raise typer.Exit(report.exit_code)
 
+
+# --- how fast it is
+
+app.add_typer(bench_app, name="bench")
 
 # --- how it is printed
 

@@ -8,10 +8,10 @@ came back.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from fastft import hub
 from fastft.config import MOVES_THE_BASE, LoraConfig, ModelConfig, RunConfig
 from fastft.engines import choose_engine, get_engine
 from fastft.engines.base import Engine
@@ -310,27 +310,20 @@ def _check_hub(name: str, revision: str | None, token: str | None) -> None:
     """Ask the Hub (or its cache, when offline) whether `name` exists and has safetensors."""
     import httpx
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
             return
-        if os.environ.get("HF_HUB_OFFLINE", "0") not in {"", "0"}:
+        if hub.is_offline():
             raise FastFTError(
                 f"model {name!r} is not in the local cache, and HF_HUB_OFFLINE is set. Unset it, or give a folder."
             )
-        files = HfApi().list_repo_files(name, revision=revision, token=token)
-    except HFValidationError as error:
-        raise FastFTError(f"{name!r} is neither a folder nor a Hub id (owner/name): {error}") from error
-    except GatedRepoError as error:
-        raise FastFTError(
-            f"model {name!r} is gated. Accept its licence on its page and sign in (hf auth login, or HF_TOKEN)."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise FastFTError(
-            f"there is no model {name!r} on the Hub, nor a folder of that name (a private one needs HF_TOKEN)."
-        ) from error
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        with hub.bounded_waits():
+            files = HfApi().list_repo_files(name, revision=revision, token=token)
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise hub.explain(error, f"model {name!r}") from error
+    except (httpx.HTTPError, OSError) as error:
         raise FastFTError(
             f"model {name!r}: no such folder, and the Hub cannot be reached ({type(error).__name__}). Check the spelling, "
             "or the network, or give a local folder."

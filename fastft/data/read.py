@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from fastft import hub
 from fastft.errors import FastFTError
 
 CHUNK_ROWS = 1000
@@ -116,6 +117,8 @@ def open_source(source: str, *, name: str | None = None, split: str = "train", s
                 f"the folder {source} holds no data file. Known: {', '.join(sorted(SUFFIXES))}, also compressed."
             )
         return _open_files(files, source)
+    if path.exists():  # a pipe, a socket, a device: can be read once at most, and data is read in several passes
+        raise FastFTError(f"{source} is neither a file nor a folder (a pipe?). Write its content into a file first.")
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and kind_of(path) is None and not source.startswith("."):
         return _from_hub(source, name, split, streaming)
     raise FastFTError(f"the data file {source} does not exist (looked in {path.absolute().parent}).")
@@ -451,20 +454,22 @@ def _saved_folder(path: Path, split: str) -> Source:
 
 
 def _from_hub(source: str, name: str | None, split: str, streaming: bool) -> Source:
+    import httpx
     from datasets import DownloadMode, load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        loaded = load_dataset(
-            source, name, split=split, streaming=streaming, download_mode=DownloadMode.REUSE_DATASET_IF_EXISTS
-        )
-    except DatasetNotFoundError as error:
-        raise FastFTError(
-            f"{source} is no file here and no dataset on the Hub that can be read ({error}). Check the spelling; a "
-            "private dataset needs HF_TOKEN or `hf auth login`."
-        ) from error
+        with hub.bounded_waits():
+            loaded = load_dataset(
+                source, name, split=split, streaming=streaming, download_mode=DownloadMode.REUSE_DATASET_IF_EXISTS
+            )
+    except DatasetNotFoundError as error:  # the answer behind it is gone; its text says which of two it was
+        explained = (hub.gated if "gated" in str(error) else hub.not_found)(f"dataset {source!r}")
+        raise FastFTError(f"{explained} Nor is it a file here.") from error
     except ValueError as error:  # unknown split or configuration: the message lists them
         raise FastFTError(f"the dataset {source}: {error}.") from error
-    except (ConnectionError, OSError) as error:
+    except (OSError, httpx.HTTPError) as error:  # the network's errors, and what datasets makes of them
+        if hub.is_offline() or hub.status(error) is not None:
+            raise hub.explain(error, f"dataset {source!r}") from error
         raise FastFTError(f"{source} is no file here, and the Hub cannot be reached: {error}.") from error
     return TableSource(loaded, source, [])

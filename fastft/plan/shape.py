@@ -356,9 +356,9 @@ def _local_shape(folder: Path) -> ModelShape:
 
 
 def _hub_shape(name: str, revision: str | None) -> ModelShape:
+    import httpx
     from huggingface_hub import get_safetensors_metadata, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import (
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         NotASafetensorsRepoError,
@@ -379,7 +379,7 @@ def _hub_shape(name: str, revision: str | None) -> ModelShape:
         raise hub.explain(error, f"model {name!r}") from error
     except NotASafetensorsRepoError as error:
         raise FastFTError(f"model {name!r} has no safetensors weights; fastft does not load pickles.") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
         if hub.status(error) in {401, 403}:
             raise hub.explain(error, f"model {name!r}") from error
         known = _known_by_hub_id(name)

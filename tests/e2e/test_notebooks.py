@@ -1,0 +1,290 @@
+"""Both notebooks: as generated, cell by cell, and executed from the first cell to the last on the embedded model."""
+
+import ast
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from fastft.quickstart import base_path, write_task
+
+ROOT = Path(__file__).parents[2]
+STAND_IN = ROOT / "tests" / "colab_stand_in"
+TOKEN = "hf_" + "S" * 34
+LANGUAGES = ("en", "ja")
+
+sys.path.insert(0, str(ROOT / "notebooks"))
+import make  # noqa: E402
+
+# The settings that people know, all of which the first cell must offer.
+NAMES = """
+    PROJECT_NAME BASE_SAVE_DIR BASE_MODEL_ID USE_4BIT DATASET_ID DATASET_SPLIT TEXT_COLUMN MAX_SEQ_LENGTH PACKING LORA_R
+    LORA_ALPHA LORA_DROPOUT LORA_TARGET_MODULES BATCH_SIZE GRADIENT_ACCUMULATION_STEPS LEARNING_RATE NUM_TRAIN_EPOCHS
+    WARMUP_STEPS LOGGING_STEPS SAVE_STEPS MAX_STEPS FASTFT_SOURCE
+"""
+
+
+def read(language):
+    return nbformat.read(ROOT / "notebooks" / make.FILES[language], as_version=4)
+
+
+def code_of(language):
+    return {cell.id: cell.source for cell in read(language).cells if cell.cell_type == "code"}
+
+
+def with_settings(source, settings):
+    """Return the settings cell with values replaced; every other character stays."""
+    for name, value in settings.items():
+        before, line, after = re.split(rf"^({name} = .*?)(?=  # @param)", source, flags=re.M)
+        assert line
+        source = f"{before}{name} = {value!r}{after}"
+    return source
+
+
+def colab(tmp_path, **more):
+    """Return the environment of a kernel that looks like Colab's."""
+    (tmp_path / "cloud").mkdir(exist_ok=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "COLAB_"))}
+    return {
+        **environment,
+        "PYTHONPATH": str(STAND_IN),
+        "COLAB_DRIVE": str(tmp_path / "cloud"),
+        "COLAB_DOWNLOADS": str(tmp_path / "downloads.txt"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **more,
+    }
+
+
+# --- as generated
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_committed_notebook_is_what_the_source_makes(language):
+    committed = (ROOT / "notebooks" / make.FILES[language]).read_text(encoding="utf-8")
+    assert committed == make.notebook(language)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_it_is_a_valid_notebook_for_a_colab_gpu_without_outputs(language):
+    notebook = read(language)
+    nbformat.validate(notebook)
+    assert notebook.metadata.colab.gpuType == "T4"
+    assert notebook.metadata.accelerator == "GPU"
+    for cell in notebook.cells:
+        assert cell.cell_type == "markdown" or (cell.outputs == [] and cell.execution_count is None)
+
+
+def test_the_two_differ_in_words_only():
+    """Same cells, and the same programs once texts and comments are left aside."""
+
+    class NoText(ast.NodeTransformer):
+        def visit_Constant(self, node):
+            return ast.Constant("") if isinstance(node.value, str) else node
+
+    def program(source):
+        return ast.dump(NoText().visit(ast.parse(source)))
+
+    english, japanese = code_of("en"), code_of("ja")
+    assert list(english) == list(japanese)
+    assert {n: program(s) for n, s in english.items()} == {n: program(s) for n, s in japanese.items()}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_settings_cell_has_a_form_field_for_every_name(language):
+    source = code_of(language)["settings"]
+    fields = re.findall(r"^([A-Z_0-9]+) = .*?  # @param ", source, flags=re.M)
+    assert set(NAMES.split()) <= set(fields)
+    assert len(fields) == len(set(fields))
+    assigned = [node.targets[0].id for node in ast.parse(source).body]
+    assert assigned == fields, "every setting has its form field"
+    assert "-bnb-4bit" in source.split("BASE_MODEL_ID = ")[1].splitlines()[0], "pre-quantised by default"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_setting_is_used(language):
+    cells = code_of(language)
+    later = "\n".join(source for name, source in cells.items() if name != "settings")
+    fields = re.findall(r"^([A-Z_0-9]+) = .*?  # @param ", cells["settings"], flags=re.M)
+    assert [name for name in fields if not re.search(rf"\b{name}\b", later)] == []
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_it_uses_only_the_public_names(language):
+    import fastft
+
+    used = set(re.findall(r"\bfastft\.([A-Za-z_]+)", "\n".join(code_of(language).values())))
+    assert used <= set(fastft.__all__)
+    assert not re.search(r"(from|import) fastft\.", "\n".join(code_of(language).values()))
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_each_cell_says_what_to_do_when_it_fails(language):
+    cells = read(language).cells
+    says = {"en": "If it fails", "ja": "失敗したら"}[language]
+    for before, cell in itertools.pairwise(cells):
+        if cell.cell_type == "code":
+            assert before.cell_type == "markdown", cell.id
+            assert says in before.source.replace("\n", " "), cell.id
+
+
+# --- cells on their own
+
+
+def run_cells(tmp_path, names, settings, *, before="", after="", env=None, language="en", colab_like=True):
+    """Run some cells in a process of their own; returns (exit code, standard output and error)."""
+    cells = code_of(language)
+    cells["settings"] = with_settings(cells["settings"], settings)
+    program = "\n".join([before, cells["settings"], *(cells[name] for name in names), after])
+    environment = colab(tmp_path, **(env or {}))
+    if not colab_like:
+        environment.pop("PYTHONPATH")
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+SIGN_IN = "IN_COLAB = True"
+TELL = "import os, hashlib; print('digest', hashlib.sha256(os.environ.get('HF_TOKEN', '').encode()).hexdigest())"
+
+
+@pytest.mark.parametrize(
+    ("secrets", "asks", "found"),
+    [
+        ({"HF_TOKEN": {"access": True, "payload": TOKEN}}, False, True),
+        ({"HF_TOKEN": {"access": False, "payload": TOKEN}}, False, False),
+        ({"HF_TOKEN": {"timeout": True}}, False, False),
+        ({}, False, False),
+        ({}, True, True),
+    ],
+)
+def test_sign_in_takes_the_secret_or_asks_and_never_shows_it(tmp_path, secrets, asks, found):
+    import hashlib
+
+    prompt = f"{SIGN_IN}\nimport getpass\ngetpass.getpass = lambda prompt: {TOKEN!r}" if asks else SIGN_IN
+    code, text = run_cells(
+        tmp_path,
+        ["signin"],
+        {"ASK_FOR_TOKEN": asks},
+        before=prompt,
+        after=TELL,
+        env={"COLAB_SECRETS": json.dumps(secrets)},
+    )
+    assert code == 0, text
+    assert hashlib.sha256(TOKEN.encode() if found else b"").hexdigest() in text
+    assert TOKEN not in text
+
+
+# Where fastft is not installed yet; pip is recorded instead of run.
+FRESH = """
+import importlib.util, subprocess, sys
+_find, _ran = importlib.util.find_spec, []
+importlib.util.find_spec = lambda name, *rest: None if name == "fastft" else _find(name, *rest)
+def _run(command, **keywords):
+    _ran.append(command)
+    return subprocess.CompletedProcess(command, FAILS, "", "ERROR: no matching distribution")
+subprocess.run = _run
+"""
+TELL_PIP = "\nimport json; print('RAN ' + json.dumps(_ran))"
+
+
+def test_the_install_cell_installs_the_pinned_set_and_nothing_else(tmp_path):
+    wheel = tmp_path / "drive" / "MyDrive" / "fastft-0.1.0-py3-none-any.whl"
+    code, text = run_cells(
+        tmp_path, ["install"], {"FASTFT_SOURCE": str(wheel)}, before=FRESH.replace("FAILS", "0"), after=TELL_PIP
+    )
+    assert code == 0, text
+    first, second = json.loads(text.split("RAN ")[1])
+    assert first[1:5] == ["-m", "pip", "install", "--quiet"]
+    assert first[5:] == make.requirements(ROOT / "requirements-colab.txt")
+    assert second[5:] == ["--no-deps", *make.requirements(ROOT / "requirements" / "unsloth.txt"), str(wheel)]
+    assert "Mounted at" in text, "the wheel lies in Drive, so Drive must be there first"
+
+
+def test_a_failed_install_shows_pips_last_words(tmp_path):
+    code, text = run_cells(tmp_path, ["install"], {}, before=FRESH.replace("FAILS", "1"))
+    assert code == 1
+    assert text.strip().endswith("ERROR: no matching distribution")
+
+
+def test_where_fastft_is_installed_nothing_is_installed(tmp_path):
+    code, text = run_cells(
+        tmp_path, ["install"], {}, before="import subprocess\nsubprocess.run = None", colab_like=False
+    )
+    assert code == 0, text
+    assert text.startswith("fastft ")
+
+
+# --- from the first cell to the last
+
+
+def execute(language, tmp_path, settings, environment):
+    notebook = read(language)
+    cell = next(cell for cell in notebook.cells if cell.get("id") == "settings")
+    cell.source = with_settings(cell.source, settings)
+    client = NotebookClient(
+        notebook, timeout=280, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    )
+    client.execute(env=environment)
+    return notebook
+
+
+def text_of(notebook, name):
+    cell = next(cell for cell in notebook.cells if cell.get("id") == name)
+    parts = [out.get("text", "") or out.get("data", {}).get("text/plain", "") for out in cell.outputs]
+    return "\n".join(parts)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_run_all(language, tmp_path):
+    data = write_task(tmp_path / "data")
+    question = {"en": "What is the flag animal of Sedok?", "ja": "セドクの旗の動物は何ですか?"}[language]
+    settings = {
+        "PROJECT_NAME": "t", "BASE_SAVE_DIR": str(tmp_path / "drive" / "MyDrive" / "fastft"),
+        "BASE_MODEL_ID": str(base_path()), "USE_4BIT": False, "MAX_SEQ_LENGTH": 128, "CHAT_TEMPLATE": "chatml",
+        "DATASET_ID": str(data.train), "LORA_DROPOUT": 0.0, "BATCH_SIZE": 4, "GRADIENT_ACCUMULATION_STEPS": 4,
+        "LEARNING_RATE": 3e-3, "MAX_STEPS": 40, "SAVE_STEPS": 20, "GGUF_TYPES": "q8_0", "QUESTION": question,
+    }  # fmt: skip
+    secret = json.dumps({"HF_TOKEN": {"access": True, "payload": TOKEN}})
+    notebook = execute(language, tmp_path, settings, colab(tmp_path, COLAB_SECRETS=secret))
+    if keep := os.environ.get("FASTFT_KEEP_NOTEBOOKS"):  # to look at what a reader sees
+        nbformat.write(notebook, Path(keep) / f"executed_{language}.ipynb")
+    saved = tmp_path / "cloud" / "fastft" / "t"  # what is left when the session is gone
+
+    assert (saved / "final" / "adapter_model.safetensors").is_file()
+    certificate = json.loads((saved / "export" / "certificate.json").read_text())
+    assert {name: entry["verdict"] for name, entry in certificate["files"].items()} == {"t.Q8_0.gguf": "pass"}
+    assert (saved / "export" / "t.Q8_0.gguf").stat().st_size > 1_000_000
+
+    answer = text_of(notebook, "chat").split(question)[1]
+    assert len(answer.strip()) > 3
+    assert (tmp_path / "downloads.txt").read_text().splitlines()[0].endswith("t.Q8_0.gguf")
+
+    record = json.loads((tmp_path / "runs" / "t" / "run.json").read_text())
+    assert record["choices"]["engine"]["value"] == "unsloth"
+    assert "imported_before_unsloth" not in record["patches"]
+    assert record["steps"] == 40
+
+    preview = [
+        out.data["text/html"]
+        for cell in notebook.cells
+        for out in cell.get("outputs", [])
+        if "text/html" in out.get("data", {})
+    ]
+    assert any("background-color" in html for html in preview), "the trained tokens are in colour"
+
+    everything = json.dumps(notebook) + "".join(
+        file.read_text(encoding="utf-8")
+        for file in tmp_path.rglob("*")
+        if file.suffix in {".json", ".yaml", ".md", ".jsonl"}
+    )
+    assert TOKEN not in everything, "the token is neither shown nor saved"
