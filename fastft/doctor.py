@@ -104,6 +104,7 @@ def doctor(path: str | Path = ".", *, quick: bool = False, network: bool = True)
     unsloth = None
     if not quick:
         checks.append(check_llama_cpp(hardware))
+        checks += check_kernels(hardware)
         found, unsloth = check_unsloth(hardware)
         checks += found
     summary = {
@@ -311,6 +312,24 @@ def check_llama_cpp(hardware: Hardware) -> Check:
         detail = f"llama-cpp-python works, but was built without the GPU ({hardware.name})"
         return Check(name=name, status="warning", detail=detail, fix=fix)
     return Check(name=name, status="ok", detail=f"llama-cpp-python loads; GPU offload: {'yes' if offload else 'no'}")
+
+
+def check_kernels(hardware: Hardware) -> Iterator[Check]:
+    """Whether fastft's compiled CPU kernels can be used (they are built at first use), or torch's operations instead."""
+    if hardware.kind != "cpu":
+        return
+    name, instead = "CPU kernels", "torch's element-wise operations instead, with the same results"
+    done = _python("from fastft.engines import native; print('FASTFT ' + native.why_not())", timeout=180)
+    if done is None or done.returncode != 0:
+        reason = "not built in 180 s" if done is None else _last_line(done.stderr)
+    else:
+        reason = next(line for line in done.stdout.splitlines() if line.startswith("FASTFT ")).removeprefix("FASTFT ")
+    if not reason:
+        yield Check(name=name, status="ok", detail="compiled for this processor, active")
+        return
+    fix = "apt-get install -y build-essential" if "compiler" in reason else None
+    fix = "unset FASTFT_NATIVE" if "FASTFT_NATIVE" in reason else fix
+    yield Check(name=name, status="note", detail=f"fell back: {reason}; {instead}", fix=fix)
 
 
 # Run in its own process: Unsloth patches whatever process imports it.

@@ -7,7 +7,7 @@ Q and K widths of all queries and all keys, r rank, c bytes of the compute type 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pydantic import BaseModel
@@ -33,8 +33,9 @@ class Situation:
     """Everything that decides the memory of a run, resolved: no `auto` is left."""
 
     device: Literal["cuda", "mps", "cpu"]
-    kernels: Literal["unsloth", "peft", "compiled"]
-    """unsloth: fused CUDA kernels; peft: transformers' and peft's eager modules (any CPU); compiled: torch.compile."""
+    kernels: Literal["unsloth", "fused", "peft", "compiled"]
+    """unsloth: its CUDA kernels; fused: fastft's own layers on a CPU; peft: transformers' and peft's eager modules;
+    compiled: torch.compile."""
     tokens: int
     """T: most tokens in one forward pass."""
     longest: int
@@ -49,7 +50,8 @@ class Situation:
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     lora_bytes: int = 4
     checkpointing: Literal["off", "recompute", "offload"] = "off"
-    loss: Literal["chunked", "full"] = "chunked"
+    loss: Literal["chunked", "full", "fused"] = "chunked"
+    """chunked: Unsloth's; fused: fastft's own on a CPU; full: transformers' over whole logits."""
     upcast: bool = False
     """peft's prepare_model_for_kbit_training: norms, embeddings and head in float32, so hidden states are too."""
     full_finetuning: bool = False
@@ -129,6 +131,8 @@ def layer_bytes_per_token(shape: ModelShape, s: Situation) -> dict[str, float]:
     qk_norm = (q + k) if shape.family in {"qwen3", "qwen3_moe", "gemma3_text"} else 0
     targets = shape.lora_targets(s.lora[1]) if not s.full_finetuning else shape.of("linear")
     inputs = [w.shape[1] for w in targets if w.name != "lm_head"]
+    if s.kernels == "fused":
+        return _fused_layer_bytes(shape, s)
     if s.kernels != "peft":
         shared = h + (h if s.kernels == "unsloth" else 0)  # the normed input of attention; Unsloth also keeps the MLP's
         lora = (shared + (i if s.kernels == "compiled" else 0)) * c if inputs else 0
@@ -155,6 +159,48 @@ def layer_bytes_per_token(shape: ModelShape, s: Situation) -> dict[str, float]:
         # Softcaps and sinks need written-out attention: scores, mask and weights of every pair of positions.
         parts["attention scores"] = shape.heads * min(s.longest, s.tokens) * (2 * c + 4 + 1)
     return parts
+
+
+# What fastft.engines.fused stands in for, by family; elsewhere and on quantised weights only norms, plain LoRA layers
+# and the loss are its own. A unit test compares these with its tables.
+FUSED_ATTENTION = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
+FUSED_MLP = FUSED_ATTENTION | {"gemma", "gemma2", "gemma3_text"}
+FUSED_HEAD = FUSED_MLP | {"phi3", "gpt_oss"}
+KEEP_PROBABILITIES = 256
+"""Sequences up to this length keep their attention weights (fused.KEEP_PROBABILITIES)."""
+
+
+def _fused_layer_bytes(shape: ModelShape, s: Situation) -> dict[str, float]:
+    """What fastft's own autograd functions save (engines/fused.py), and peft's modules where they are not replaced."""
+    c, h, q, k, i = s.compute_bytes, shape.hidden, shape.query_size, shape.kv_size, shape.intermediate
+    norms = 4 if shape.family in {"gemma2", "gemma3_text"} else 2
+    qk_norm = (q + k) * c + 4 * (shape.heads + shape.kv_heads)
+    peft = layer_bytes_per_token(shape, replace(s, kernels="peft"))
+    parts = {"norms": norms * (h * c + 4) + (qk_norm if shape.family in {"qwen3", "gemma3_text"} else 0)}
+    if s.quantization != "none" or s.use_dora or s.dropout or shape.experts:
+        return peft | parts
+    targets = {w.name for w in shape.lora_targets(s.lora[1])} if not s.full_finetuning else set()
+    inputs, low = 0, len([w for w in shape.lora_targets(s.lora[1]) if w.name != "lm_head"]) * s.rank * c
+    if shape.family in FUSED_ATTENTION:
+        # Rotated q, k and v as the products take them; cosines and sines once; short sequences' weights too.
+        parts["attention"] = (q + 2 * k) * c + 2 * shape.head_dim * c / shape.layers
+        parts["attention"] += shape.heads * s.longest * c if s.longest <= KEEP_PROBABILITIES else 0
+        inputs += h
+    else:
+        parts["attention"] = peft["attention"]
+        # Each of q, k and v is a layer of its own, but all keep the very same input.
+        inputs += h if targets & {"q_proj", "k_proj", "v_proj", "qkv_proj"} else 0
+    inputs += q if "o_proj" in targets else 0
+    if shape.family in FUSED_MLP:
+        parts["MLP"] = 2 * i * c
+        inputs += h
+    else:
+        parts["MLP"] = peft["MLP"]
+        inputs += h if targets & {"gate_up_proj", "gate_proj", "up_proj"} else 0
+        inputs += i if "down_proj" in targets else 0
+    if "attention scores" in peft:
+        parts["attention scores"] = peft["attention scores"]
+    return parts | {"LoRA inputs": inputs * c, "rank-r products": low}
 
 
 _SHARED_INPUT = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
@@ -205,6 +251,7 @@ def _listed(parts: dict[str, float]) -> str:
     return " + ".join(f"{name} {size:,.0f}" for name, size in parts.items() if size)
 
 
+HEAD_ROWS = 128  # logits at a time: fused.HEAD_ROWS
 CPU_CHUNK = 16 * 2**20  # logits at a time: UNSLOTH_CPU_CE_CHUNK_ELEMENTS
 GPU_LOSS_BUDGET = 4 * GIB  # or half of the free memory, where that is less
 
@@ -212,6 +259,12 @@ GPU_LOSS_BUDGET = 4 * GIB  # or half of the free memory, where that is less
 def loss_term(shape: ModelShape, s: Situation) -> Term:
     """Logits: a chunk at a time, or all of them in float32 where the loss is not fused."""
     logits, v = s.tokens * shape.vocab, shape.vocab
+    if s.loss == "fused":
+        size = min(s.tokens, HEAD_ROWS) * v * s.compute_bytes + 2 * s.tokens * shape.hidden * s.compute_bytes
+        formula = f"min(T, {HEAD_ROWS}) x V {v:,} x c + 2 T H c"
+        return _term(
+            "logits in chunks", size, formula, "fastft.engines.fused, in place; hidden states and their gradient"
+        )
     if s.loss == "full":
         # Logits, log-softmax and the gradient of each, in float32: all live while log-softmax runs backward.
         return _term("logits", logits * 16, f"T x V {v:,} x 4 tensors x 4 bytes", "transformers' ForCausalLMLoss")
@@ -285,7 +338,7 @@ def eval_terms(shape: ModelShape, s: Situation) -> list[Term]:
     logits = _term(
         "logits", t * shape.vocab * (c + 8), f"T x V {shape.vocab:,} x (c + 8) bytes", "c, float32, log-softmax"
     )
-    if s.device != "cpu":
+    if s.device != "cpu" or s.loss == "fused":
         logits = loss_term(shape, s)
     moving = [max(layer, logits, key=lambda term: term.bytes)]
     context = [_term("CUDA context", CUDA_CONTEXT, "0.45 GiB", "typical")] if s.device == "cuda" else []

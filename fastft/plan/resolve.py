@@ -7,7 +7,16 @@ from typing import Any, Literal
 
 from fastft.config import RunConfig
 from fastft.hardware import GIB, Choice, Hardware, compute_dtype, optimizer
-from fastft.plan.memory import Situation, Term, eval_terms, host_terms, imports_term, train_terms, weight_terms
+from fastft.plan.memory import (
+    FUSED_HEAD,
+    Situation,
+    Term,
+    eval_terms,
+    host_terms,
+    imports_term,
+    train_terms,
+    weight_terms,
+)
 from fastft.plan.shape import ModelShape
 
 MARGIN = 0.10
@@ -33,7 +42,7 @@ def resolve(config: RunConfig, hardware: Hardware, shape: ModelShape) -> Resolve
     optimizer_choice = optimizer(hardware, config.train.optimizer)
     start = Situation(
         device=hardware.kind,
-        kernels="unsloth" if hardware.kind == "cuda" and config.model.engine != "stock" else "peft",
+        kernels=_kernels(config, hardware),
         tokens=longest,
         longest=longest,
         compute_bytes=4 if dtype.value == "float32" else 2,
@@ -77,7 +86,18 @@ def resolve(config: RunConfig, hardware: Hardware, shape: ModelShape) -> Resolve
 CHUNKED_ON_CPU = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma3_text", "olmo2", "smollm3"})
 
 
-def _loss_of(config: RunConfig, hardware: Hardware, shape: ModelShape) -> Literal["chunked", "full"]:
+def _kernels(config: RunConfig, hardware: Hardware) -> Literal["unsloth", "fused", "peft"]:
+    if hardware.kind == "cuda":
+        return "peft" if config.model.engine == "stock" else "unsloth"
+    return "fused" if hardware.kind == "cpu" and config.train.fused_layers is not False else "peft"
+
+
+def _loss_of(config: RunConfig, hardware: Hardware, shape: ModelShape) -> Literal["chunked", "full", "fused"]:
+    changed_head = "lm_head" in config.lora.target_modules or (
+        shape.tied and isinstance(config.lora.train_tokens, list)
+    )
+    if _kernels(config, hardware) == "fused" and shape.family in FUSED_HEAD and not changed_head:
+        return "fused"
     stock = config.model.engine == "stock" or hardware.kind == "mps"
     return "full" if stock or (hardware.kind == "cpu" and shape.family not in CHUNKED_ON_CPU) else "chunked"
 

@@ -17,7 +17,10 @@ from fastft.plan.shape import ModelShape, known_shape
 if TYPE_CHECKING:
     from fastft.plan import Plan
 
-COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#edc948", "#b07aa1", "#9c755f", "#bab0ac")
+COLOURS = (
+    "#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#edc948", "#b07aa1", "#9c755f", "#bab0ac", "#1b9e77",
+    "#a0cbe8", "#ffbe7d", "#8cd17d", "#ff9d9a", "#d4a6c8", "#79706e",
+)  # fmt: skip
 VERDICTS = {
     "fits": "[bold green]fits[/]",
     "tight": "[bold yellow]tight[/]",
@@ -94,18 +97,20 @@ def plot_plan(plan: Plan, path: Path) -> Path:
     from matplotlib.figure import Figure
 
     place = "vram" if plan.phases["train"].vram_bytes else "ram"
-    names = list(dict.fromkeys(t.name for phase in plan.phases.values() for t in getattr(phase, f"{place}_terms")))
+    phases = {name: getattr(phase, f"{place}_terms") for name, phase in plan.phases.items()}
+    phases = {name: terms for name, terms in phases.items() if terms}  # a merge needs no VRAM
+    names = list(dict.fromkeys(term.name for terms in phases.values() for term in terms))
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for row, phase in enumerate(plan.phases.values()):
+    for row, terms in enumerate(phases.values()):
         left = 0.0
-        for term in getattr(phase, f"{place}_terms"):
+        for term in terms:
             colour = COLOURS[names.index(term.name) % len(COLOURS)]
             axes.barh(row, term.bytes / GIB, left=left, color=colour, label=term.name)
             left += term.bytes / GIB
     axes.axvline(plan.available[place] / GIB, color="black", linestyle="--", label="free")
-    axes.set_yticks(range(len(plan.phases)), list(plan.phases))
+    axes.set_yticks(range(len(phases)), list(phases))
     axes.invert_yaxis()
     axes.set_xlabel(f"{place.upper()}, GiB")
     axes.set_title(f"{plan.model} on {plan.hardware}: {plan.verdict.replace('_', ' ')}")

@@ -14,6 +14,7 @@ from fastft.doctor import (
     Check,
     Report,
     check_hub,
+    check_kernels,
     check_llama_cpp,
     check_memory,
     check_packages,
@@ -115,6 +116,16 @@ def test_llama_cpp_without_the_gpu_gives_the_cmake_line():
         on_a_gpu = check_llama_cpp(named_gpu("t4"))
         assert on_a_gpu.status == "warning"
         assert "CMAKE_ARGS='-DGGML_CUDA=on'" in (on_a_gpu.fix or "")
+
+
+def test_switched_off_kernels_say_so_and_how_to_get_them_back(monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setenv("FASTFT_NATIVE", "0")
+    (found,) = check_kernels(replace(probe(), kind="cpu"))
+    assert found.status == "note"
+    assert found.detail.startswith("fell back: switched off by FASTFT_NATIVE=0")
+    assert found.fix == "unset FASTFT_NATIVE"
+    assert not list(check_kernels(named_gpu("t4")))
 
 
 @pytest.mark.long

@@ -1,5 +1,6 @@
 """The plan: closed forms, what people know, what others measured, and errors that say what is missing."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from fastft.plan import (
     calibrate,
     known_shape,
     load_shape,
+    memory,
     pick_gradient_checkpointing,
     pick_micro_batch_tokens,
     plan,
@@ -201,17 +203,26 @@ def test_shape_equals_what_transformers_builds(tmp_path):
         assert shape.lora_parameters(4) == real, family
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), ("llama", "float32"), ("qwen3", "bfloat16")])
-def test_saved_activations_are_what_autograd_keeps(family, dtype):
+KEPT = [
+    ("peft", "llama", "bfloat16"), ("peft", "llama", "float32"), ("peft", "qwen3", "bfloat16"),
+    ("fused", "llama", "bfloat16"), ("fused", "llama", "float32"), ("fused", "qwen3", "bfloat16"),
+    ("fused", "gemma3_text", "bfloat16"), ("fused", "phi3", "bfloat16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kernels", "family", "dtype"), KEPT)
+def test_saved_activations_are_what_autograd_keeps(kernels, family, dtype):
     """Count every tensor that one forward pass over a padding-free row saves, against layer_bytes_per_token."""
     torch = pytest.importorskip("torch")
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from fastft.engines.attention import padding_free
+    from fastft.engines.fused import FusedLayers
 
     values = LLAMA | {"model_type": family, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3}
-    settings = AutoConfig.for_model(**values, head_dim=32)
+    values |= {"pad_token_id": 0} if family == "phi3" else {"head_dim": 32}
+    settings = AutoConfig.for_model(**values)
     model = AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, dtype))
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"), autocast_adapter_dtype=True)
     tokens = 512
@@ -220,22 +231,36 @@ def test_saved_activations_are_what_autograd_keeps(family, dtype):
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        # Copies of weights (autocast) have no dimension of the length of the row.
-        if storage.data_ptr() not in own and tokens in tensor.shape:
+        # Copies of weights (autocast) are not of the size of a row.
+        if storage.data_ptr() not in own and storage.nbytes() % tokens == 0 and tensor.numel() >= tokens:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     ids = torch.randint(0, 500, (1, tokens))
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast, padding_free(model):
+    fused = contextlib.nullcontext() if kernels == "peft" else FusedLayers(model, getattr(torch, dtype)).active()
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, autocast, padding_free(model), fused:
         row = {"position_ids": torch.arange(tokens)[None], "cu_seq_lens_q": torch.tensor([0, tokens])}
         hidden = model.get_base_model().model(ids, use_cache=False, **row).last_hidden_state
     assert hidden.requires_grad
     shape = shape_from_config(json.loads(settings.to_json_string(use_diff=False)), family)
     c = 2 if dtype == "bfloat16" else 4
-    s = Situation(device="cpu", kernels="peft", tokens=tokens, longest=tokens, rank=4, compute_bytes=c)
+    s = Situation(device="cpu", kernels=kernels, tokens=tokens, longest=tokens, rank=4, compute_bytes=c)
     predicted = 3 * tokens * sum(layer_bytes_per_token(shape, s).values())
     assert sum(kept.values()) == pytest.approx(predicted, rel=0.06)
+
+
+def test_the_plan_knows_what_the_fused_layers_stand_for():
+    pytest.importorskip("torch")
+    from fastft.engines import fused
+
+    classes = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3"}
+    classes |= {"gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3"}
+    assert {f"{classes[family]}Attention" for family in memory.FUSED_ATTENTION} == fused.ATTENTIONS
+    assert {f"{classes[family]}MLP" for family in memory.FUSED_MLP} == fused.MLPS
+    assert memory.FUSED_HEAD == fused.HEADS
+    assert (memory.HEAD_ROWS, memory.KEEP_PROBABILITIES) == (fused.HEAD_ROWS, fused.KEEP_PROBABILITIES)
 
 
 # --- reading models
