@@ -167,7 +167,7 @@ class Mirror:
         if finished and not problem:
             return
         why = _explain(problem[0]) if problem else f"it did not answer for {self.stall_seconds:.0f} s"
-        if own is None and not (self.run.path / "run.json").is_file():
+        if own is None and not self.run.has_record():
             raise FastFTError(
                 f"the mirror {self.folder} cannot be read ({why}), and the run has nothing of its own yet, so nobody knows "
                 "whether it was started before. Mount it and check the path, or set mirror: null for a run without it."
@@ -547,6 +547,15 @@ class Mirror:
             f"mirror: {self.folder} is behind: it {has}; {self.problem}. The run itself is whole in {self.run.path}; the "
             "same command brings the mirror up to date once it works again."
         )
+
+
+def follow(run: RunFolder, *, note: Callable[[str], None], warn: Callable[[str], None]) -> None:
+    """Bring the mirror of a run up to date after an export or a certificate; nothing happens where the run has none."""
+    config = run.read_config()
+    if config.mirror is None:
+        return
+    folder = Path(config.mirror).expanduser().absolute() / config.project
+    Mirror(run, folder, note=note, warn=warn).close()
 
 
 def _explain(error: OSError) -> str:

@@ -130,6 +130,10 @@ class RunFolder:
             os.replace(aside, self.path / INITIAL_ADAPTER)
         return repaired
 
+    def has_record(self) -> bool:
+        """Whether there is a run.json."""
+        return (self.path / "run.json").is_file()
+
     def is_started(self) -> bool:
         """Whether this folder holds a run. Raises FastFTError where it does, but the record of it is gone or damaged."""
         problem = self.record_problem()
@@ -138,7 +142,7 @@ class RunFolder:
                 f"{self.path} holds a run, but {problem}, and no checkpoint has a copy. Restore it, or use another project "
                 "name; to start over, delete the folder."
             )
-        return (self.path / "run.json").is_file()
+        return self.has_record()
 
     def record_problem(self) -> str | None:
         """Return what is wrong with run.json, or None; it may be absent only where nothing was trained yet."""
@@ -146,7 +150,7 @@ class RunFolder:
             record = self.read_record()
         except FastFTError:
             return "run.json is damaged"
-        if (self.path / "run.json").is_file():
+        if self.has_record():
             return None if {"started", "dataset"} <= record.keys() else "run.json is incomplete"
         trained = (self.path / "log.jsonl").is_file() or checkpoint.checkpoints(self.checkpoints)
         return "run.json is missing" if trained or self.final.is_dir() else None

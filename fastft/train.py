@@ -521,8 +521,11 @@ def _mirrored(config: RunConfig, run: RunFolder, report: Reporter) -> Iterator[M
         if error.exit_code == FastFTError.exit_code:  # the input is wrong: nothing was done
             seconds = 0.0
         raise
+    except KeyboardInterrupt:  # asked twice: stop at once
+        seconds = 0.0
+        raise
     finally:
-        if seconds:
+        if seconds and run.has_record():
             mirror.close(seconds)
             run.update_record(mirror=mirror.facts())
 

@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -157,6 +159,33 @@ def test_a_damaged_record_is_mended_from_the_checkpoint_or_refused(content, move
     assert code == 0, message
     assert "it was taken from checkpoint-6" in message
     assert losses(run)[7] == trace[7]
+
+
+def test_a_time_limit_and_a_signal_leave_the_mirror_up_to_date(moved, attempt):
+    config, run, mirror, trace = moved
+    code, message = attempt("train", config, "--set", "train.max_minutes=0.001")
+    assert code == 0, message
+    assert "train.max_minutes 0.001: saving" in message
+    assert "saving a checkpoint takes" in message
+    assert losses(run) == {step: trace[step] for step in range(1, 8)}
+    assert checkpoint.newest_whole(mirror / "checkpoints")[0].name == "checkpoint-7"
+
+    def terminate():
+        while 9 not in losses(run):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate, daemon=True).start()
+    code, message = attempt(
+        "train", change(config, train__max_steps=1000, train__save_steps=500, train__eval_steps=500)
+    )
+    assert code == 130, message
+    assert "state saved. The same command goes on." in message
+    last = max(losses(run))
+    assert 9 <= last < 1000
+    newest, _ = checkpoint.newest_whole(mirror / "checkpoints")
+    assert newest.name == f"checkpoint-{last}"
+    assert json.loads((run / "run.json").read_text())["mirror"]["behind_because"] is None
 
 
 def test_a_log_that_lost_its_end_comes_back(moved, attempt):
