@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "FastFTError": "fastft.errors",
     "FastLanguageModel": "fastft.model",
+    "FastSFTTrainer": "fastft.sft",
     "RunConfig": "fastft.config",
     "RunResult": "fastft.train",
     "chat": "fastft.generate",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from fastft.inspect import inspect_data
     from fastft.model import FastLanguageModel
     from fastft.plan import plan
+    from fastft.sft import FastSFTTrainer
     from fastft.train import RunResult, train
     from fastft.verify import verify
 
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'fastft' has no attribute {name!r}")
-    if name == "FastLanguageModel":
+    if name in {"FastLanguageModel", "FastSFTTrainer"}:
         _import_unsloth_first()
     value = getattr(importlib.import_module(_PUBLIC[name]), name)
     setattr(sys.modules[__name__], name, value)
@@ -62,6 +64,8 @@ def __dir__() -> list[str]:
 
 def _import_unsloth_first() -> None:
     """Import Unsloth where this machine will use it, so that what is imported afterwards is patched."""
+    if "fastft.engines.stock" in sys.modules:
+        return  # the process is the stock engine's
     from fastft.engines import choose_engine
     from fastft.hardware import probe
 

@@ -278,7 +278,7 @@ class _Session:
         self._choose_fused()
 
     def _choose_fused(self) -> None:
-        """fastft's own layers, where the model has some that they stand for: CPU, weights not quantised."""
+        """Fastft's own layers, where the model has some that they stand for: CPU, weights not quantised."""
         import torch
 
         from fastft.engines import native
@@ -293,11 +293,14 @@ class _Session:
         if fused.forwards:
             self.fused = fused
         kernels = native.why_not()
-        reason = f"{len(fused.forwards)} modules" + (f", torch's element-wise operations ({kernels})" if kernels else "")
+        reason = f"{len(fused.forwards)} modules" + (
+            f", torch's element-wise operations ({kernels})" if kernels else ""
+        )
         self.choices["fused_layers"] = Choice(bool(fused.forwards), reason)
 
     def _trainer(self) -> Any:
-        from fastft.trainer import StepPolicy, StepTrainer, training_arguments
+        from fastft.step import StepPolicy
+        from fastft.trainer import StepTrainer, training_arguments
 
         settings, total = self.config.train, self._total_steps()
         arguments = training_arguments(

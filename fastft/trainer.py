@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from fastft import checkpoint
-from fastft.data.batches import Segment, StepBatches, micro_batches, segments_of, supervised_tokens
-from fastft.engines.attention import padding_free
+from fastft.data.batches import StepBatches, segments_of, supervised_tokens
 from fastft.engines.base import Engine
 from fastft.engines.fused import FusedLayers
 from fastft.errors import CouldNotFinishError
-
-
-@dataclass
-class StepPolicy:
-    """How a step is cut. `micro_batch_tokens` may shrink while the run goes on; what is learnt does not change."""
-
-    micro_batch_tokens: int
-    padded: bool
-    pad_token_id: int
+from fastft.step import Stepper, StepPolicy
 
 
 @dataclass
@@ -80,10 +71,9 @@ class StepTrainer(Trainer):
         self.held_out = eval_dataset
         self.policy = policy
         self.on_log = on_log
-        self.on_note = on_note
         self.save_extra = save_extra
         self.report_every = report_every
-        self.fused = fused
+        self.stepper = Stepper(model, engine, policy, device=self.args.device, on_note=on_note, fused=fused)
         self.progress = Progress()
 
     # --- one step
@@ -100,71 +90,15 @@ class StepTrainer(Trainer):
         """Accumulate the gradient of one whole step; returns its loss, the mean over its supervised tokens."""
         started = time.perf_counter()
         segments = segments_of(inputs)
-        rng = _rng_state()
-        while True:
-            try:
-                loss, tokens = self._accumulate(model, segments)
-                break
-            except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-            # Outside the except block: the traceback would keep the activations alive.
-            self._shrink(segments)
-            model.zero_grad(set_to_none=True)
-            _restore_rng(rng)  # the same dropout masks as if the smaller budget had been there from the start
+        model.train()
+        loss = self.stepper.gradient(model, segments, self.accelerator.backward, self.compute_loss_context_manager)
         if not math.isfinite(loss):
             raise CouldNotFinishError(self._not_finite(loss))
-        seconds = time.perf_counter() - started
+        seconds, tokens = time.perf_counter() - started, sum(len(segment) for segment in segments)
         self.progress.step = {"loss": loss, "tokens": tokens, "seconds": seconds}
         self.progress.tokens += tokens
         self.progress.trained_tokens += supervised_tokens(segments)
         return torch.tensor(loss, device=self.args.device)
-
-    def _accumulate(self, model: Any, segments: list[Segment]) -> tuple[float, int]:
-        """Run forward and backward of every micro-batch; returns (loss of the step, tokens without padding)."""
-        model.train()
-        supervised = supervised_tokens(segments)
-        policy, loss_sum = self.policy, torch.zeros((), device=self.args.device, dtype=torch.float64)
-        with self._fast_layers(), self.engine.loss_mode(self.model):
-            for batch in micro_batches(
-                segments,
-                policy.micro_batch_tokens,
-                padded=policy.padded,
-                pad_token_id=policy.pad_token_id,
-                device=self.args.device,
-            ):
-                with self.compute_loss_context_manager():
-                    loss = model(**batch.inputs, num_items_in_batch=supervised, use_cache=False).loss
-                self.accelerator.backward(loss)
-                loss_sum += loss.detach()
-        return loss_sum.item(), sum(len(segment) for segment in segments)
-
-    @contextlib.contextmanager
-    def _fast_layers(self) -> Iterator[None]:
-        """Inside, the model takes padding-free rows (unless padded) and computes with the fused layers, where there are any."""
-        with contextlib.ExitStack() as stack:
-            if not self.policy.padded:
-                stack.enter_context(padding_free(self.model))
-            if self.fused is not None:
-                stack.enter_context(self.fused.active())
-            yield
-
-    def _shrink(self, segments: list[Segment]) -> None:
-        """Halve the budget after an out-of-memory; raises CouldNotFinishError where rows cannot get smaller."""
-        longest = max(len(segment) for segment in segments)
-        before = min(self.policy.micro_batch_tokens, sum(len(segment) for segment in segments))
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if before <= longest:
-            raise CouldNotFinishError(
-                f"out of memory on a single sequence of {longest} tokens{_memory_numbers()}. Set model.max_seq_length below "
-                f"{longest}, train.gradient_checkpointing: true, or model.quantization: nf4. The last checkpoint is whole."
-            )
-        self.policy.micro_batch_tokens = max(before // 2, 1)
-        self.on_note(
-            f"out of memory with {before} tokens a micro-batch{_memory_numbers()}; the same step again with "
-            f"{self.policy.micro_batch_tokens} (the effective batch stays)"
-        )
 
     def _not_finite(self, loss: float) -> str:
         step, rate = self.state.global_step + 1, self._get_learning_rate()
@@ -198,16 +132,10 @@ class StepTrainer(Trainer):
         was_training = self.model.training
         self.model.eval()
         total, supervised = 0.0, 0
-        with self._fast_layers(), self.autocast():
+        with self.stepper.layers(), self.autocast():
             for first in range(0, len(dataset), 32):
                 segments = segments_of([dataset[i] for i in range(first, min(first + 32, len(dataset)))])
-                for batch in micro_batches(
-                    segments,
-                    self.policy.micro_batch_tokens,
-                    padded=self.policy.padded,
-                    pad_token_id=self.policy.pad_token_id,
-                    device=self.args.device,
-                ):
+                for batch in self.stepper.batches(segments):
                     total += self.model(**batch.inputs, num_items_in_batch=1, use_cache=False).loss.double().item()
                 supervised += supervised_tokens(segments)
         self.model.train(was_training)
@@ -294,36 +222,6 @@ def peak_memory_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _memory_numbers() -> str:
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        peak = torch.cuda.max_memory_allocated()
-        return f" ({peak / 2**30:.1f} GiB peak, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free)"
-    import psutil
-
-    memory = psutil.virtual_memory()
-    return f" ({memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB RAM free)"
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return (
-        isinstance(error, torch.OutOfMemoryError | MemoryError)
-        or "can't allocate memory" in text
-        or "out of memory" in text
-    )
-
-
-def _rng_state() -> tuple[Any, Any]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-
-
-def _restore_rng(state: tuple[Any, Any]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state_all(state[1])
 
 
 def training_arguments(

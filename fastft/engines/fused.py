@@ -14,6 +14,7 @@ own forward. Frozen weights get no gradient.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -140,7 +141,10 @@ class _GatedMLP(Function):
         h = native.glu_backward_(dh, gate, up, ctx.gelu)  # gate and up are their gradients from here on
         rest_outer: list[torch.Tensor | None] = [None, None]
         if outer.a is not None:
-            rest_outer = [(dlow.t() @ h).to(outer.a.dtype), (low_outer.t() @ dy).t().to(outer.b.dtype).mul_(outer.scale)]
+            rest_outer = [
+                (dlow.t() @ h).to(outer.a.dtype),
+                (low_outer.t() @ dy).t().to(outer.b.dtype).mul_(outer.scale),
+            ]
         del h, dh
         dx, rest_inner = _project_backward([gate, up], x, low_inner, ctx.inner, ctx.needs_input_grad[0])
         return (dx, None, None, None, *rest_inner, *rest_outer)
@@ -200,9 +204,7 @@ def _query_blocks(length: int, window: int) -> list[tuple[int, int, int]]:
     """Return (first query, end, first key) of the products that cover the causal triangle, or its band."""
     count = -(-length // QUERY_BLOCK)
     edges = [length * i // count // PAD * PAD for i in range(count)] + [length]
-    return [
-        (a, b, max(0, a - window + 1) // PAD * PAD) for a, b in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    return [(a, b, max(0, a - window + 1) // PAD * PAD) for a, b in itertools.pairwise(edges)]
 
 
 class _RotaryAttention(Function):
@@ -271,7 +273,14 @@ class _RotaryAttention(Function):
 
 
 def _views(
-    at: tuple[int, int, int], kv: int, group: int, dim: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor
+    at: tuple[int, int, int],
+    kv: int,
+    group: int,
+    dim: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the blocks of one group of sequences: q, o (count kv, length group, dim), k, v (count kv, length, dim)."""
     start, count, length = at
@@ -324,9 +333,11 @@ class _HeadLoss(Function):
         for first in range(0, hidden.shape[0], HEAD_ROWS):
             part = slice(first, first + HEAD_ROWS)
             logits = hidden[part] @ weight.t()
-            total += native.cross_entropy_(
-                logits, targets[part], factor=1.0 / divisor, cap=cap, backward=backward
-            ).double().sum()
+            total += (
+                native.cross_entropy_(logits, targets[part], factor=1.0 / divisor, cap=cap, backward=backward)
+                .double()
+                .sum()
+            )
             if grad is not None:
                 torch.mm(logits, weight, out=grad[part])
         ctx.save_for_backward(*([] if grad is None else [grad]))
@@ -427,7 +438,11 @@ class FusedLayers:
         if type(module) is torch.nn.Linear:
             plain = None if adapted_only else module
             return Projection(plain.weight, plain.bias, None, None, 0.0) if plain and self._frozen(plain) else None
-        if type(module) is not LoraLinear or type(module.base_layer) is not torch.nn.Linear or len(module.active_adapters) != 1:
+        if (
+            type(module) is not LoraLinear
+            or type(module.base_layer) is not torch.nn.Linear
+            or len(module.active_adapters) != 1
+        ):
             return None
         base, name = module.base_layer, module.active_adapters[0]
         if name not in module.lora_A or name in module.lora_variant or module.merged or module.disable_adapters:

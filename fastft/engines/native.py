@@ -86,7 +86,9 @@ def _processor() -> str:
 def _openmp() -> list[str]:
     """Return torch's own OpenMP library for the linker: a second one would keep a second set of threads."""
     root = Path(torch.__file__).parent
-    return [str(path) for folder in (root / "lib", root.parent / "torch.libs") for path in folder.glob("libgomp*.so*")][:1]
+    return [str(path) for folder in (root / "lib", root.parent / "torch.libs") for path in folder.glob("libgomp*.so*")][
+        :1
+    ]
 
 
 def usable(dtype: torch.dtype) -> bool:
@@ -115,9 +117,7 @@ def _call(name: str, dtype: torch.dtype, *arguments: object) -> None:
 # --- RMSNorm
 
 
-def rms_forward(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rms_forward(x: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (y like x (rows, n), rstd (rows,) float32); `plus_one` is Gemma's weight of 1 + w, rounded once."""
     if usable(x.dtype):
         y, rstd = torch.empty_like(x), torch.empty(x.shape[0])

@@ -1,0 +1,261 @@
+"""The CPU's fused layers: compiled kernels against their torch form, and each layer against autograd over the plain one."""
+
+import contextlib
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastft.data.batches import Segment, micro_batches, supervised_tokens
+from fastft.engines import native
+from fastft.engines.attention import padding_free
+from fastft.engines.fused import FusedLayers, _RotaryAttention, head_loss, plan_row
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def both(request, monkeypatch):
+    """A function that runs another with the compiled kernels and with torch's operations."""
+    if native.library() is None:
+        pytest.skip(f"no compiled kernels: {native.why_not()}")
+    dtype = request.param
+
+    def run(function, *shapes, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = [torch.randn(*shape, generator=generator).to(dtype) for shape in shapes]
+        compiled = function(*[t.clone() for t in tensors])
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "library", lambda: None)
+            plain = function(*[t.clone() for t in tensors])
+        for a, b in zip(compiled, plain, strict=True):
+            assert a.dtype == b.dtype
+            assert relative(a, b) < TOLERANCE[dtype]
+
+    return run
+
+
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_rms_norm(both, plus_one):
+    def norm(x, weight, dy):
+        y, rstd = native.rms_forward(x, weight, 1e-6, plus_one)
+        return y, rstd, native.rms_backward(dy, x, weight, rstd, plus_one)
+
+    both(norm, (37, 96), (96,), (37, 96))
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_gated_activation(both, gelu):
+    def glu(gate, up, dh):
+        h = native.glu_forward(gate, up, gelu)
+        again = native.glu_backward_(dh, gate, up, gelu)
+        return h, again, gate, up
+
+    both(glu, (37, 96), (37, 96), (37, 96))
+
+
+@pytest.mark.parametrize("window", [2**40, 7])
+def test_softmax(both, window):
+    def softmax(scores, grad):
+        native.softmax_forward_(scores, group=3, first_query=32, first_key=32, window=window, scale=0.3)
+        native.softmax_backward_(scores, grad, 0.3)
+        return scores, grad
+
+    both(softmax, (2, 96, 32), (2, 96, 32))
+
+
+def test_heads_are_packed_and_unpacked(both):
+    plan = plan_row([0, 5, 38, 70])
+
+    def layout(rows, cos, sin):
+        blocks = native.pack_heads(rows, (cos, sin), plan.table, (2, 3, 8))
+        return blocks, native.unpack_heads(blocks, (cos, sin), plan.table, (2, 3, 8), 70)
+
+    both(layout, (70, 48), (70, 8), (70, 8))
+
+
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+def test_cross_entropy(both, cap):
+    targets = torch.arange(11) * 7 % 90
+
+    def loss(logits):
+        logits *= 5
+        losses = native.cross_entropy_(logits, targets, factor=0.5, cap=cap, backward=True)
+        return losses, logits
+
+    both(loss, (11, 90))
+
+
+def test_a_value_that_is_not_a_number_stays_one():
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = torch.zeros(2, 40, dtype=dtype)
+        logits[1, 3] = float("nan")
+        losses = native.cross_entropy_(logits, torch.tensor([1, 1]), factor=1.0, cap=0.0, backward=True)
+        assert not losses[0].isnan()
+        assert losses[1].isnan()
+        x = torch.full((1, 8), float("nan"), dtype=dtype)
+        assert native.glu_forward(x, x, False).isnan().all()
+        assert native.rms_forward(x, torch.ones(8, dtype=dtype), 1e-6, False)[0].isnan().all()
+
+
+@pytest.mark.parametrize("window", [None, 20, 300])
+def test_attention_equals_sdpa_on_each_sequence(window):
+    lengths, heads, kv, dim = [700, 33, 33, 1, 260], 6, 2, 16
+    edges = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(edges[-1], n * dim, generator=generator, requires_grad=True) for n in (heads, kv, kv))
+    grad = torch.randn(edges[-1], heads * dim, generator=generator)
+    out = _RotaryAttention.apply(q, k, v, None, plan_row(edges), dim, 0.25, window)
+    got = (out, *torch.autograd.grad(out, (q, k, v), grad))
+    pieces = []
+    for a, b in itertools.pairwise(edges):
+        qs, ks, vs = (t[a:b].view(1, b - a, -1, dim).transpose(1, 2) for t in (q, k, v))
+        distance = torch.arange(b - a)[:, None] - torch.arange(b - a)[None]
+        mask = (distance >= 0) & (distance < (window or b - a))
+        piece = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, scale=0.25, enable_gqa=True)
+        pieces.append(piece.transpose(1, 2).reshape(b - a, -1))
+    expected = torch.cat(pieces)
+    wanted = (expected, *torch.autograd.grad(expected, (q, k, v), grad))
+    for a, b in zip(got, wanted, strict=True):
+        assert relative(a, b) < 2e-6
+
+
+def test_the_loss_counts_only_supervised_tokens():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 300, 16, generator=generator, requires_grad=True)
+    weight = torch.randn(50, 16, generator=generator)
+    labels = torch.randint(0, 50, (1, 300), generator=generator)
+    labels[:, :20] = -100
+    labels[:, 200:210] = -100
+    got = head_loss(hidden, weight, labels, 7.0)
+    expected = F.cross_entropy((hidden @ weight.t())[0, :-1], labels[0, 1:], reduction="sum") / 7
+    torch.testing.assert_close(got, expected)
+    a, b = (torch.autograd.grad(loss * 3, hidden)[0] for loss in (got, expected))
+    assert relative(a, b) < 2e-6
+
+
+# --- whole models
+
+
+def make_model(dtype=torch.float32, **lora):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=200, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=1024,
+    )  # fmt: skip
+    settings = {"r": 4, "target_modules": "all-linear", "lora_alpha": 8, **lora}
+    model = get_peft_model(LlamaForCausalLM(config).to(dtype), LoraConfig(task_type="CAUSAL_LM", **settings))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1, generator=generator)
+    return model.train()
+
+
+def rows(lengths=(300, 40, 17, 129, 64, 2)):
+    generator = torch.Generator().manual_seed(2)
+    result = []
+    for length in lengths:
+        ids = torch.randint(0, 200, (length,), generator=generator).numpy()
+        labels = ids.copy()
+        labels[: 1 + length // 4] = -100
+        result.append(Segment(ids, labels))
+    return result
+
+
+def gradient(model, segments, budget, *, padded=False, fused=None, autocast=False):
+    model.zero_grad()
+    supervised, total = supervised_tokens(segments), 0.0
+    with contextlib.ExitStack() as stack:
+        if not padded:
+            stack.enter_context(padding_free(model))
+        if fused is not None:
+            stack.enter_context(fused.active())
+        for batch in micro_batches(segments, budget, padded=padded, pad_token_id=0, device="cpu"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = model(**batch.inputs, num_items_in_batch=supervised, use_cache=False).loss
+            loss.backward()
+            total += loss.item()
+    return total, torch.cat([p.grad.float().flatten() for p in model.parameters() if p.requires_grad])
+
+
+KINDS = {
+    "all linear layers": {},
+    "attention only": {"target_modules": ["q_proj", "v_proj"]},
+    "rank-stabilised": {"use_rslora": True},
+    "DoRA keeps peft's forward": {"use_dora": True},
+    "trained token rows keep the stock head": {"trainable_token_indices": [3, 5]},
+    "the head has an adapter": {"target_modules": ["q_proj", "down_proj", "lm_head"]},
+    "trained biases": {"bias": "lora_only"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_gradient_is_the_padded_one(kind, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
+    model = make_model(**KINDS[kind])
+    fused = FusedLayers(model, torch.float32)
+    reference_loss, reference = gradient(model, rows(), 10**6, padded=True)
+    for budget in (60, 10**6):
+        loss, got = gradient(model, rows(), budget, fused=fused)
+        assert abs(loss - reference_loss) < 1e-5
+        assert relative(got, reference) < 1e-5
+
+
+def test_bfloat16_is_as_close_to_float32_as_peft_is():
+    exact, model = make_model(), make_model(torch.bfloat16)
+    with torch.no_grad():  # the same numbers on both sides: the rounded base, the float32 adapter
+        for a, b in zip(exact.parameters(), model.parameters(), strict=True):
+            a.copy_(b)
+    _, reference = gradient(exact, rows(), 10**6, padded=True)
+    _, got = gradient(model, rows(), 500, fused=FusedLayers(model, torch.bfloat16), autocast=True)
+    assert float(F.cosine_similarity(got, reference, dim=0)) > 0.999
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_layers_give_the_same_gradient(reentrant):
+    model = make_model()
+    _, reference = gradient(model, rows(), 10**6, padded=True)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    _, got = gradient(model, rows(), 300, fused=FusedLayers(model, torch.float32))
+    assert relative(got, reference) < 1e-5
+
+
+def test_the_forwards_are_put_back():
+    model = make_model()
+    before = {name: module.__dict__.get("forward") for name, module in model.named_modules()}
+    fused = FusedLayers(model, torch.float32)
+    with pytest.raises(ZeroDivisionError), fused.active():
+        raise ZeroDivisionError
+    assert {name: module.__dict__.get("forward") for name, module in model.named_modules()} == before
+
+
+def test_layers_that_are_not_plain_are_left_alone():
+    def kinds(**lora):
+        return {type(module).__name__ for module, _ in FusedLayers(make_model(**lora), torch.float32).forwards}
+
+    assert {"LlamaMLP", "LlamaAttention", "Linear", "LlamaRMSNorm", "LlamaForCausalLM"} == kinds()
+    assert kinds(lora_dropout=0.1) == {"LlamaRMSNorm", "LlamaForCausalLM"}
+    assert kinds(use_dora=True) == {"LlamaRMSNorm", "LlamaForCausalLM"}
+    assert not FusedLayers(make_model(torch.bfloat16), torch.float32).forwards, "another type than the weights'"
+
+
+def test_without_a_compiler_torch_is_used_and_said(tmp_path):
+    code = "from fastft.engines import native; print(native.why_not(), native.library())"
+    environment = {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip().splitlines()[-1] == "no C++ compiler (g++) on this machine None", done.stderr[-2000:]
