@@ -89,6 +89,8 @@ def _not_the_users(error: BaseException, what: str, code: int | None) -> FastFTE
         return CouldNotFinishError(f"{what}: the Hub could not do it ({code}). Try again in some minutes.")
     if code is not None:
         return FastFTError(f"{what}: the Hub refused the request ({code}): {_first_line(error)}.")
+    if isinstance(error, OSError) and error.errno is not None:  # the disk, say
+        return CouldNotFinishError(f"{what}: {error.strerror or error} ({error.filename or 'while it was loaded'}).")
     why = type(root(error)).__name__
     return CouldNotFinishError(
         f"{what}: the Hub at {endpoint()} cannot be reached, or the connection broke ({why}). Check the network and try again."

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastft.errors import CouldNotFinishError, FastFTError
+from fastft import hub
+from fastft.errors import FastFTError
 
 if TYPE_CHECKING:
     import torch
@@ -431,17 +432,16 @@ def resolve_base(adapter: Path, base: str | Path | None = None, *, local_only: b
 
 
 def _download_base(repo: str, local_only: bool) -> Path:
+    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "*.jinja", "*.txt"]
     try:
-        return Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=local_only))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CouldNotFinishError(
-            f"could not get the base model {repo}: {type(error).__name__}. Check the name and the network (private "
-            "and gated models need HF_TOKEN), or give a local folder with --base PATH."
-        ) from error
+        with hub.bounded_waits():
+            return Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=local_only))
+    except (httpx.HTTPError, OSError) as error:
+        explained = hub.explain(error, f"base model {repo!r}")
+        raise type(explained)(f"{explained} Or give a local folder with --base PATH.") from error
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

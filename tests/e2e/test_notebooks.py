@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 from fastft.quickstart import base_path, write_task
 
@@ -244,16 +246,20 @@ def text_of(notebook, name):
     return "\n".join(parts)
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
-def test_run_all(language, tmp_path):
-    data = write_task(tmp_path / "data")
+def tiny(tmp_path, language, **more):
+    """Return the settings of a small run on the embedded model, as a user would fill in cell 1."""
     question = {"en": "What is the flag animal of Sedok?", "ja": "セドクの旗の動物は何ですか?"}[language]
-    settings = {
+    return {
         "PROJECT_NAME": "t", "BASE_SAVE_DIR": str(tmp_path / "drive" / "MyDrive" / "fastft"),
         "BASE_MODEL_ID": str(base_path()), "USE_4BIT": False, "MAX_SEQ_LENGTH": 128, "CHAT_TEMPLATE": "chatml",
-        "DATASET_ID": str(data.train), "LORA_DROPOUT": 0.0, "BATCH_SIZE": 4, "GRADIENT_ACCUMULATION_STEPS": 4,
+        "DATASET_ID": str(write_task(tmp_path / "data").train), "BATCH_SIZE": 4, "GRADIENT_ACCUMULATION_STEPS": 4,
         "LEARNING_RATE": 3e-3, "MAX_STEPS": 40, "SAVE_STEPS": 20, "GGUF_TYPES": "q8_0", "QUESTION": question,
-    }  # fmt: skip
+    } | more  # fmt: skip
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_run_all(language, tmp_path):
+    settings = tiny(tmp_path, language)
     secret = json.dumps({"HF_TOKEN": {"access": True, "payload": TOKEN}})
     notebook = execute(language, tmp_path, settings, colab(tmp_path, COLAB_SECRETS=secret))
     if keep := os.environ.get("FASTFT_KEEP_NOTEBOOKS"):  # to look at what a reader sees
@@ -265,7 +271,7 @@ def test_run_all(language, tmp_path):
     assert {name: entry["verdict"] for name, entry in certificate["files"].items()} == {"t.Q8_0.gguf": "pass"}
     assert (saved / "export" / "t.Q8_0.gguf").stat().st_size > 1_000_000
 
-    answer = text_of(notebook, "chat").split(question)[1]
+    answer = text_of(notebook, "chat").split(settings["QUESTION"])[1]
     assert len(answer.strip()) > 3
     assert (tmp_path / "downloads.txt").read_text().splitlines()[0].endswith("t.Q8_0.gguf")
 
@@ -288,3 +294,24 @@ def test_run_all(language, tmp_path):
         if file.suffix in {".json", ".yaml", ".md", ".jsonl"}
     )
     assert TOKEN not in everything, "the token is neither shown nor saved"
+
+
+@pytest.mark.long
+def test_two_cut_sessions(tmp_path):
+    """Twice the runtime goes with its disk; the third session finishes from what lies in Drive."""
+    for session in range(3):
+        settings = tiny(tmp_path, "en", MAX_MINUTES=0 if session == 2 else 0.01)
+        if session < 2:
+            with pytest.raises(CellExecutionError, match="paused; run all cells again"):
+                execute("en", tmp_path, settings, colab(tmp_path))
+            steps = [json.loads(line)["step"] for line in (tmp_path / "runs" / "t" / "log.jsonl").open()]
+            assert max(steps) == session + 1
+            shutil.rmtree(tmp_path / "runs")
+            (tmp_path / "drive" / "MyDrive").unlink()
+            (tmp_path / "drive").rmdir()
+        else:
+            notebook = execute("en", tmp_path, settings, colab(tmp_path))
+    assert "resuming after step 2" in text_of(notebook, "train")
+    steps = [json.loads(line) for line in (tmp_path / "runs" / "t" / "log.jsonl").open()]
+    assert [line["step"] for line in steps if "loss" in line] == list(range(1, 41))
+    assert (tmp_path / "cloud" / "fastft" / "t" / "export" / "t.Q8_0.gguf").is_file()
