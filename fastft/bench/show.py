@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from fastft.bench import tables
-from fastft.bench.record import Result, TableResult
+from fastft.bench.record import ArmSummary, Result, TableResult
+
+WIDE = 125
+"""Columns of a terminal that the whole table needs."""
+NARROW = ("arm", "status", "tokens/s (p20 to p80)", "s/step", "padding", "peak", "of ceiling")
 
 COLOURS = {"ok": "green", "oom": "red", "timeout": "red", "crashed": "red", "unsupported": "yellow"}
 
@@ -21,7 +25,7 @@ def show(result: Result, console: Any = None) -> None:
     console.print(f"[dim]{escape(about)}[/]")
     for name, table in result.tables.items():
         console.print()
-        console.print(_table(name, table))
+        console.print(_table(name, table, narrow=console.width < WIDE))
         for verdict in tables.verdicts(table):
             colour = "bold" if verdict.ratio else "bold red" if verdict.parity_failed else "yellow"
             console.print(f"[{colour}]{escape(verdict.text)}[/]")
@@ -31,15 +35,24 @@ def show(result: Result, console: Any = None) -> None:
         console.print(f"[dim]note: {escape(note)}[/]")
 
 
-def _table(name: str, table: TableResult) -> Any:
+def _table(name: str, table: TableResult, *, narrow: bool) -> Any:
     from rich.markup import escape
     from rich.table import Table
 
+    headings, cells = (NARROW, _narrow_cells) if narrow else (tables.HEADINGS, tables.cells)
     grid = Table(title=tables.TITLES[name], title_justify="left", pad_edge=False)
-    for column in tables.HEADINGS:
-        grid.add_column(column, justify="left" if column in {"arm", "status"} else "right")
+    for column in headings:
+        grid.add_column(column, justify="left" if column in {"arm", "status"} else "right", no_wrap=True)
     for arm, summary in table.arms.items():
-        row = [escape(cell) for cell in tables.cells(arm, summary)]
+        row = [escape(cell) for cell in cells(arm, summary)]
         row[1] = f"[{COLOURS[summary.status]}]{row[1]}[/]"
         grid.add_row(*row, style="bold" if arm == "fastft" else None)
     return grid
+
+
+def _narrow_cells(arm: str, summary: ArmSummary) -> list[str]:
+    """Return what fits a terminal of 80 columns; the JSON, the page and the README have the rest."""
+    full = tables.cells(arm, summary)
+    per_step = summary.seconds_per_step
+    step = "-" if per_step is None else tables.number(per_step.median)
+    return [full[0], full[1], full[2], step, full[4], full[5], full[9]]
