@@ -9,7 +9,7 @@ from fastft.bench.record import ArmSummary, Result, TableResult
 
 WIDE = 125
 """Columns of a terminal that the whole table needs."""
-NARROW = ("arm", "status", "tokens/s (p20 to p80)", "s/step", "padding", "peak", "of ceiling")
+NARROW = ("arm", "status", "tokens/s (p20-p80)", "s/step", "padding", "peak", "ceiling")
 
 COLOURS = {"ok": "green", "oom": "red", "timeout": "red", "crashed": "red", "unsupported": "yellow"}
 
@@ -36,11 +36,12 @@ def show(result: Result, console: Any = None) -> None:
 
 
 def _table(name: str, table: TableResult, *, narrow: bool) -> Any:
+    from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
     headings, cells = (NARROW, _narrow_cells) if narrow else (tables.HEADINGS, tables.cells)
-    grid = Table(title=tables.TITLES[name], title_justify="left", pad_edge=False)
+    grid = Table(title=tables.TITLES[name], title_justify="left", pad_edge=False, box=SIMPLE_HEAD)
     for column in headings:
         grid.add_column(column, justify="left" if column in {"arm", "status"} else "right", no_wrap=True)
     for arm, summary in table.arms.items():
