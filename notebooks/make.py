@@ -52,7 +52,7 @@ def in_language(text: str, language: str) -> str:
     text = re.sub(r"<<(.*?)\|\|(.*?)>>", lambda found: found.group(part), text, flags=re.DOTALL)
     assert "||" not in text and "{{" not in text, "an unfinished << || >> or {{ }}"
     # Markdown shows a line break as a space, which does not belong between Japanese characters.
-    return re.sub(f"(?<={JAPANESE})\n(?={JAPANESE})", "", text)
+    return re.sub(f"(?<={JAPANESE})\n *(?={JAPANESE})", "", text)
 
 
 def values(language: str) -> dict[str, str]:

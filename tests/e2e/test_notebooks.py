@@ -226,6 +226,30 @@ def test_where_fastft_is_installed_nothing_is_installed(tmp_path):
     assert text.startswith("fastft ")
 
 
+def test_llama_cpp_is_built_only_where_gguf_is_asked_for_and_with_a_progress_line(tmp_path):
+    source = code_of("en")["save"].split("kinds = ")[0]
+    recorded = """
+import importlib.util, subprocess, sys, time
+importlib.util.find_spec = lambda name: None
+time.sleep = lambda seconds: None
+class Popen:
+    def __init__(self, command):
+        self.polls, self.returncode = iter([None, None, 0]), 0
+        print("RAN", *command[1:])
+    __enter__ = lambda self: self
+    __exit__ = lambda self, *error: None
+    poll = lambda self: next(self.polls)
+subprocess.Popen = Popen
+"""
+    for types, builds in (("", 0), ("q4_k_m", 1)):
+        done = subprocess.run(
+            [sys.executable, "-c", f"{recorded}\nGGUF_TYPES = {types!r}\n{source}"], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("RAN -m pip install --quiet gguf==") == builds
+        assert done.stdout.count("building llama-cpp-python: 0.0 min") == 2 * builds
+
+
 # --- from the first cell to the last
 
 
