@@ -437,3 +437,25 @@ def test_the_command_line(hub, run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["url"] == f"{hub.endpoint}/me/r"
     assert TOKEN not in done.stdout + done.stderr
+
+
+def test_a_run_of_a_model_and_a_dataset_by_id_is_pushed_without_a_base_id(hub, by_id, tmp_path):
+    """Everything over the wire: the base and the data come from the Hub, the adapter goes there, and names its base."""
+    config = {
+        "project": "r", "output_dir": str(tmp_path), "data": {"source": "own/tiny"},
+        "model": {"name": "own/tiny", "max_seq_length": 64, "engine": "stock", "dtype": "float32"},
+        "train": {"max_steps": 2, "effective_batch_size": 4},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    environment = surroundings(hub, tmp_path / "hf") | {"HF_TOKEN": TOKEN}
+    for command in (["train", str(tmp_path / "run.yaml")], ["push", str(tmp_path / "r"), "--repo", "me/r"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "fastft", *command], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+    files = hub.repos["models", "me/r"].files
+    assert files["adapter_model.safetensors"] == (tmp_path / "r" / "final" / "adapter_model.safetensors").read_bytes()
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "own/tiny"
+    assert not [
+        path for path, content in files.items() if str(tmp_path).encode() in content or TOKEN.encode() in content
+    ]
