@@ -188,6 +188,8 @@ class RunConfig(Section):
     def _one_folder(cls, value: str) -> str:
         if not re.fullmatch(r"[^/\\\0]+", value) or value in {".", ".."}:
             raise ValueError(f"{value!r} is not a folder name; put the parent folder into output_dir")
+        if not value.isprintable():
+            raise ValueError(f"{value!r} holds control characters; use letters, digits, spaces, '-' and '_'")
         if len(value.encode()) > 200:
             raise ValueError(f"is {len(value.encode())} bytes long; file systems take 255, so 200 at most")
         return value

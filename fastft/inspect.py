@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fastft.config import RunConfig
+from fastft.config import ModelConfig, RunConfig
 
 
 def inspect_data(config: RunConfig, *, plot: Path | None = None, console: Console | None = None) -> Any:
@@ -17,8 +17,37 @@ def inspect_data(config: RunConfig, *, plot: Path | None = None, console: Consol
 
     tokenizer = load_tokenizer(config.model)
     data = prepare(config.data, tokenizer, max_seq_length=config.model.max_seq_length, seed=config.train.seed)
+    data.report.notices += misfits(config, len(data.train), max_positions(config.model))
     data.report.print(console or Console(stderr=True))
     if plot is not None:
         plot.parent.mkdir(parents=True, exist_ok=True)
         data.report.plot(plot)
     return data.report
+
+
+def misfits(config: RunConfig, train_samples: int, positions: int | None) -> list[str]:
+    """Return what does not fit between the settings, the number of training samples and the model's positions."""
+    notes = []
+    batch, longest = config.train.effective_batch_size, config.model.max_seq_length
+    if batch > train_samples:
+        notes.append(
+            f"train.effective_batch_size {batch:,} is more than the {train_samples:,} samples there are: each step "
+            f"holds all of them once, so an epoch is one step; set at most {train_samples:,}, or train more epochs"
+        )
+    if positions is not None and longest > positions:
+        notes.append(
+            f"model.max_seq_length {longest:,} is above the {positions:,} positions that the model was made for: it "
+            f"answers badly beyond them; set at most {positions:,}"
+        )
+    return notes
+
+
+def max_positions(config: ModelConfig) -> int | None:
+    """Return the longest sequence that the model was made for, from its config.json; None where that is not known."""
+    from transformers import AutoConfig
+
+    try:
+        found = AutoConfig.from_pretrained(config.name, revision=config.revision)
+    except (OSError, ValueError):  # no config.json beside the tokenizer, or its own code: loading the model will tell
+        return None
+    return getattr(found.get_text_config(), "max_position_embeddings", None)

@@ -3,8 +3,9 @@
 read.py      files, folders and the Hub -> rows        formats.py   rows -> messages or texts
 template.py  the chat template, and prompts            encode.py    messages -> ids and a proven mask
 rows.py      a chunk of rows -> samples and counts     workers.py   chunks through processes
+light.py     a tokenizer without torch, for workers
 pipeline.py  all of it in order, cached
-split.py     duplicates, and what is held out          store.py     samples in memory or in mapped files
+split.py     duplicates, and what is held out          store.py     samples in memory or in files
 report.py    what a person should see                  batches.py   exact micro-batches
 """
 

@@ -60,8 +60,8 @@ class Turn:
 class Encoded:
     """One sequence: ids (L,), labels (L,) of the tokens themselves (-100: no loss), the texts that are trained."""
 
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: np.ndarray  # int32
+    labels: np.ndarray  # int32
     answers: list[str]
     lossy: bool = False
     """Whether the tokenizer lacks characters of the answer (they became its unknown token)."""
@@ -100,6 +100,8 @@ class Coder:
     def guard(self, value: Any) -> Any:
         """Return `value` (text, or anything made of texts) with control tokens in it replaced by guards."""
         if isinstance(value, str):
+            if not self.template.mentions_control(value):
+                return value
             return self.template.control_pattern.sub(lambda match: self.guards[match.group()], value)
         if isinstance(value, dict):
             return {key: self.guard(item) for key, item in value.items()}
@@ -109,7 +111,10 @@ class Coder:
 
     def unguard(self, text: str) -> str:
         """Return `text` with the guards replaced by what they stand for."""
-        return text.translate(self.unguard_table) if self.guard_pattern.search(text) else text
+        return text.translate(self.unguard_table) if self._is_guarded(text) else text
+
+    def _is_guarded(self, text: str) -> bool:
+        return not text.isascii() and self.guard_pattern.search(text) is not None
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of template text, in which control tokens count."""
@@ -150,7 +155,7 @@ class Coder:
             if first is None or last is None:
                 return self._encode_cut(text, spans, start if first is None else end)
             token_spans.append((first, last))
-        if self.guard_pattern.search(text):
+        if self._is_guarded(text):
             return self._resolve(text, ids, encoding.offsets, token_spans)
         return ids, token_spans
 
@@ -263,7 +268,9 @@ def encode_turns(
     return sequences
 
 
-def prove(coder: Coder, input_ids: Sequence[int], labels: Sequence[int], answers: Sequence[str]) -> None:
+def prove(
+    coder: Coder, input_ids: Sequence[int] | np.ndarray, labels: Sequence[int] | np.ndarray, answers: Sequence[str]
+) -> None:
     """Raise UnusableRowError unless the runs of trained tokens decode to exactly `answers`, in order."""
     ids, targets = np.asarray(input_ids), np.asarray(labels)
     mask = targets != IGNORE
@@ -414,19 +421,21 @@ def _sequence(coder: Coder, text: str, turns: list[Turn]) -> Encoded:
     spans = [(len(t.prompt), len(t.prompt) + len(t.answer)) for t in turns]
     ids, token_spans = coder.encode_spans(text, spans)
     answers = [coder.unguard(turn.answer) for turn in turns]
-    labels = [IGNORE] * len(ids)
-    for first, last in token_spans:
-        labels[first:last] = ids[first:last]
     if turns[-1].adds_eos and coder.tokenizer.eos_token_id is not None:
-        ids, labels = [*ids, coder.tokenizer.eos_token_id], [*labels, coder.tokenizer.eos_token_id]
+        token_spans.append((len(ids), len(ids) + 1))
+        ids = [*ids, coder.tokenizer.eos_token_id]
         answers[-1] += coder.tokenizer.eos_token
-    _prove_prompt(coder, turns[-1].prompt, ids, token_spans[-1][0])
-    prove(coder, ids, labels, answers)
+    input_ids = np.array(ids, np.int32)
+    labels = np.full(len(ids), IGNORE, np.int32)
+    for first, last in token_spans:
+        labels[first:last] = input_ids[first:last]
+    _prove_prompt(coder, turns[-1].prompt, input_ids, token_spans[len(turns) - 1][0])
+    prove(coder, input_ids, labels, answers)
     unknown = coder.tokenizer.unk_token_id
-    return Encoded(ids, labels, answers, lossy=unknown is not None and unknown in labels)
+    return Encoded(input_ids, labels, answers, lossy=unknown is not None and bool((labels == unknown).any()))
 
 
-def _prove_prompt(coder: Coder, prompt: str, ids: list[int], first: int) -> None:
+def _prove_prompt(coder: Coder, prompt: str, ids: np.ndarray, first: int) -> None:
     """The tokens before the answer are those that generation is asked with (from the last control token on)."""
     controls = list(coder.template.control_pattern.finditer(prompt))
     suffix = prompt[controls[-1].start() :] if controls else prompt
@@ -435,7 +444,7 @@ def _prove_prompt(coder: Coder, prompt: str, ids: list[int], first: int) -> None
         expected = coder.encode(suffix)
         if len(suffix) < 200 and len(coder._suffix_ids) < 1000:
             coder._suffix_ids[suffix] = expected
-    if ids[max(0, first - len(expected)) : first] != expected:
+    if ids[max(0, first - len(expected)) : first].tolist() != expected:
         raise UnusableRowError(
             "prompt_not_proven", f"the tokens of {suffix[-60:]!r} differ between training and generation"
         )
@@ -452,8 +461,9 @@ def _everything(coder: Coder, messages: Messages, tools: Sequence[Any] | None) -
     answer = coder.unguard(text)
     if adds_eos and coder.tokenizer.eos_token_id is not None:
         ids, answer = [*ids, coder.tokenizer.eos_token_id], answer + coder.tokenizer.eos_token
-    prove(coder, ids, ids, [answer])
-    return Encoded(ids, list(ids), [answer])
+    input_ids = np.array(ids, np.int32)
+    prove(coder, input_ids, input_ids, [answer])
+    return Encoded(input_ids, input_ids.copy(), [answer])
 
 
 def _fits(parts: list[str], text: str) -> bool:

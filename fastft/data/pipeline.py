@@ -3,7 +3,7 @@
     source -> chunks of rows -> (worker) samples -> store -> groups of duplicates -> train and eval -> report
 
 Nothing but hashes of the rows and a few raw conversations is kept in memory; the samples are in memory where the
-source is small and in memory-mapped files of the cache where it is large.
+source is small and in files of the cache, read sample by sample, where it is large.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from fastft.config import DataConfig
 from fastft.data import split as splitting
 from fastft.data.encode import IGNORE
 from fastft.data.formats import Format, detect
+from fastft.data.light import light
 from fastft.data.read import Bad, Source, open_source
 from fastft.data.report import DataReport, Dropped, ReportSample, histogram
 from fastft.data.rows import KEEP_EXAMPLES, Conversation, Counts, RowMaker, RowMarks, Settings
@@ -35,7 +36,7 @@ from fastft.data.template import ChatTemplate, choose_template
 from fastft.data.workers import map_in_order
 from fastft.errors import FastFTError
 
-VERSION = 1
+VERSION = 2
 """Part of the fingerprint: raised where the same rows become other samples."""
 SMALL_BYTES = 32 << 20
 """Sources up to this size are tokenised here and held in memory; larger ones in workers, into the cache."""
@@ -182,8 +183,10 @@ def _tokenise(
     processes: int,
 ) -> _Side:
     format = detect(_first_rows(source), format=config.format, columns=config.columns)
+    if processes > 1:
+        tokenizer = light(tokenizer)
     # A fresh copy of the template: what was cached on it while probing need not travel to the workers.
-    maker = _Job(tokenizer, dataclasses.replace(template), format, settings)
+    maker = _Job(tokenizer, dataclasses.replace(template, tokenizer=tokenizer), format, settings)
     writer = Writer(folder) if folder is not None else None
     flats: list[list[np.ndarray]] = []
     lengths: list[list[np.ndarray]] = []
@@ -285,6 +288,8 @@ def _divide(
     template = template.with_thinking(thinks) if main.format.name != "text" else template
     leak = splitting.leaked(train_marks, held_marks) if len(held_marks.lines) else 0
     report = _report(config, template, settings, main, train, evaluation, groups, leak)
+    if not other and len(evaluation):
+        report.notices += splitting.explain_share(held, groups, config.eval_fraction)
     conversations = _conversations(main, other, held)
     if not len(evaluation) and (config.eval_fraction > 0 or other):
         report.notices.append(

@@ -169,14 +169,20 @@ def _print_preview(report: DataReport, console: Any) -> None:
 
     if not report.preview:
         return
+    # Without colour (a log file, a pipe, NO_COLOR) the marks would vanish.
+    begin, end = ("⟦", "⟧") if console.no_color or console.color_system is None else ("", "")
     console.print(
-        "\n[bold]samples[/bold] (what is trained is [black on green]marked[/black on green], the rest is only read)"
+        f"\n[bold]samples[/bold] (what is trained is {begin}[black on green]marked[/black on green]{end}, the rest is "
+        "only read)"
     )
     for number, sample in enumerate(report.preview, 1):
         text = Text(f"{number}. ", style="bold")
         for piece, trained in sample.pieces:
             piece = _shortened(_visible(piece))
-            text.append(piece.replace("\n", "↵\n") if trained else piece, style="black on green" if trained else "dim")
+            if trained:
+                text.append(begin + piece.replace("\n", "↵\n") + end, style="black on green")
+            else:
+                text.append(piece, style="dim")
         text.append(f"  ({sample.tokens:,} tokens)", style="italic")
         console.print(text)
         console.print()

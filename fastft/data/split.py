@@ -43,17 +43,48 @@ def group_rows(marks: RowMarks) -> Groups:
 
 
 def held_out(marks: RowMarks, groups: Groups, fraction: float) -> np.ndarray:
-    """Return which rows (N,) are held out: those of groups whose smallest content hash is below `fraction`."""
+    """Return which rows (N,) are held out: those of groups whose smallest content hash is below `fraction`.
+
+    The smallest of many hashes is small, so that large groups would be held out far more often than `fraction` of
+    the time: where a group holds different contents, its smallest hash is hashed again.
+    """
     count = len(marks.content)
     if fraction <= 0 or count == 0:
         return np.zeros(count, bool)
     smallest = np.full(count, np.iinfo(np.uint64).max, np.uint64)
+    largest = np.zeros(count, np.uint64)
     np.minimum.at(smallest, groups.group, marks.content)
-    mine = smallest[groups.group]
+    np.maximum.at(largest, groups.group, marks.content)
+    mine = np.where(smallest == largest, smallest, _hashed_again(smallest))[groups.group]
     chosen = mine < np.uint64(fraction * 2.0**64)
     if not chosen.any() and count >= 20:
         chosen = mine == mine.min()  # a small dataset gets at least one held-out row
     return np.zeros(count, bool) if chosen.all() else _without_leaks(marks, chosen)
+
+
+def explain_share(held: np.ndarray, groups: Groups, fraction: float) -> list[str]:
+    """Return a sentence that says why clearly more or less than `fraction` of the rows is held out; none where not."""
+    count, rows = len(held), int(held.sum())
+    # Three standard deviations of a fair draw, row by row, and at least half of what was asked for.
+    usual = max(3 * (count * fraction * (1 - fraction)) ** 0.5, 0.5 * count * fraction)
+    if abs(rows - count * fraction) <= usual:
+        return []
+    sizes = np.bincount(groups.group, minlength=count)
+    together, most = int(sizes[sizes > 1].sum()), int(sizes.max())
+    why = (
+        f"rows that are (nearly) equal or ask the same stay on one side, and {together:,} rows stand in "
+        f"{int((sizes > 1).sum()):,} such groups, the largest of {most:,}"
+        if most > 1
+        else "a hash of each row decides, and this is how it falls for these rows"
+    )
+    return [f"{rows:,} rows ({rows / count:.1%}) are held out, where data.eval_fraction is {fraction:.1%}: {why}"]
+
+
+def _hashed_again(keys: np.ndarray) -> np.ndarray:
+    """Return `keys` (uint64) mixed by the finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
+    mixed = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
 
 
 def _without_leaks(marks: RowMarks, chosen: np.ndarray) -> np.ndarray:
@@ -95,12 +126,19 @@ def _near_edges(signatures: np.ndarray) -> np.ndarray:
     found = [np.zeros((0, 2), np.int64)]
     width = SIGNATURE // BANDS
     for band in range(BANDS):
-        keys = np.ascontiguousarray(signatures[:, band * width : (band + 1) * width])
-        pairs = _equal_edges(keys.view(np.dtype((np.void, keys.dtype.itemsize * width))).ravel())
+        pairs = _equal_edges(_band_keys(signatures[:, band * width : (band + 1) * width]))
         for part in np.array_split(pairs, max(1, len(pairs) // 100_000)):
             agree = (signatures[part[:, 0]] == signatures[part[:, 1]]).sum(axis=1)
             found.append(part[agree >= NEAR])
     return np.concatenate(found)
+
+
+def _band_keys(hashes: np.ndarray) -> np.ndarray:
+    """Return one uint64 for the four hashes of each row (N, 4); a chance collision is sorted out by comparing."""
+    keys = np.zeros(len(hashes), np.uint64)
+    for column in hashes.T:
+        keys = _hashed_again(keys + np.uint64(0x9E3779B97F4A7C15) + column)
+    return keys
 
 
 def _unite(parent: np.ndarray, edges: np.ndarray) -> None:

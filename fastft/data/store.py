@@ -6,7 +6,8 @@ Three flat int32 arrays hold everything; a sample is a slice of each:
     trained   (begin, end) pairs, the runs of each sample that carry loss
     segments  lengths of each sample's attention segments
 
-Memory-mapped files make the footprint constant, whatever the size.
+Samples are read from their files when they are asked for, and nothing is mapped: a mapped page counts as resident
+once it was read, so that an epoch in random order would end with the whole file in memory.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from fastft.data.encode import IGNORE
+from fastft.errors import CouldNotFinishError
 
 ARRAYS = ("tokens", "trained", "segments")
 
@@ -46,17 +48,38 @@ class Packed:
         cls, ids: Sequence[int] | np.ndarray, labels: Sequence[int] | np.ndarray, segments: Sequence[int] | None = None
     ) -> Packed:
         """Return the stored form of ids and labels."""
-        mask = np.asarray(labels, dtype=np.int64) != IGNORE
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
+        mask = np.zeros(len(ids) + 2, np.int8)
+        mask[1:-1] = np.asarray(labels) != IGNORE
+        edges = np.flatnonzero(np.diff(mask))
         lengths = [len(ids)] if segments is None else segments
         return cls(np.asarray(ids, np.int32), edges.astype(np.int32), np.asarray(lengths, np.int32))
+
+
+class FileArray:
+    """A flat int32 array in a file: a slice of it is read into memory, and nothing else is."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._length = path.stat().st_size // 4
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(self._length)
+        wanted = max(stop - start, 0)
+        try:
+            # Opened anew each time (20 microseconds): works across processes, and no open file hinders a rename.
+            read = np.fromfile(self._path, np.int32, count=wanted, offset=4 * start)
+        except OSError as error:
+            raise CouldNotFinishError(f"the tokenised data in {self._path.parent} cannot be read: {error}.") from error
+        if len(read) != wanted:
+            raise CouldNotFinishError(f"{self._path} became shorter while it was used; start again to tokenise anew.")
+        return read
 
 
 class TokenDataset:
     """Samples by number. `dataset[i]` is a `Sample`; a slice or a list of numbers gives a view of those samples."""
 
     def __init__(
-        self, arrays: dict[str, np.ndarray], bounds: dict[str, np.ndarray], order: np.ndarray | None = None
+        self, arrays: dict[str, np.ndarray | FileArray], bounds: dict[str, np.ndarray], order: np.ndarray | None = None
     ) -> None:
         self._arrays, self._bounds = arrays, bounds
         self._order = np.arange(len(bounds["tokens"]) - 1) if order is None else order
@@ -77,7 +100,8 @@ class TokenDataset:
     @classmethod
     def joined(cls, flats: Sequence[Sequence[np.ndarray]], lengths: Sequence[Sequence[np.ndarray]]) -> TokenDataset:
         """Return the dataset of several chunks, each three flat arrays and three arrays of lengths, in memory."""
-        arrays, bounds = {}, {}
+        arrays: dict[str, np.ndarray | FileArray] = {}
+        bounds = {}
         for i, name in enumerate(ARRAYS):
             arrays[name] = np.concatenate([np.zeros(0, np.int32), *(flat[i] for flat in flats)])
             bounds[name] = np.cumsum(np.concatenate([np.zeros(1, np.int64), *(counted[i] for counted in lengths)]))
@@ -99,7 +123,7 @@ class TokenDataset:
     @property
     def trained_lengths(self) -> np.ndarray:
         """Tokens that carry loss in each sample (N,)."""
-        runs = np.asarray(self._arrays["trained"]).reshape(-1, 2)
+        runs = self._arrays["trained"][:].reshape(-1, 2)
         total = np.concatenate([[0], np.cumsum(runs[:, 1] - runs[:, 0], dtype=np.int64)])
         ends = total[self._bounds["trained"] // 2]
         return np.diff(ends)[self._order]
@@ -122,7 +146,8 @@ class TokenDataset:
 def in_memory(samples: Iterable[Packed]) -> TokenDataset:
     """Return the dataset of `samples`, held in memory."""
     kept = list(samples)
-    arrays, bounds = {}, {}
+    arrays: dict[str, np.ndarray | FileArray] = {}
+    bounds = {}
     for name in ARRAYS:
         parts = [getattr(sample, name) for sample in kept]
         arrays[name] = np.concatenate(parts) if parts else np.zeros(0, np.int32)
@@ -150,7 +175,7 @@ class Writer:
             self._lengths[name].append(np.asarray(lengths, np.int64))
 
     def close(self) -> TokenDataset:
-        """Finish the files and return the memory-mapped dataset."""
+        """Finish the files and return the dataset that reads them."""
         for name, file in self._files.items():
             file.close()
             lengths = np.concatenate(self._lengths[name]) if self._lengths[name] else np.zeros(0, np.int64)
@@ -160,14 +185,9 @@ class Writer:
 
 
 def open_folder(folder: Path) -> TokenDataset:
-    """Return the memory-mapped dataset of a folder that a Writer closed."""
-    arrays, bounds = {}, {}
-    for name in ARRAYS:
-        path = folder / f"{name}.bin"
-        bounds[name] = np.load(folder / f"{name}.bounds.npy", mmap_mode="r")
-        empty = path.stat().st_size == 0
-        arrays[name] = np.zeros(0, np.int32) if empty else np.memmap(path, dtype=np.int32, mode="r")
-    return TokenDataset(arrays, bounds)
+    """Return the dataset of a folder that a Writer closed: bounds in memory (24 bytes a sample), the rest on disk."""
+    arrays: dict[str, np.ndarray | FileArray] = {name: FileArray(folder / f"{name}.bin") for name in ARRAYS}
+    return TokenDataset(arrays, {name: np.load(folder / f"{name}.bounds.npy") for name in ARRAYS})
 
 
 def is_whole(folder: Path) -> bool:

@@ -67,6 +67,17 @@ class ChatTemplate:
         return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
     @cached_property
+    def _control_starts(self) -> tuple[str, ...]:
+        return tuple({token[0] for token in self.control_tokens})
+
+    def mentions_control(self, text: str) -> bool:
+        """Whether a control token is spelled out in `text`. Most texts lack even a first character of one."""
+        starts = self._control_starts
+        if len(starts) <= 8 and not any(start in text for start in starts):
+            return False
+        return self.control_pattern.search(text) is not None
+
+    @cached_property
     def switch(self) -> str | None:
         """The name of the variable that turns thinking on and off, where it changes anything."""
         for name in THINKING_SWITCHES:
@@ -266,7 +277,7 @@ def encode_conversation(
     from fastft.data.encode import encode_turns
 
     last = encode_turns(tokenizer, template, messages, tools)[0]
-    return last.input_ids, last.labels
+    return last.input_ids.tolist(), last.labels.tolist()
 
 
 def parse_arguments(arguments: Any) -> Any:

@@ -56,6 +56,8 @@ def test_all_problems_are_reported_together():
         ({"train": {"learning_rate": 2}}, "less than 1"),
         ({"export": {"to": ["gguf_q4"]}}, "unknown export target"),
         ({"project": "a/b"}, "not a folder name"),
+        ({"project": "a\x1b[31mb"}, "control characters"),
+        ({"project": "a\nb"}, "control characters"),
     ],
 )
 def test_impossible_combinations(change, says):

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import zipfile
 
 import numpy as np
@@ -232,6 +233,12 @@ def test_what_is_no_dataset_is_refused_in_one_message(tmp_path, tokenizer, name)
     with pytest.raises(FastFTError, match=says) as caught:
         _prepare(path, tokenizer)
     assert caught.value.exit_code == 2
+
+
+def test_a_pipe_is_refused(tmp_path, tokenizer):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FastFTError, match="neither a file nor a folder"):
+        _prepare(tmp_path / "pipe", tokenizer)
 
 
 def test_columns_map_anything(tmp_path, tokenizer):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import pickle
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,10 +16,15 @@ from hypothesis import strategies as st
 
 from fastft.config import DataConfig
 from fastft.data import prepare
-from fastft.data.encode import IGNORE
+from fastft.data.encode import IGNORE, encode_turns
+from fastft.data.light import LightTokenizer
 from fastft.data.pipeline import join_documents
 from fastft.data.report import histogram
-from fastft.data.store import Packed, in_memory
+from fastft.data.rows import SIGNATURE, RowMarks
+from fastft.data.split import explain_share, group_rows, held_out
+from fastft.data.store import FileArray, Packed, in_memory
+from fastft.data.template import choose_template
+from fastft.errors import CouldNotFinishError
 from tests.unit.data import real_tokenizers as real
 
 WORDS = [
@@ -38,6 +47,13 @@ WORDS = [
     "quartz",
     "river",
 ]
+
+
+# Writes BOS, tools and special tokens, so that it shows whether a tokenizer's own values arrive.
+CHAT = (
+    "{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|{{ m['role'] }}|>"
+    "{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +144,40 @@ def test_duplicates_and_near_duplicates_stay_on_one_side(tmp_path, tokenizer):
     assert not sides[0] & sides[1]
 
 
+@pytest.mark.parametrize("size", [1, 12])
+def test_a_group_is_held_out_no_more_often_than_a_row(size):
+    pick = np.random.default_rng(5)
+    count = 4000 * size
+    marks = RowMarks(
+        np.arange(count), *pick.integers(0, 2**64, (2, count), dtype=np.uint64),
+        pick.integers(0, 2**32, (count, SIGNATURE), dtype=np.uint32), np.ones(count, np.int64),
+    )  # fmt: skip
+    marks.asked = np.repeat(marks.asked[::size], size)  # the same question `size` times
+    groups = group_rows(marks)
+    assert len(np.unique(groups.group)) == 4000
+    held = held_out(marks, groups, 0.05)
+    assert 0.04 < held.mean() < 0.06
+    assert explain_share(held, groups, 0.05) == []
+
+
+def test_an_unusual_held_out_share_is_explained(tmp_path, tokenizer):
+    rows = list(_rows(200))
+    for number in range(20, 60):  # two groups of 20 among 180 rows
+        rows[number]["question"] = f"the same question number {number // 40}"
+    shares = []
+    for salt in range(40):
+        salted = [{**row, "answer": f"{row['answer']} {salt}"} for row in rows]
+        source = _write(tmp_path / f"{salt}.jsonl", salted)
+        made = prepare(DataConfig(source=source, eval_fraction=0.05), tokenizer, max_seq_length=512)
+        shares.append(len(made.eval))
+        said = [notice for notice in made.report.notices if "are held out, where" in notice]
+        assert bool(said) == (abs(len(made.eval) - 10) > 9), (len(made.eval), said)
+        if said:
+            assert "40 rows stand in 2 such groups, the largest of 20" in said[0]
+            break
+    assert said, shares
+
+
 def test_leakage_of_an_own_eval_file_is_counted(tmp_path, tokenizer):
     rows = list(_rows(50))
     other = [*rows[:3], *_rows(10, seed=5)]
@@ -207,6 +257,12 @@ def test_report_is_printed_plotted_and_dumped(tmp_path, tokenizer):
     keys = "format rows_total rows_used dropped tokens trained_tokens truncated duplicates leakage"
     assert set(keys.split()) <= dumped.keys()
     assert dumped["dropped"]["missing_column"] | {"example": ""} == {"count": 1, "lines": [62], "example": ""}
+    plain = Console(record=True, width=400, file=(tmp_path / "plain.txt").open("w"), no_color=True)
+    made.report.print(plain)
+    text = plain.export_text()
+    assert "is ⟦marked⟧" in text
+    assert text.count("<|im_end|>⟧") == len(made.report.preview)  # each answer ends with its end token, inside the mark
+    assert "⟦" not in shown
     # The preview's marked pieces are the trained tokens.
     for sample in made.report.preview:
         assert any(trained and "<|im_end|>" in piece for piece, trained in sample.pieces)
@@ -217,3 +273,64 @@ def test_histogram_holds_every_sample(lengths):
     bars = histogram(np.array(lengths))
     assert sum(count for _, _, count in bars) == len(lengths)
     assert len(bars) <= 42
+
+
+def test_data_that_does_not_fit_the_settings_is_said(tmp_path, tokenizer):
+    from rich.console import Console
+    from safetensors.numpy import save_file
+
+    from fastft.config import make_config
+    from fastft.inspect import inspect_data
+
+    tokenizer.save_pretrained(tmp_path / "model")
+    shape = {"model_type": "llama", "max_position_embeddings": 256, "hidden_size": 64, "num_hidden_layers": 1}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(shape))
+    save_file({"weight": np.zeros(1, np.float32)}, tmp_path / "model" / "model.safetensors")
+    source = _write(tmp_path / "a.jsonl", _rows(6))
+
+    def notes(batch, longest):
+        values = {"model": {"name": str(tmp_path / "model"), "max_seq_length": longest}, "data": {"source": source}}
+        config = make_config({**values, "train": {"effective_batch_size": batch}})
+        with (tmp_path / "out.txt").open("w") as out:
+            return " ".join(inspect_data(config, console=Console(file=out)).notices)
+
+    said = notes(8, 512)
+    assert "effective_batch_size 8 is more than the 6 samples" in said
+    assert "max_seq_length 512 is above the 256 positions" in said
+    assert "effective_batch_size" not in (said := notes(6, 256))
+    assert "positions" not in said
+
+
+def test_samples_are_read_from_their_file_piece_by_piece(tmp_path):
+    numbers = np.arange(1000, dtype=np.int32)
+    numbers.tofile(tmp_path / "a.bin")
+    array = FileArray(tmp_path / "a.bin")
+    for start, stop in ((0, 0), (0, 7), (993, 1000), (0, None), (500, 2000)):
+        assert array[start:stop].tolist() == numbers[start:stop].tolist()
+    assert pickle.loads(pickle.dumps(array))[3:5].tolist() == [3, 4]
+    (tmp_path / "a.bin").write_bytes(b"")
+    with pytest.raises(CouldNotFinishError, match="became shorter"):
+        array[3:5]
+    (tmp_path / "a.bin").unlink()
+    with pytest.raises(CouldNotFinishError, match="cannot be read"):
+        array[3:5]
+
+
+def test_the_workers_tokenizer_is_the_real_one_without_torch(tmp_path):
+    tokenizer = real.tiny_for(CHAT, adds_bos=True)
+    template = choose_template(tokenizer)
+    messages = [{"role": "user", "content": "hello 東京 <|end|>"}, {"role": "assistant", "content": "world"}]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    expected = encode_turns(tokenizer, template, messages, tools)[0]
+    (tmp_path / "job").write_bytes(pickle.dumps(dataclasses.replace(template, tokenizer=LightTokenizer(tokenizer))))
+    code = (
+        "import pickle, sys; from pathlib import Path; from fastft.data.encode import encode_turns\n"
+        "template = pickle.loads(Path(sys.argv[1]).read_bytes()); messages, tools = eval(sys.argv[2])\n"
+        "made = encode_turns(template.tokenizer, template, messages, tools)[0]\n"
+        "print(made.input_ids.tolist(), made.labels.tolist(), 'torch' in sys.modules, sep='|')"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "job"), repr((messages, tools))]
+    ids, labels, torch = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("|")
+    assert eval(ids) == expected.input_ids.tolist()
+    assert eval(labels) == expected.labels.tolist()
+    assert torch.strip() == "False"
