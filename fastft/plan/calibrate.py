@@ -107,6 +107,7 @@ def calibrate(
 
 def _growing(terms: list[Term]) -> int:
     """What training needs beyond a micro-batch of nothing: activations, loss, and the allocator's share of them."""
-    stays = {"weights", "LoRA", "gradients", "optimizer", "weights in NF4", "weights in int8", "trainer and data"}
+    stays = {"weights", "LoRA", "gradients", "optimizer", "weights in NF4", "weights in int8"}
+    stays |= {"trainer and data", "tokenizer", "holes of quantising"}
     moving = [t for t in terms if t.name not in stays and not t.name.startswith("weights kept")]
     return sum(t.bytes for t in moving)

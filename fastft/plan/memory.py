@@ -177,7 +177,7 @@ def _fused_layer_bytes(shape: ModelShape, s: Situation) -> dict[str, float]:
     qk_norm = (q + k) * c + 4 * (shape.heads + shape.kv_heads)
     peft = layer_bytes_per_token(shape, replace(s, kernels="peft"))
     parts = {"norms": norms * (h * c + 4) + (qk_norm if shape.family in {"qwen3", "gemma3_text"} else 0)}
-    if s.quantization != "none" or s.use_dora or s.dropout or shape.experts:
+    if _not_fused(shape, s):
         return peft | parts
     targets = {w.name for w in shape.lora_targets(s.lora[1])} if not s.full_finetuning else set()
     inputs, low = 0, len([w for w in shape.lora_targets(s.lora[1]) if w.name != "lm_head"]) * s.rank * c
@@ -201,6 +201,23 @@ def _fused_layer_bytes(shape: ModelShape, s: Situation) -> dict[str, float]:
     if "attention scores" in peft:
         parts["attention scores"] = peft["attention scores"]
     return parts | {"LoRA inputs": inputs * c, "rank-r products": low}
+
+
+def eager_parts(shape: ModelShape, s: Situation) -> dict[str, float]:
+    """Those parts of `layer_bytes_per_token` that transformers' and peft's own modules save."""
+    parts = layer_bytes_per_token(shape, s)
+    if s.kernels != "fused":
+        return parts
+    if _not_fused(shape, s):
+        return {name: size for name, size in parts.items() if name != "norms"}
+    attention = set() if shape.family in FUSED_ATTENTION else {"attention", "attention scores"}
+    eager = attention | (set() if shape.family in FUSED_MLP else {"MLP"})
+    return {name: size for name, size in parts.items() if name in eager}
+
+
+def _not_fused(shape: ModelShape, s: Situation) -> bool:
+    """Whether the LoRA layers are of a kind that fastft leaves to peft."""
+    return s.quantization != "none" or s.use_dora or s.dropout > 0 or shape.experts > 0
 
 
 _SHARED_INPUT = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
@@ -265,8 +282,13 @@ def loss_term(shape: ModelShape, s: Situation) -> Term:
         return _term(
             "logits in chunks", size, formula, "fastft.engines.fused, in place; hidden states and their gradient"
         )
+    if s.loss == "full" and s.device == "cpu":
+        formula = f"T x V {v:,} x (c + 8) bytes"
+        source = "transformers' ForCausalLMLoss: logits, their float32 copy, log-softmax"
+        return _term("logits", logits * (s.compute_bytes + 8), formula, source)
     if s.loss == "full":
-        # Logits, log-softmax and the gradient of each, in float32: all live while log-softmax runs backward.
+        # Logits, log-softmax and the gradient of each, in float32: all live while log-softmax runs backward. The
+        # published GPU runs used versions of transformers that copied the shifted logits.
         return _term("logits", logits * 16, f"T x V {v:,} x 4 tensors x 4 bytes", "transformers' ForCausalLMLoss")
     if s.kernels == "compiled":
         source = "torchtune's CEWithChunkedOutputLoss keeps 16-bit logits"
@@ -287,9 +309,12 @@ def loss_term(shape: ModelShape, s: Situation) -> Term:
 CUDA_CONTEXT = int(0.45 * GIB)
 CUDA_SLACK = 0.05
 HEAP_FRAGMENTATION = {"off": 0.85, "recompute": 0.5, "offload": 0.5}
-"""Resident but unused heap, as a share of what all layers would save: fitted to runs of 135M and 360M Llamas at 512 to
-4,096 tokens with glibc 2.36. A fixed M_MMAP_THRESHOLD removes most of it, but makes steps longer (docs/plan.md)."""
-TRAINER = int(0.2e9)  # trainer, tokenizer, data and code loaded on first use; fitted together with the above
+"""Resident but unused heap, as a share of what transformers' and peft's own modules save: fitted with glibc 2.36 (see
+docs/plan.md). fastft's fused layers make no temporaries between the tensors that they keep, so they leave no holes."""
+TRAINER = int(0.12e9)  # trainer, data and code loaded on first use: fitted
+QUANTISING_HOLES = 0.75
+"""16-bit weights are loaded, rounded and freed one by one: the share of them that stays resident (glibc)."""
+TOKEN_BYTES = 500  # a token and its merge in the tokenizer's tables: fitted
 IMPORTS = {"cpu": int(0.62e9), "cuda": int(3.0e9), "mps": int(1.0e9)}
 
 
@@ -309,13 +334,18 @@ def overhead_terms(s: Situation, moving: Iterable[Term], shape: ModelShape) -> l
         return []
     live = sum(term.bytes for term in moving)
     if s.device == "cpu":
-        kept = shape.layers * s.tokens * sum(layer_bytes_per_token(shape, s).values())
+        parts = eager_parts(shape, s)
         share = HEAP_FRAGMENTATION[s.checkpointing]
-        formula = f"{share} x L x T x saved bytes of a layer"
-        source = "glibc keeps the holes that freed activations leave; measured (docs/plan.md)"
+        formula = f"{share} x L x T x ({_listed(parts) or 'nothing, all layers are fused'})"
+        source = "glibc keeps the holes that freed temporaries leave; measured (docs/plan.md)"
+        fitted = "fitted to measured runs (docs/plan.md)"
+        quantised = sum(w.parameters for w in shape.of("linear")) if s.quantization != "none" else 0
+        holes = f"{QUANTISING_HOLES} x 2 bytes x {quantised:,} quantised parameters"
         return [
-            _term("heap fragmentation", share * kept, formula, source),
-            _term("trainer and data", TRAINER, "constant", "fitted to measured runs (docs/plan.md)"),
+            _term("holes of quantising", QUANTISING_HOLES * 2 * quantised, holes, fitted),
+            _term("heap fragmentation", share * shape.layers * s.tokens * sum(parts.values()), formula, source),
+            _term("trainer and data", TRAINER, "constant", fitted),
+            _term("tokenizer", shape.vocab * TOKEN_BYTES, f"V {shape.vocab:,} x {TOKEN_BYTES} bytes", fitted),
         ]
     slack = _term(
         "allocator slack", CUDA_SLACK * live, f"{CUDA_SLACK:.0%} of what comes and goes", "rounding to 2 MiB blocks"
@@ -388,18 +418,22 @@ def merge_terms(shape: ModelShape, s: Situation) -> list[Term]:
     ]
 
 
-GGUF_CHUNK = 4 * 2**20  # values that one thread of the GGUF writer holds
+GGUF_CHUNK = 2**20  # values that one thread of the GGUF writer holds: writer.CHUNK_VALUES
+GGUF_CHUNK_BYTES = 55
+"""Of a value: 16 bit, float32 W, delta, its scaled copy, sum, quantised make 21; each thread's heap keeps the rest."""
+GGUF_TOKEN_BYTES = 1500
+"""Of a token: the tokenizer, and its vocabulary and merges as Python strings."""
 
 
 def export_terms(shape: ModelShape, s: Situation) -> list[Term]:
     """The GGUF writer: each thread holds a chunk of rows in 16 bit, float32, its delta and quantised."""
-    size = s.cores * GGUF_CHUNK * 14
-    formula = f"{s.cores} threads x 4 Mi values x 14 bytes"
-    chunks = _term("chunks of rows", size, formula, "16 bit, float32 W, delta, quantised")
+    values = min(GGUF_CHUNK, max(w.parameters // w.count for w in shape.lora_targets(s.lora[1])))
+    formula = f"{s.cores} threads x {values:,} values x {GGUF_CHUNK_BYTES} bytes"
+    vocabulary = f"V {shape.vocab:,} x {GGUF_TOKEN_BYTES:,} bytes"
     return [
         imports_term(s),
-        chunks,
-        _term("vocabulary", shape.vocab * 400, "V x 400 bytes", "Python strings of tokens and merges"),
+        _term("chunks of rows", s.cores * values * GGUF_CHUNK_BYTES, formula, "fitted to measured exports"),
+        _term("vocabulary", shape.vocab * GGUF_TOKEN_BYTES, vocabulary, "fitted to measured exports"),
     ]
 
 

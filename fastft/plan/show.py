@@ -161,12 +161,13 @@ def plan_table(
 def _table_situation(method: str, length: int, rank: int, device: str) -> Situation:
     return Situation(
         device="cuda" if device == "cuda" else "cpu",
-        kernels="unsloth" if device == "cuda" else "peft",
+        kernels="unsloth" if device == "cuda" else "fused",
         tokens=length,
         longest=length,
         quantization="nf4" if method == "QLoRA" else "none",
         rank=rank,
         optimizer="adamw_8bit" if device == "cuda" else "adamw",
+        loss="chunked" if device == "cuda" else "fused",
     )
 
 
