@@ -113,7 +113,8 @@ class FastSFTTrainer(SFTTrainer):
         """Return what matrix products compute in: autocast's type, else the weights'."""
         if self.args.bf16:
             return torch.bfloat16
-        return self.model.get_input_embeddings().weight.dtype  # type: ignore[no-any-return]
+        model: Any = self.model
+        return model.get_input_embeddings().weight.dtype  # type: ignore[no-any-return]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Return the step's micro-batches, all of its sequences in the last: one gradient a step."""

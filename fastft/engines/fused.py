@@ -447,9 +447,10 @@ class FusedLayers:
         base, name = module.base_layer, module.active_adapters[0]
         if name not in module.lora_A or name in module.lora_variant or module.merged or module.disable_adapters:
             return None
-        a, b = module.lora_A[name], module.lora_B[name]
-        plain = type(module.lora_dropout[name]) is torch.nn.Identity and a.bias is None and b.bias is None
-        if not plain or module.fan_in_fan_out or not self._frozen(base):
+        a: Any = module.lora_A[name]
+        b: Any = module.lora_B[name]
+        is_plain = type(module.lora_dropout[name]) is torch.nn.Identity and a.bias is None and b.bias is None
+        if not is_plain or module.fan_in_fan_out or not self._frozen(base):
             return None
         return Projection(base.weight, base.bias, a.weight, b.weight, float(module.scaling[name]))
 
