@@ -78,6 +78,34 @@ def cases(as_json: Json = False) -> None:
 
 
 @app.command()
+def export(
+    case: Annotated[str, typer.Option("--case", help="whose shape is exported")] = "cpu-135m",
+    repeats: Annotated[int, typer.Option("--repeats", min=1)] = 3,
+    out: Annotated[Path, typer.Option("--out", help="where the result goes")] = Path("bench-results"),
+    as_json: Json = False,
+) -> None:
+    """Adapter to q4_k_m: fastft's one pass against merging, converting and quantising (time, memory, disk)."""
+    from fastft.bench.case import load_case
+    from fastft.bench.exporting import run_export
+
+    _side_by_side(run_export(load_case(case), repeats=repeats, say=_say), out, as_json)
+
+
+@app.command()
+def generate(
+    case: Annotated[str, typer.Option("--case", help="whose shape generates")] = "cpu-135m",
+    repeats: Annotated[int, typer.Option("--repeats", min=1)] = 5,
+    out: Annotated[Path, typer.Option("--out", help="where the result goes")] = Path("bench-results"),
+    as_json: Json = False,
+) -> None:
+    """Tokens per second through transformers and through llama.cpp, prompt and decoding apart."""
+    from fastft.bench.case import load_case
+    from fastft.bench.generating import run_generate
+
+    _side_by_side(run_generate(load_case(case), repeats=repeats, say=_say), out, as_json)
+
+
+@app.command()
 def report(
     results: Annotated[Path, typer.Option("--results", help="folder of results")] = RESULTS,
     readme: Annotated[Path, typer.Option("--readme", help="the file to write")] = Path("benchmarks/README.md"),
@@ -164,6 +192,20 @@ def _written(found: Any, out: Path, *, show_tables: bool) -> Path:
         show(found, Console())
     _say(f"{path}" + "".join(f"\n{plot}" for plot in plots))
     return path
+
+
+def _side_by_side(found: Any, out: Path, as_json: bool) -> None:
+    """Write an export or generation result and print its table."""
+    from rich.console import Console
+
+    from fastft.bench.side_by_side import show_side_by_side
+
+    path = out / f"{found.kind}--{found.case}--{found.date[:10]}--{found.commit or 'no-commit'}.json"
+    found.write(path)
+    if not as_json:
+        show_side_by_side(found, Console())
+    _answer(found.model_dump(mode="json"), as_json)
+    _say(str(path))
 
 
 def _answer(values: Any, as_json: bool) -> None:

@@ -1,0 +1,239 @@
+"""Cases other than training: several ways to do the same thing, each run in a process of its own, interleaved.
+
+exporting.py (adapter to a quantised file) and generating.py (tokens per second) say what a way is; here is what they
+share: the model, the processes, the record, and how it is printed. No ratio is gated here: that the files are equal
+is the certificate's business (`fastft verify`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fastft.bench.case import Case
+from fastft.bench.record import Spread
+from fastft.bench.statistics import spread
+from fastft.bench.tables import gigabytes, number
+from fastft.errors import CouldNotFinishError, FastFTError
+
+UNITS = {"seconds": "s", "peak_rss_bytes": "GB", "intermediate_bytes": "GB", "file_bytes": "GB"}
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Run(_Model):
+    """One way, once."""
+
+    way: str
+    repeat: int
+    figures: dict[str, float]
+
+
+class SideBySide(_Model):
+    """The result of an export or generation case; a JSON file among the benchmark's results."""
+
+    kind: Literal["export", "generate"]
+    schema_version: int = 1
+    title: str
+    case: str
+    parameters: int
+    machine: str
+    date: str
+    commit: str | None
+    versions: dict[str, str]
+    repeats: int
+    summary: dict[str, dict[str, Spread]]
+    """Way, then quantity: seconds, peak_rss_bytes, prompt_tokens_per_sec ..."""
+    runs: list[Run]
+    notes: list[str] = []
+
+    def write(self, path: Path) -> None:
+        """Write the JSON file, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".writing")
+        aside.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        aside.replace(path)
+
+    @property
+    def quantities(self) -> list[str]:
+        """What was measured, in the order of the first way."""
+        return list(next(iter(self.summary.values())))
+
+    def rows(self) -> list[list[str]]:
+        """Return a row of text a way: its name, then every quantity with its 20th to 80th percentile."""
+        return [[way, *(_figure(name, found[name]) for name in self.quantities)] for way, found in self.summary.items()]
+
+    def headings(self) -> list[str]:
+        """Return the headings of `rows`."""
+        return ["way", *(name.replace("_bytes", "").replace("_", " ") for name in self.quantities)]
+
+
+def _figure(name: str, figures: Spread) -> str:
+    show = gigabytes if name.endswith("_bytes") else number
+    unit = UNITS.get(name)
+    return f"{show(figures.median)} ({show(figures.p20)} to {show(figures.p80)})" + (f" {unit}" if unit else "")
+
+
+def read_side_by_side(path: Path) -> SideBySide:
+    """Return the result in `path`; raises FastFTError where it is not one."""
+    try:
+        return SideBySide.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        raise FastFTError(f"{path}: not an export or generation result ({error}).") from error
+
+
+def measure_ways(
+    ways: dict[str, Callable[[], dict[str, float]]], repeats: int, *, seed: int, say: Callable[[str], None]
+) -> list[Run]:
+    """Run every way `repeats` times, in a random order within each round, and return all runs."""
+    if repeats < 1:
+        raise FastFTError(f"--repeats is {repeats}; it must be at least 1.")
+    runs = []
+    for repeat in range(repeats):
+        order = list(ways)
+        random.Random(f"{seed} {repeat}").shuffle(order)
+        for way in order:
+            runs.append(Run(way=way, repeat=repeat, figures=ways[way]()))
+            text = ", ".join(f"{name} {value:,.4g}" for name, value in runs[-1].figures.items())
+            say(f"{way} #{repeat + 1}: {text}")
+    return runs
+
+
+def summarised(runs: Sequence[Run], ways: Sequence[str]) -> dict[str, dict[str, Spread]]:
+    """Return median, p20 and p80 of every quantity of every way."""
+    found: dict[str, dict[str, Spread]] = {}
+    for way in ways:
+        figures = [run.figures for run in runs if run.way == way]
+        found[way] = {name: spread([f[name] for f in figures]) for name in figures[0]}
+    return found
+
+
+def paired(result: SideBySide, ours: str, other: str, quantity: str) -> float:
+    """Return the median over the rounds of `ours` / `other`."""
+    by_way = {(run.way, run.repeat): run.figures[quantity] for run in result.runs}
+    return statistics.median(by_way[ours, i] / by_way[other, i] for i in range(result.repeats))
+
+
+def assembled(
+    kind: Literal["export", "generate"], title: str, case: Case, parameters: int, threads: int, runs: list[Run],
+    ways: Sequence[str], notes: list[str],
+) -> SideBySide:  # fmt: skip
+    """Return the result of `runs` with what is known of this machine and its versions."""
+    import importlib.metadata
+
+    from fastft.hardware import probe
+
+    known = {d.metadata["Name"].lower() for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    names = [n for n in ("torch", "transformers", "peft", "gguf", "llama-cpp-python", "fastft") if n in known]
+    return SideBySide(
+        kind=kind,
+        title=title,
+        case=case.name,
+        parameters=parameters,
+        machine=f"{probe().name}, {threads} threads",
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        commit=_commit(),
+        versions={name: importlib.metadata.version(name) for name in names},
+        repeats=max(run.repeat for run in runs) + 1,
+        summary=summarised(runs, ways),
+        runs=runs,
+        notes=notes,
+    )
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def in_a_process(module: str, *arguments: str, threads: int) -> tuple[float, dict[str, Any]]:
+    """Run `python -m module arguments` and return its seconds and the JSON of its last line.
+
+    On Linux a child's peak RSS begins with its parent's: this process must not have imported torch. Raises
+    CouldNotFinishError with the last lines of a process that failed.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, env=environment, errors="replace"
+    )
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        last = " | ".join(done.stderr.strip().splitlines()[-3:])
+        raise CouldNotFinishError(f"{module} {arguments[0]} ended with {done.returncode}: {last}")
+    return seconds, json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def peak_rss_bytes() -> int:
+    """Return the peak resident memory of this process or of any child it waited for."""
+    import resource
+
+    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return max(peaks) * (1 if sys.platform == "darwin" else 1024)
+
+
+def make_model(case: Case, folder: Path) -> dict[str, Any]:
+    """Write the case's shape with random bfloat16 weights (base/) and an adapter (adapter/), and a real tokenizer.
+
+    The tokenizer is the quickstart's (2,400 byte-level tokens); rows above it are never met. Returns the number of
+    parameters and the name of the tokenizer's splitting rule. Needs torch: call it in a process of its own.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from fastft.export.gguf.tokenizer import tokenizer_metadata
+    from fastft.quickstart import base_path
+
+    if case.model.family is None:
+        raise FastFTError(f"case {case.name} names a model; give one that has a family and a config.")
+    tokenizer = AutoTokenizer.from_pretrained(base_path())
+    config = AutoConfig.for_model(case.model.family, **case.model.config)
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    torch.manual_seed(case.seed)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    base = folder / "base"
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    lora = LoraConfig(r=case.lora.r, lora_alpha=case.lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, lora)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    adapted.save_pretrained(str(folder / "adapter"))
+    fields = tokenizer_metadata(base, int(config.vocab_size), "", base)
+    return {"parameters": parameters, "pre": str(fields["tokenizer.ggml.pre"][0])}
+
+
+def show_side_by_side(result: SideBySide, console: Any = None) -> None:
+    """Print the table of `result` to a rich console (default: standard output)."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = console or Console()
+    grid = Table(title=escape(f"{result.title}, {result.machine}"), title_justify="left")
+    for column in result.headings():
+        grid.add_column(column, justify="left" if column == "way" else "right")
+    for row in result.rows():
+        grid.add_row(*map(escape, row))
+    console.print(grid)
+    for note in result.notes:
+        console.print(f"[dim]note: {escape(note)}[/]")
