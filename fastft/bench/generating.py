@@ -46,7 +46,9 @@ def run_generate(
         _, made = in_a_process(__name__, "make", str(home), case.model_dump_json(), threads=threads)
         job = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "threads": threads, "seed": case.seed}
         targets = {TRANSFORMERS: home / "base"} | {f"llama.cpp, {kind}": home / f"{kind}.gguf" for kind in TYPES}
-        ways: dict[str, Callable[[], dict[str, float]]] = {way: partial(_one_run, target, job) for way, target in targets.items()}
+        ways: dict[str, Callable[[], dict[str, float]]] = {
+            way: partial(_one_run, target, job) for way, target in targets.items()
+        }
         runs = measure_ways(ways, repeats, seed=case.seed, say=say)
     title = f"Generation with {case.name} ({made['parameters'] / 1e6:,.0f}M parameters)"
     note = f"prompt of {prompt_tokens} tokens, {new_tokens} new ones, greedy, batch 1; one warm-up before"
