@@ -130,20 +130,29 @@ def micro_batches(
         yield _padded(chosen, pad_token_id, device) if padded else _padding_free(chosen, device)
 
 
+CPU_MULTIPLE = 32
+
+
 def _padding_free(segments: list[Segment], device: Any) -> MicroBatch:
-    """One row (1, T): position ids restart at each segment, `cu_seq_lens_q` holds the boundaries."""
+    """One row (1, T): position ids restart at each segment, `cu_seq_lens_q` holds the boundaries.
+
+    On a CPU the last segment gets a tail of unlabelled tokens up to a multiple of 32: oneDNN's matrix products are up
+    to a third faster then, and their generated code is used again. The tail comes after every token that could see it.
+    """
     import torch
 
     lengths = [len(segment) for segment in segments]
+    tail = -sum(lengths) % CPU_MULTIPLE if torch.device(device).type == "cpu" else 0
     boundaries = np.concatenate([[0], np.cumsum(lengths)])
+    boundaries[-1] += tail
     row = {
-        "input_ids": np.concatenate([s.input_ids for s in segments]),
-        "labels": np.concatenate([s.labels for s in segments]),
-        "position_ids": np.concatenate([np.arange(length) for length in lengths]),
+        "input_ids": np.concatenate([*(s.input_ids for s in segments), np.zeros(tail, np.int64)]),
+        "labels": np.concatenate([*(s.labels for s in segments), np.full(tail, IGNORE)]),
+        "position_ids": np.concatenate([*(np.arange(length) for length in lengths), np.arange(tail)]),
     }
     inputs: dict[str, Any] = {name: torch.from_numpy(a)[None].to(device) for name, a in row.items()}
     inputs["cu_seq_lens_q"] = torch.from_numpy(boundaries.astype(np.int32))
-    return MicroBatch(inputs, tokens=sum(lengths), padded_tokens=sum(lengths))
+    return MicroBatch(inputs, tokens=sum(lengths), padded_tokens=sum(lengths) + tail)
 
 
 def _padded(segments: list[Segment], pad_token_id: int, device: Any) -> MicroBatch:

@@ -48,11 +48,14 @@ def test_the_first_label_of_every_segment_is_masked():
 
 def test_a_padding_free_row_restarts_positions_and_marks_boundaries():
     segments = segments_of([sample([1, 2, 3]), sample([4, 5])])
+    (row,) = micro_batches(segments, 10, padded=False, pad_token_id=0, device="meta")
+    assert row.inputs["input_ids"].shape == (1, 5)
     (row,) = micro_batches(segments, 10, padded=False, pad_token_id=0, device="cpu")
-    assert row.inputs["input_ids"].tolist() == [[1, 2, 3, 4, 5]]
-    assert row.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
-    assert row.inputs["cu_seq_lens_q"].tolist() == [0, 3, 5]
-    assert row.tokens == row.padded_tokens == 5
+    assert row.inputs["input_ids"].tolist() == [[1, 2, 3, 4, 5, *[0] * 27]]  # a tail up to 32 on a CPU
+    assert row.inputs["labels"].tolist() == [[IGNORE, 2, 3, IGNORE, 5, *[IGNORE] * 27]]
+    assert row.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1, *range(27)]]
+    assert row.inputs["cu_seq_lens_q"].tolist() == [0, 3, 32]
+    assert (row.tokens, row.padded_tokens) == (5, 32)
 
 
 def test_a_padded_batch_hides_its_padding():
