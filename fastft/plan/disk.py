@@ -16,6 +16,7 @@ _MIXES = {
     "q2_k": ("q2_k", "q3_k"), "q3_k_s": ("q3_k", "q3_k"), "q3_k_m": ("q3_k", "q4_k"), "q3_k_l": ("q3_k", "q5_k"),
     "q4_k_s": ("q4_k", "q5_k"), "q4_k_m": ("q4_k", "q6_k"), "q5_k_s": ("q5_k", "q5_k"), "q5_k_m": ("q5_k", "q6_k"),
 }  # fmt: skip
+_FUSED_QKV = {"q3_k_m": "q4_k", "q3_k_l": "q4_k", "q4_k_m": "q5_k", "q5_k_m": "q6_k"}
 GGUF_TYPES = sorted({*(k for k in GGUF_BITS if not k.endswith("_k")), "q6_k", *_MIXES})
 
 
@@ -41,6 +42,8 @@ def _weight_bits(shape: ModelShape, w: Weight, kind: str) -> float:
     base, more = (GGUF_BITS[name] for name in _MIXES[kind])
     if w.role == "head" or (w.role == "embedding" and shape.tied):
         base = more = GGUF_BITS["q6_k"]
+    if w.name == "qkv_proj":  # fused, so all of it is as sensitive as its values
+        base = more = GGUF_BITS[_FUSED_QKV.get(kind, _MIXES[kind][0])]
     sensitive = w.name in {"v_proj", "down_proj", "experts.down_proj"}
     share = _more_bits(shape.layers) / shape.layers if sensitive and kind.endswith("_m") else 0.0
     if sensitive and kind.endswith("_s") and kind != "q3_k_s":
@@ -66,10 +69,18 @@ def tokenizer_bytes(shape: ModelShape) -> int:
     return shape.tokenizer_bytes or shape.vocab * 75
 
 
+TENSOR_OVERHEAD = 1300
+"""Bytes of a LoRA matrix besides its numbers: three entries in optimizer.pt's archive and one in the adapter's header."""
+SAMPLES = 64
+"""Sequences that a run keeps for its certificates, as text of about 7 bytes for an id and for a label."""
+
+
 def checkpoint_bytes(shape: ModelShape, s: Situation) -> int:
-    """One checkpoint: adapter, two moments, tokenizer."""
-    optimizer = 2 * s.lora_bytes if s.optimizer == "adamw" else 2.06
-    return int(trainable(shape, s) * (s.lora_bytes + optimizer)) + tokenizer_bytes(shape)
+    """One checkpoint: adapter, two moments, tokenizer, and the run's samples (taken as half as long as allowed)."""
+    moments = 2 * s.lora_bytes if s.optimizer == "adamw" else 2.06
+    matrices = 2 * sum(w.count for w in shape.lora_targets(s.lora[1]))
+    numbers = adapter_bytes(shape, s) + int(trainable(shape, s) * moments) + matrices * TENSOR_OVERHEAD
+    return numbers + tokenizer_bytes(shape) + SAMPLES * s.longest // 2 * 14
 
 
 def checkpoint_term(shape: ModelShape, s: Situation, kept: int) -> Term:
@@ -80,8 +91,9 @@ def checkpoint_term(shape: ModelShape, s: Situation, kept: int) -> Term:
 
 
 def adapter_bytes(shape: ModelShape, s: Situation) -> int:
-    """adapter_model.safetensors without its header."""
-    return trainable(shape, s) * s.lora_bytes
+    """adapter_model.safetensors without its header; where the head is adapted, peft writes its base weight beside it."""
+    head = shape.vocab * shape.hidden * s.compute_bytes if "lm_head" in s.lora[1] else 0
+    return trainable(shape, s) * s.lora_bytes + head
 
 
 def export_term(shape: ModelShape, s: Situation, target: str) -> Term:

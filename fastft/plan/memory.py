@@ -176,11 +176,13 @@ def _fused_layer_bytes(shape: ModelShape, s: Situation) -> dict[str, float]:
     norms = 4 if shape.family in {"gemma2", "gemma3_text"} else 2
     qk_norm = (q + k) * c + 4 * (shape.heads + shape.kv_heads)
     peft = layer_bytes_per_token(shape, replace(s, kernels="peft"))
-    parts = {"norms": norms * (h * c + 4) + (qk_norm if shape.family in {"qwen3", "gemma3_text"} else 0)}
+    parts: dict[str, float] = {
+        "norms": norms * (h * c + 4) + (qk_norm if shape.family in {"qwen3", "gemma3_text"} else 0)
+    }
     if _not_fused(shape, s):
         return peft | parts
     targets = {w.name for w in shape.lora_targets(s.lora[1])} if not s.full_finetuning else set()
-    inputs, low = 0, len([w for w in shape.lora_targets(s.lora[1]) if w.name != "lm_head"]) * s.rank * c
+    inputs, low = 0.0, len([w for w in shape.lora_targets(s.lora[1]) if w.name != "lm_head"]) * s.rank * c
     if shape.family in FUSED_ATTENTION:
         # Rotated q, k and v as the products take them; cosines and sines once; short sequences' weights too.
         parts["attention"] = (q + 2 * k) * c + 2 * shape.head_dim * c / shape.layers
@@ -210,8 +212,8 @@ def eager_parts(shape: ModelShape, s: Situation) -> dict[str, float]:
         return parts
     if _not_fused(shape, s):
         return {name: size for name, size in parts.items() if name != "norms"}
-    attention = set() if shape.family in FUSED_ATTENTION else {"attention", "attention scores"}
-    eager = attention | (set() if shape.family in FUSED_MLP else {"MLP"})
+    eager = set() if shape.family in FUSED_ATTENTION else {"attention", "attention scores"}
+    eager |= set() if shape.family in FUSED_MLP else {"MLP"}
     return {name: size for name, size in parts.items() if name in eager}
 
 
@@ -268,7 +270,7 @@ def _listed(parts: dict[str, float]) -> str:
     return " + ".join(f"{name} {size:,.0f}" for name, size in parts.items() if size)
 
 
-HEAD_ROWS = 128  # logits at a time: fused.HEAD_ROWS
+HEAD_ROWS = 256  # logits at a time: fused.HEAD_ROWS
 CPU_CHUNK = 16 * 2**20  # logits at a time: UNSLOTH_CPU_CE_CHUNK_ELEMENTS
 GPU_LOSS_BUDGET = 4 * GIB  # or half of the free memory, where that is less
 
@@ -308,11 +310,13 @@ def loss_term(shape: ModelShape, s: Situation) -> Term:
 
 CUDA_CONTEXT = int(0.45 * GIB)
 CUDA_SLACK = 0.05
-HEAP_FRAGMENTATION = {"off": 0.85, "recompute": 0.5, "offload": 0.5}
+HEAP_FRAGMENTATION = {"off": 0.75, "recompute": 0.5, "offload": 0.5}
 """Resident but unused heap, as a share of what transformers' and peft's own modules save: fitted with glibc 2.36 (see
-docs/plan.md). fastft's fused layers make no temporaries between the tensors that they keep, so they leave no holes."""
-TRAINER = int(0.12e9)  # trainer, data and code loaded on first use: fitted
-QUANTISING_HOLES = 0.75
+docs/plan.md)."""
+FUSED_FRAGMENTATION = {"off": 0.1, "recompute": 0.0, "offload": 0.0}
+"""The same for fastft's fused layers, which make few temporaries between the tensors that they keep: fitted."""
+TRAINER = int(0.14e9)  # trainer, data and code loaded on first use: fitted
+QUANTISING_HOLES = 0.85
 """16-bit weights are loaded, rounded and freed one by one: the share of them that stays resident (glibc)."""
 TOKEN_BYTES = 500  # a token and its merge in the tokenizer's tables: fitted
 IMPORTS = {"cpu": int(0.62e9), "cuda": int(3.0e9), "mps": int(1.0e9)}
@@ -334,16 +338,18 @@ def overhead_terms(s: Situation, moving: Iterable[Term], shape: ModelShape) -> l
         return []
     live = sum(term.bytes for term in moving)
     if s.device == "cpu":
-        parts = eager_parts(shape, s)
-        share = HEAP_FRAGMENTATION[s.checkpointing]
-        formula = f"{share} x L x T x ({_listed(parts) or 'nothing, all layers are fused'})"
+        eager = sum(eager_parts(shape, s).values())
+        fused = sum(layer_bytes_per_token(shape, s).values()) - eager
+        share, fused_share = HEAP_FRAGMENTATION[s.checkpointing], FUSED_FRAGMENTATION[s.checkpointing]
+        size = (share * eager + fused_share * fused) * shape.layers * s.tokens
+        formula = f"L x T x ({share} x {eager:,.0f} + {fused_share} x {fused:,.0f})"
         source = "glibc keeps the holes that freed temporaries leave; measured (docs/plan.md)"
         fitted = "fitted to measured runs (docs/plan.md)"
         quantised = sum(w.parameters for w in shape.of("linear")) if s.quantization != "none" else 0
         holes = f"{QUANTISING_HOLES} x 2 bytes x {quantised:,} quantised parameters"
         return [
             _term("holes of quantising", QUANTISING_HOLES * 2 * quantised, holes, fitted),
-            _term("heap fragmentation", share * shape.layers * s.tokens * sum(parts.values()), formula, source),
+            _term("heap fragmentation", size, formula, source),
             _term("trainer and data", TRAINER, "constant", fitted),
             _term("tokenizer", shape.vocab * TOKEN_BYTES, f"V {shape.vocab:,} x {TOKEN_BYTES} bytes", fitted),
         ]

@@ -12,12 +12,18 @@ from fastft.plan.shape import ModelShape
 
 GPU_EFFICIENCY = {"cuda": 0.40, "mps": 0.30}
 """Share of the card's matmul rate that a LoRA step reaches: assumed, as nothing was measured on one yet."""
-CPU_MATMUL_SHARE = 0.60
-"""Share of the matmul ceiling that a CPU's matrix products reach."""
-CPU_TRAFFIC = 2.0e9
+CPU_MATMUL_SHARE = 0.40
+"""Share of the matmul ceiling that a CPU's matrix products reach, LoRA's narrow ones and attention's blocks included."""
+CPU_FLOAT32 = 0.45
+"""float32's rate over bfloat16's on a CPU that multiplies bfloat16 natively (AVX512)."""
+CPU_TRAFFIC = 0.75e9
 """Bytes of saved activations and logits that a core handles in a second, all element-wise work and copies included."""
-CPU_LAYER_SECONDS = 0.004
+CPU_LOGIT_BYTES = {"fused": 8, "chunked": 16, "full": 40}
+"""Work of a logit, counted as traffic: fastft's loss makes one pass, transformers' several over float32 copies."""
+CPU_LAYER_SECONDS = 0.003
 """Python and torch's dispatch for one layer, forward and backward, whatever its size."""
+CPU_NF4_SECONDS = 4.5e-9
+"""bitsandbytes unpacks a weight in each pass."""
 
 
 class StepTime(BaseModel):
@@ -54,11 +60,13 @@ def step_flops(shape: ModelShape, s: Situation, *, tokens: float, mean_length: f
     """Return the FLOPs of `tokens` in sequences of `mean_length`.
 
     2 a parameter and token forward, 2 for the input gradients, 2 again where layers are recomputed (frozen weights
-    need no weight gradients); attention 2 x 2 x T/2 x Q a layer and token, times the same passes plus one.
+    need no weight gradients); LoRA the same and 2 for its weights; attention 2 x 2 x T/2 x Q a layer and token, times
+    the same passes plus one.
     """
     passes = _passes(s)
     attention = 2 * 2 * (mean_length / 2) * shape.query_size * shape.layers * (passes + 1)
-    return tokens * (2 * passes * shape.matmul_parameters + attention)
+    lora = 0 if s.full_finetuning else 2 * (passes + 1) * shape.lora_parameters(*s.lora)
+    return tokens * (2 * passes * shape.matmul_parameters + lora + attention)
 
 
 def _passes(s: Situation) -> int:
@@ -71,11 +79,16 @@ def _cpu_seconds(
     assert hardware.flops
     again = _passes(s) / 2
     saved = shape.layers * sum(layer_bytes_per_token(shape, replace(s, checkpointing="off")).values())
-    traffic = tokens * (saved * again + 8 * shape.vocab) / (CPU_TRAFFIC * hardware.cpu_cores)
-    products = flops / (hardware.flops * CPU_MATMUL_SHARE)
+    logits = CPU_LOGIT_BYTES[s.loss] * shape.vocab
+    traffic = tokens * (saved * again + logits) / (CPU_TRAFFIC * hardware.cpu_cores)
+    rate = hardware.flops * (CPU_FLOAT32 if hardware.bf16 and s.compute_bytes == 4 else 1)
+    products = flops / (rate * CPU_MATMUL_SHARE)
     calls = micro_batches * shape.layers * CPU_LAYER_SECONDS * again
+    if s.quantization == "nf4":
+        linear = sum(w.parameters for w in shape.of("linear", "expert"))
+        calls += micro_batches * _passes(s) * linear * CPU_NF4_SECONDS / hardware.cpu_cores
     basis = (
-        f"matrix products {products:.2f} s at {CPU_MATMUL_SHARE:.0%} of {_flops_text(hardware)}, copies and element-wise "
+        f"matrix products {products:.2f} s at {CPU_MATMUL_SHARE:.0%} of {rate / 1e12:.2g} TFLOP/s, copies and element-wise "
         f"work {traffic:.2f} s, calls {calls:.2f} s"
     )
     return products + traffic + calls, basis
