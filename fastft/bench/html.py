@@ -66,7 +66,7 @@ def _section(result: Result) -> dict[str, Any]:
         "date": result.date,
         "commit": tables.commit_text(result),
         "case_hash": result.case_hash,
-        "repeats": result.repeats,
+        "repeats": tables.repeats_text(result.repeats),
         "machine": machine_lines(result),
         "tables": [
             {

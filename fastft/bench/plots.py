@@ -190,8 +190,8 @@ def groups_by_length(results: Sequence[Result]) -> list[list[Result]]:
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(_but_length(result), []).append(result)
-    long_enough = [g for g in groups.values() if len({_longest(r, n) for r in g for n in r.tables}) > 1]
-    return [sorted(group, key=lambda r: _longest(r, next(iter(r.tables)))) for group in long_enough]
+    several = [g for g in groups.values() if len({_first_longest(result) for result in g}) > 1]
+    return [sorted(group, key=_first_longest) for group in several]
 
 
 def _but_length(result: Result) -> str:
@@ -202,6 +202,10 @@ def _but_length(result: Result) -> str:
     for table in case["tables"].values():
         table.pop("lengths")
     return json.dumps([result.machine.label, sorted(result.tables), case], sort_keys=True)
+
+
+def _first_longest(result: Result) -> int:
+    return _longest(result, next(iter(result.tables)))
 
 
 def _longest(result: Result, table: str) -> int:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from fastft.bench import plots, tables
-from fastft.bench.case import CASES, ArmSettings, known_cases, load_case
+from fastft.bench.case import CASES, ArmSettings, Case, known_cases, load_case
 from fastft.bench.record import Result, read_result
+from fastft.bench.side_by_side import SideBySide, read_side_by_side
 from fastft.errors import FastFTError
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -61,7 +62,7 @@ def write_report(results: Path, readme: Path, images: Path, *, cases: Path = CAS
         p.name: p for p in [*(p for result in shown for p in plots.plots_of(result)), *plots.plots_over_length(shown)]
     }
     stale = _stale_images(drawings, images)
-    text = readme_text(entries, readme.parent, images, cases)
+    text = readme_text(entries, read_others(results), readme.parent, images, cases)
     if not readme.is_file() or readme.read_text(encoding="utf-8") != text:
         stale.append(readme)
     if not check:
@@ -70,18 +71,33 @@ def write_report(results: Path, readme: Path, images: Path, *, cases: Path = CAS
 
 
 def read_results(folder: Path) -> list[tuple[Path, Result]]:
-    """Return the benchmark's results in `folder` by file name; other JSON files there are someone else's."""
+    """Return the training results in `folder` by file name; other JSON files there are someone else's."""
+    return [(path, read_result(path)) for path in _with_keys(folder, {"schema_version", "case", "tables"})]
+
+
+def read_others(folder: Path) -> list[tuple[Path, SideBySide]]:
+    """Return the newest export and generation result in `folder` of each case and machine."""
+    latest: dict[tuple[str, str, str], tuple[Path, SideBySide]] = {}
+    for path in _with_keys(folder, {"schema_version", "kind", "runs"}):
+        found = read_side_by_side(path)
+        key = (found.kind, found.case, found.machine)
+        if key not in latest or latest[key][1].date < found.date:
+            latest[key] = (path, found)
+    return [latest[key] for key in sorted(latest)]
+
+
+def _with_keys(folder: Path, keys: set[str]) -> list[Path]:
     if not folder.is_dir():
         raise FastFTError(f"{folder} is not a folder. Give the folder of results with --results.")
-    return [(path, read_result(path)) for path in sorted(folder.glob("*.json")) if _looks_like_one(path)]
+    return [path for path in sorted(folder.glob("*.json")) if keys <= _keys(path)]
 
 
-def _looks_like_one(path: Path) -> bool:
+def _keys(path: Path) -> set[str]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise FastFTError(f"{path} is not JSON ({error}). Remove it, or measure again.") from error
-    return isinstance(values, dict) and {"schema_version", "case"} <= values.keys()
+    return set(values) if isinstance(values, dict) else set()
 
 
 def newest(results: Sequence[tuple[Path, Result]]) -> list[Entry]:
@@ -99,7 +115,9 @@ def newest(results: Sequence[tuple[Path, Result]]) -> list[Entry]:
 # --- the text
 
 
-def readme_text(entries: Sequence[Entry], home: Path, images: Path, cases: Path = CASES) -> str:
+def readme_text(
+    entries: Sequence[Entry], others: Sequence[tuple[Path, SideBySide]], home: Path, images: Path, cases: Path = CASES
+) -> str:
     """Return the README that lies in the folder `home`, with links relative to it."""
     known = {name: load_case(str(path)) for name, path in known_cases(cases).items()}
     overview = []
@@ -109,7 +127,6 @@ def readme_text(entries: Sequence[Entry], home: Path, images: Path, cases: Path 
         if not own:
             card = known[name].card or "CPU"
             overview.append({"case": name, "card": card, "machine": NOT_MEASURED, "ratios": ["-"] * len(PAIRS)})
-    hashes = {name: case.hash for name, case in known.items()}
     return _environment().get_template("README.md.jinja").render(
         legend=textwrap.fill(tables.LEGEND, 125),
         headings=tables.HEADINGS,
@@ -117,7 +134,8 @@ def readme_text(entries: Sequence[Entry], home: Path, images: Path, cases: Path 
         overview=overview,
         elsewhere=[_overview_row(entry) for entry in entries if not tables.own_card(entry.result)],
         length_plots=[_link(images / p.name, home) for p in plots.plots_over_length([e.result for e in entries])],
-        sections=[_section(entry, home, images, hashes) for entry in entries],
+        sections=[_section(entry, home, images, known) for entry in entries],
+        side_by_side=[_other_section(path, found, home) for path, found in others],
     )  # fmt: skip
 
 
@@ -149,7 +167,7 @@ def _overview_row(entry: Entry) -> dict[str, Any]:
     return {
         "case": f"[{result.case.name}](#{_anchor(markdown_heading(result))})",
         "card": result.case.card or "CPU",
-        "machine": f"{markdown_cell(result.machine.label)}, {result.date[:10]}",
+        "machine": f"{markdown_cell(result.machine.label)}, {result.date[:10]}, {tables.repeats_text(result.repeats)}",
         "ratios": [_pair_text(result, pair) for pair in PAIRS],
     }
 
@@ -176,7 +194,7 @@ def _anchor(heading: str) -> str:
     return kept.replace(" ", "-")
 
 
-def _section(entry: Entry, home: Path, images: Path, hashes: dict[str, str]) -> dict[str, Any]:
+def _section(entry: Entry, home: Path, images: Path, known: dict[str, Case]) -> dict[str, Any]:
     result = entry.result
     return {
         "heading": markdown_heading(result),
@@ -184,8 +202,8 @@ def _section(entry: Entry, home: Path, images: Path, hashes: dict[str, str]) -> 
         "date": result.date[:10],
         "commit": tables.commit_text(result),
         "case_hash": result.case_hash,
-        "case_changed": hashes.get(result.case.name, result.case_hash) != result.case_hash,
-        "repeats": result.repeats,
+        "case_note": _case_note(result.case, known.get(result.case.name)),
+        "repeats": tables.repeats_text(result.repeats),
         "file": _link(entry.path, home),
         "machine": machine_lines(result),
         "tables": [
@@ -208,6 +226,35 @@ def _section(entry: Entry, home: Path, images: Path, hashes: dict[str, str]) -> 
             }
             for path, old in entry.older
         ],
+    }
+
+
+def _case_note(measured: Case, known: Case | None) -> str:
+    """Say where what was measured is not the committed case: a part of it, or an earlier version."""
+    if known is None or measured.hash == known.hash:
+        return ""
+    narrowed = {
+        name: table.model_copy(
+            update={"arms": {a: s for a, s in table.arms.items() if a in measured.tables[name].arms}}
+        )
+        for name, table in known.tables.items()
+        if name in measured.tables
+    }
+    part = known.model_copy(update={"tables": narrowed}).hash == measured.hash
+    return " (some of its arms or tables only)" if part else " (the case has changed since)"
+
+
+def _other_section(path: Path, found: SideBySide, home: Path) -> dict[str, Any]:
+    return {
+        "title": found.title,
+        "machine": found.machine,
+        "date": found.date[:10],
+        "commit": f"commit {found.commit[:10]}" if found.commit else "unknown commit",
+        "repeats": tables.repeats_text(found.repeats),
+        "file": _link(path, home),
+        "headings": found.headings(),
+        "rows": found.rows(),
+        "notes": found.notes,
     }
 
 

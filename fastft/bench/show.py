@@ -21,7 +21,9 @@ def show(result: Result, console: Any = None) -> None:
 
     console = console or Console()
     console.print(f"[bold]{escape(tables.heading(result))}[/]: {escape(result.case.title)}")
-    about = f"{result.date}, {tables.commit_text(result)}, case {result.case_hash}, {result.repeats} repeats"
+    about = (
+        f"{result.date}, {tables.commit_text(result)}, case {result.case_hash}, {tables.repeats_text(result.repeats)}"
+    )
     console.print(f"[dim]{escape(about)}[/]")
     for name, table in result.tables.items():
         console.print()

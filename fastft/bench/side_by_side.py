@@ -84,7 +84,9 @@ class SideBySide(_Model):
 def _figure(name: str, figures: Spread) -> str:
     show = gigabytes if name.endswith("_bytes") else number
     unit = UNITS.get(name)
-    return f"{show(figures.median)} ({show(figures.p20)} to {show(figures.p80)})" + (f" {unit}" if unit else "")
+    alone = figures.p20 == figures.p80
+    text = show(figures.median) + ("" if alone else f" ({show(figures.p20)} to {show(figures.p80)})")
+    return f"{text} {unit}" if unit else text
 
 
 def read_side_by_side(path: Path) -> SideBySide:
@@ -156,7 +158,7 @@ def assembled(
 
 def _commit() -> str | None:
     here = Path(__file__).parent
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+    done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
 
 

@@ -105,8 +105,11 @@ def cells(arm: str, summary: ArmSummary) -> list[str]:
 
 
 def spread_text(spread: Spread | None) -> str:
-    """Return ``419 (329 to 443)``."""
-    return "-" if spread is None else f"{number(spread.median)} ({number(spread.p20)} to {number(spread.p80)})"
+    """Return ``419 (329 to 443)``; of a single run, which has no range, the figure alone."""
+    if spread is None:
+        return "-"
+    alone = spread.p20 == spread.p80
+    return number(spread.median) + ("" if alone else f" ({number(spread.p20)} to {number(spread.p80)})")
 
 
 def number(value: float) -> str:
@@ -165,6 +168,11 @@ def commit_text(result: Result) -> str:
     if result.commit is None:
         return "unknown commit"
     return f"commit {result.commit[:10]}" + (" with uncommitted changes" if result.dirty else "")
+
+
+def repeats_text(repeats: int) -> str:
+    """Return ``5 repeats``, or ``1 repeat``."""
+    return f"{repeats} repeat" + ("" if repeats == 1 else "s")
 
 
 def capped(result: Result) -> bool:

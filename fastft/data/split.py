@@ -143,10 +143,11 @@ def _band_keys(hashes: np.ndarray) -> np.ndarray:
 
 def _unite(parent: np.ndarray, edges: np.ndarray) -> None:
     """Join the groups of each pair, in place; a group is named by its smallest row."""
-    for a, b in edges.tolist():
-        a, b = _root(parent, a), _root(parent, b)
-        if a != b:
-            parent[max(a, b)] = min(a, b)
+    for part in np.array_split(edges, len(edges) // 100_000 + 1):  # as Python numbers, an edge takes 136 bytes
+        for a, b in part.tolist():
+            a, b = _root(parent, a), _root(parent, b)
+            if a != b:
+                parent[max(a, b)] = min(a, b)
 
 
 def _root(parent: np.ndarray, row: int) -> int:

@@ -28,8 +28,9 @@ from fastft.bench.record import (
     Step,
     TableResult,
 )
-from fastft.bench.report import markdown_cell, schema_text, write_report
+from fastft.bench.report import markdown_cell, read_results, schema_text, write_report
 from fastft.bench.show import show
+from fastft.bench.side_by_side import Run, SideBySide, measure_ways, paired, summarised
 from fastft.bench.statistics import spread
 from fastft.errors import FastFTError
 
@@ -313,7 +314,7 @@ def test_a_capped_result_never_fills_the_cards_row(folder):
     assert "## t4-8b on H200, capped at 15 GB" in text
     made_up_result(case, made_up_machine(card="t4"), arms=GPU_ARMS).write(folder / "results" / "own.json")
     text = report(folder)[1]
-    assert "| t4 | T4, 2026-11-20 |" in text
+    assert "| t4 | T4, 2026-11-20, 5 repeats |" in text
     assert "## t4-8b on T4" in text
     assert "## t4-8b on H200, capped at 15 GB" in text
 
@@ -342,8 +343,60 @@ def test_a_result_of_an_earlier_version_of_the_case_says_so(folder):
     assert "(the case has changed since)" in report(folder)[1]
 
 
+def test_a_part_of_the_case_is_not_called_an_earlier_version(folder):
+    case = made_up_case()
+    write_case(folder, case)
+    defaults = case.model_copy(update={"tables": {"defaults": case.tables["defaults"]}})
+    part = made_up_result(defaults, repeats=1)
+    del part.tables["matched"]
+    part.write(folder / "results" / "a.json")
+    text = report(folder)[1]
+    assert "(some of its arms or tables only), 1 repeat:" in text
+    assert "has changed" not in text
+    assert "not measured | not measured |" in text  # the matched table's columns
+    assert " to " not in text.split("| peft | ok |")[1].splitlines()[0]  # one run has no range
+
+
+def made_up_export(**changes):
+    seconds = {"fastft, one pass": 20, "merge, convert, quantise": 50}
+    runs = [
+        Run(way=way, repeat=i, figures={"seconds": s + i, "peak_rss_bytes": s * 3e7})
+        for i in range(3)
+        for way, s in seconds.items()
+    ]
+    values = {
+        "kind": "export", "title": "Export", "case": "cpu-0.5b", "parameters": 5, "machine": "EPYC, 2 threads",
+        "date": "2026-11-20T10:00:00", "commit": None, "versions": {}, "repeats": 3,
+        "summary": summarised(runs, list(seconds)), "runs": runs, "notes": ["less | is better"],
+    }  # fmt: skip
+    return SideBySide.model_validate(values | changes)
+
+
+def test_export_and_generation_have_their_section_and_the_newest_wins(folder):
+    made_up_export(title="An old export").write(folder / "results" / "export--a.json")
+    made_up_export(date="2026-11-21T10:00:00").write(folder / "results" / "export--b.json")
+    text = report(folder)[1]
+    assert "### Export\n" in text
+    assert "An old export" not in text
+    assert "| fastft, one pass | 21.0 (20.4 to 21.6) s | 0.6 GB |" in text
+    assert "less \\| is better" in text
+    assert paired(made_up_export(), "fastft, one pass", "merge, convert, quantise", "seconds") == 21 / 51
+
+
+def test_ways_are_interleaved():
+    seen = []
+    ways = {name: (lambda name=name: seen.append(name) or {"seconds": 1.0}) for name in "abc"}
+    runs = measure_ways(ways, 20, seed=1, say=lambda text: None)
+    rounds = ["".join(seen[i : i + 3]) for i in range(0, 60, 3)]
+    assert {"".join(sorted(each)) for each in rounds} == {"abc"}
+    assert len(set(rounds)) > 2
+    assert [run.repeat for run in runs[:6]] == [0, 0, 0, 1, 1, 1]
+    with pytest.raises(FastFTError, match="at least 1"):
+        measure_ways(ways, 0, seed=1, say=lambda text: None)
+
+
 def test_damaged_results_are_refused_with_their_name(folder):
-    (folder / "results" / "bad.json").write_text('{"schema_version": 1, "case": {"name": 3}}')
+    (folder / "results" / "bad.json").write_text('{"schema_version": 1, "case": {"name": 3}, "tables": {}}')
     with pytest.raises(FastFTError, match=r"bad\.json"):
         report(folder)
     (folder / "results" / "bad.json").write_text("{")
@@ -360,11 +413,17 @@ def test_markdown_cannot_be_broken_by_a_machines_name():
 # --- the plots
 
 
+def other_length(case):
+    return case.tables["matched"].model_copy(update={"lengths": case.lengths.model_copy(update={"longest": 64})})
+
+
 def test_memory_over_length_needs_cases_that_differ_only_in_length():
     short = made_up_result(made_up_case("len-512", longest=512))
     long = made_up_result(made_up_case("len-2048", longest=2048, title="other words"))
     other = made_up_result(made_up_case("len-4096", longest=4096, lora={"r": 64}))
     assert plots.groups_by_length([short]) == []
+    both = short.case.model_copy(update={"tables": {**short.case.tables, "matched": other_length(short.case)}})
+    assert plots.groups_by_length([made_up_result(both)]) == []  # two tables of one result
     assert plots.groups_by_length([short, other]) == []
     groups = plots.groups_by_length([long, short, other])
     assert [[result.case.name for result in group] for group in groups] == [["len-512", "len-2048"]]
@@ -501,6 +560,6 @@ def test_the_committed_readme_is_up_to_date():
 
 def test_the_committed_results_validate():
     schema = json.loads(schema_text())
-    for path in (ROOT / "benchmarks" / "results").glob("*--*.json"):
+    for path, result in read_results(ROOT / "benchmarks" / "results"):
         jsonschema.validate(json.loads(path.read_text()), schema)
-        load_case(json.loads(path.read_text())["case"]["name"])
+        load_case(result.case.name)
