@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.e2e.conftest import run_python
 
 NOTEBOOK = """
@@ -63,6 +65,7 @@ def test_full_text_gives_the_losses_of_trl(checkpoint_of, tmp_path):
     compare(checkpoint_of("llama"), tmp_path)
 
 
+@pytest.mark.long
 def test_completions_with_checkpointing_give_the_losses_of_trl(checkpoint_of, tmp_path):
     compare(checkpoint_of("qwen3"), tmp_path, completion=True, checkpointing="unsloth")
 
