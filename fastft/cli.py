@@ -60,7 +60,7 @@ def run(arguments: list[str]) -> int:
         if not debug:
             _quiet_libraries()
         try:
-            result = app(args=arguments, standalone_mode=False)
+            result = app(args=arguments, prog_name="fastft", standalone_mode=False)
             return result if isinstance(result, int) else 0
         except FastFTError as error:
             _say(error, debug)

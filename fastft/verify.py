@@ -23,6 +23,7 @@ from fastft.certificate import file_hash, worst, write_certificate
 from fastft.errors import CouldNotFinishError, FastFTError
 from fastft.export.card import write_export_card
 from fastft.export.llama import base_folder, sample_ids
+from fastft.mirror import follow
 from fastft.progress import Reporter
 from fastft.target import Target, resolve
 
@@ -63,6 +64,7 @@ def verify(
         )  # fmt: skip
     if target.run is not None:
         write_export_card(target.run, folder, found)
+        follow(target.run, note=report.note, warn=report.warn)
     return found
 
 

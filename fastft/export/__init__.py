@@ -13,6 +13,7 @@ from typing import Any
 
 from fastft.config import EXPORT_KINDS
 from fastft.errors import FastFTError, did_you_mean
+from fastft.mirror import follow
 from fastft.progress import Reporter
 from fastft.target import Target, resolve
 
@@ -53,6 +54,8 @@ def export(
         )
     for entry in files:
         report.note(f"wrote {entry['path']} ({entry['bytes'] / 2**20:,.1f} MiB)")
+    if target.run is not None:
+        follow(target.run, note=report.note, warn=report.warn)
     return {"files": files}
 
 
