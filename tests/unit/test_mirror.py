@@ -15,7 +15,7 @@ from fastft import checkpoint
 from fastft.config import make_config
 from fastft.errors import FastFTError
 from fastft.files import Files
-from fastft.mirror import Mirror
+from fastft.mirror import Mirror, follow
 from fastft.run import RunFolder
 
 SIZE = 40_000  # bytes of a checkpoint's weights
@@ -154,6 +154,23 @@ def test_final_and_exports_are_mirrored_and_a_done_run_comes_back_done(run, driv
     there, _, _ = restored(drive, tmp_path / "elsewhere")
     assert there.read_record()["status"] == "done"
     assert same(there.final, run.final)
+
+
+def test_what_is_exported_after_training_follows_at_once(run, drive):
+    config = run.read_config().model_copy(update={"mirror": str(drive.parent), "project": drive.name})
+    run.write_config(config)
+    mirror, said = mirror_of(run, drive)
+    train(run, mirror, [4])
+    assert mirror.close()
+    run.export.mkdir()
+    (run.export / "t.Q8_0.gguf").write_bytes(b"gguf")
+    follow(run, note=said.notes.append, warn=said.warnings.append)
+    assert same(run.export, drive / "export")
+    assert not said.warnings
+
+
+def test_a_run_without_a_mirror_has_nothing_to_follow(run):
+    follow(run, note=pytest.fail, warn=pytest.fail)
 
 
 # --- faults
