@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from fastft.data.batches import Rows
 
 
 class Engine(Protocol):
@@ -25,6 +28,18 @@ class Engine(Protocol):
 
     def for_training(self, model: Any, use_gradient_checkpointing: Any = None) -> Any:
         """Return the model switched to training."""
+        ...
+
+    def accept_rows(self, model: Any) -> Rows:
+        """Make `model` take rows without padding; returns how it is told their boundaries."""
+        ...
+
+    def forget_check(self, model: Any) -> None:
+        """Drop what passes before training, with gradients, left compiled: training must not take it over."""
+        ...
+
+    def announce_scale(self, model: Any, scale: Any) -> None:
+        """Tell `model` what its loss will be multiplied by before backward (float16): a GradScaler, a number, or None."""
         ...
 
     def loss_mode(self, model: Any) -> AbstractContextManager[None]:

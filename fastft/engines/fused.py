@@ -1,10 +1,10 @@
 """The CPU's fast layers: LoRA projections, gated MLP, RMSNorm, rotary attention and the loss, each with its own backward.
 
-What they save against autograd over peft and transformers, which they replace only inside `fused(model)`:
+What they save against autograd over peft and transformers, which they replace only inside `FusedLayers.active()`:
 - peft's LoRA weights are float32 over a bfloat16 base, so every projection casts its input forth and back. Here A
   and B are cast (they are small), inputs are read once by projections that share them, and the input's gradient is
   accumulated inside the matrix products (arXiv 2510.00206 calls that horizontal and vertical fusion).
-- attention over a padding-free row works on blocks of equal length; the heads that share a key are rows of one product.
+- attention over a padding-free row is row_attention.py's.
 - the loss runs the output head over supervised tokens only, some rows at a time, and leaves no logits behind.
 
 A module that is not exactly of a known kind (DoRA, dropout, biases that are trained, quantised weights ...) keeps its
@@ -14,18 +14,18 @@ own forward. Frozen weights get no gradient.
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
 from fastft.engines import native
 from fastft.engines.attention import text_config
+from fastft.engines.native import Sum, multiply
+from fastft.engines.row_attention import RowPlan, plan_row, row_attention
 
 # --- LoRA projections
 
@@ -44,53 +44,71 @@ class Projection:
 def _project(x: torch.Tensor, projections: list[Projection]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Return the outputs [(T, out)] for x (T, in), and S = x A^T of all adapters side by side (T, sum of r)."""
     stacked = _stacked_a(projections, x.dtype)
-    low = None if stacked is None else x @ stacked.t()
-    outputs, at = [], 0
-    for p in projections:
-        y = F.linear(x, p.weight, p.bias)
-        if p.a is not None and p.b is not None and low is not None:
-            y.addmm_(low[:, at : at + p.a.shape[0]], p.b.detach().to(x.dtype).t(), alpha=p.scale)
-            at += p.a.shape[0]
-        outputs.append(y)
-    return outputs, low
+    low = None
+    if stacked is not None:
+        low = x.new_empty(x.shape[0], stacked.shape[0])
+        multiply(Sum(low, [(x, stacked.t())]))
+    sums = []
+    for p, columns in _with_columns(projections):
+        terms = [(x, p.weight.t())]
+        if low is not None and p.b is not None:
+            terms.append((low[:, columns], _scaled_b(p, x.dtype).t()))
+        sums.append(Sum(x.new_empty(x.shape[0], p.weight.shape[0]), terms, p.bias))
+    multiply(*sums)
+    return [s.out for s in sums], low
 
 
 def _project_backward(
     grads: list[torch.Tensor], x: torch.Tensor, low: torch.Tensor | None, projections: list[Projection], need_x: bool
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    """Return (gradient of x, [dA, dB of each projection]); the products add into one buffer."""
-    dx = None
-    if need_x:
-        dx = grads[0] @ projections[0].weight
-        for grad, p in zip(grads[1:], projections[1:], strict=True):
-            dx.addmm_(grad, p.weight)
+    """Return (gradient of x, [dA, dB of each projection])."""
+    dx = torch.empty_like(x) if need_x else None
+    terms = [(grad, p.weight) for grad, p in zip(grads, projections, strict=True)]
     if low is None:
+        if dx is not None:
+            multiply(Sum(dx, terms))
         return dx, [None, None] * len(projections)
-    adapted = [(g, p) for g, p in zip(grads, projections, strict=True) if p.a is not None]
-    pieces = [(g @ p.b.detach().to(g.dtype)).mul_(p.scale) for g, p in adapted]  # type: ignore[union-attr]
-    dlow = torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
+    dlow = torch.empty_like(low)
+    columns = [columns for _, columns in _with_columns(projections)]
+    adapted = [(g, p, c) for g, p, c in zip(grads, projections, columns, strict=True) if p.b is not None]
+    multiply(*(Sum(dlow[:, c], [(g, _scaled_b(p, g.dtype))]) for g, p, c in adapted))
     stacked = _stacked_a(projections, x.dtype)
     assert stacked is not None
+    da = torch.empty(stacked.shape)
+    # Transposed: the narrow matrix on the left is the faster product.
+    db = [torch.empty(low[:, c].shape[1], g.shape[1]) for g, _, c in adapted]
+    sums = [Sum(da, [(dlow.t(), x)]), *(Sum(b, [(low[:, c].t(), g)]) for b, (g, _, c) in zip(db, adapted, strict=True))]
     if dx is not None:
-        dx.addmm_(dlow, stacked)
-    da = dlow.t() @ x
+        sums.append(Sum(dx, [*terms, (dlow, stacked)]))
+    multiply(*sums)
     results: list[torch.Tensor | None] = []
-    at = 0
-    for grad, p in zip(grads, projections, strict=True):
+    slopes = iter(db)
+    for p, c in zip(projections, columns, strict=True):
         if p.a is None or p.b is None:
             results += [None, None]
-            continue
-        rank = p.a.shape[0]
-        results.append(da[at : at + rank].to(p.a.dtype))
-        # Transposed: the narrow matrix on the left is the faster product.
-        results.append((low[:, at : at + rank].t() @ grad).t().to(p.b.dtype).mul_(p.scale))
-        at += rank
+        else:
+            results += [da[c].to(p.a.dtype), next(slopes).t().mul(p.scale).to(p.b.dtype)]
     return dx, results
+
+
+def _with_columns(projections: list[Projection]) -> Iterator[tuple[Projection, slice]]:
+    """Yield each projection with its columns of S; none for one without an adapter."""
+    at = 0
+    for p in projections:
+        rank = 0 if p.a is None else p.a.shape[0]
+        yield p, slice(at, at + rank)
+        at += rank
 
 
 def _stacked_a(projections: list[Projection], dtype: torch.dtype) -> torch.Tensor | None:
     a = [p.a.detach() for p in projections if p.a is not None]
     return torch.cat(a).to(dtype) if a else None
+
+
+def _scaled_b(p: Projection, dtype: torch.dtype) -> torch.Tensor:
+    assert p.b is not None
+    b = p.b.detach()
+    return (b if p.scale == 1 else b * p.scale).to(dtype)
 
 
 def _parameters(projections: list[Projection]) -> list[Any]:
@@ -134,17 +152,19 @@ class _GatedMLP(Function):
         x, gate, up, low_inner, low_outer = ctx.saved_tensors
         (outer,) = ctx.outer
         dy = dy.contiguous()
-        dh = dy @ outer.weight
+        dh = torch.empty_like(gate)
+        terms = [(dy, outer.weight)]
         if outer.a is not None:
-            dlow = (dy @ outer.b.detach().to(dy.dtype)).mul_(outer.scale)
-            dh.addmm_(dlow, outer.a.detach().to(dy.dtype))
+            dlow = torch.empty_like(low_outer)
+            multiply(Sum(dlow, [(dy, _scaled_b(outer, dy.dtype))]))
+            terms.append((dlow, outer.a.detach().to(dy.dtype)))
+        multiply(Sum(dh, terms))
         h = native.glu_backward_(dh, gate, up, ctx.gelu)  # gate and up are their gradients from here on
         rest_outer: list[torch.Tensor | None] = [None, None]
         if outer.a is not None:
-            rest_outer = [
-                (dlow.t() @ h).to(outer.a.dtype),
-                (low_outer.t() @ dy).t().to(outer.b.dtype).mul_(outer.scale),
-            ]
+            da, db = torch.empty(outer.a.shape), torch.empty(outer.b.shape[1], outer.b.shape[0])
+            multiply(Sum(da, [(dlow.t(), h)]), Sum(db, [(low_outer.t(), dy)]))
+            rest_outer = [da.to(outer.a.dtype), db.t().mul(outer.scale).to(outer.b.dtype)]
         del h, dh
         dx, rest_inner = _project_backward([gate, up], x, low_inner, ctx.inner, ctx.needs_input_grad[0])
         return (dx, None, None, None, *rest_inner, *rest_outer)
@@ -167,156 +187,6 @@ class _RMSNorm(Function):
         return native.rms_backward(dy.contiguous(), x, weight, rstd, ctx.plus_one), None, None, None
 
 
-# --- attention
-
-
-@dataclass(frozen=True)
-class RowPlan:
-    """How a padding-free row is laid out for attention: each sequence padded to a multiple of PAD positions."""
-
-    table: torch.Tensor  # (sequences, 4) int64: start, length, padded start, padded length
-    groups: list[tuple[int, int, int]]  # (padded start, how many, padded length) of neighbours of equal length
-
-
-PAD = 32  # few distinct shapes, so that oneDNN's generated kernels are used again
-QUERY_BLOCK = 256  # queries of one product; keys behind them are not computed
-KEEP_PROBABILITIES = 256  # up to this length the backward reads them instead of computing them again
-
-
-def plan_row(boundaries: Any) -> RowPlan:
-    """Return the layout of a row whose sequences lie between `boundaries` [0, ..., T]."""
-    edges = np.asarray([int(b) for b in boundaries])
-    lengths = np.diff(edges)
-    padded = -(-lengths // PAD) * PAD
-    starts = np.concatenate([[0], np.cumsum(padded)[:-1]])
-    table = torch.from_numpy(np.stack([edges[:-1], lengths, starts, padded], axis=1).astype(np.int64)).contiguous()
-    groups: list[tuple[int, int, int]] = []
-    for start, length in zip(starts.tolist(), padded.tolist(), strict=True):
-        if groups and groups[-1][2] == length:
-            first, count, _ = groups[-1]
-            groups[-1] = (first, count + 1, length)
-        else:
-            groups.append((start, 1, length))
-    return RowPlan(table, groups)
-
-
-def _query_blocks(length: int, window: int) -> list[tuple[int, int, int]]:
-    """Return (first query, end, first key) of the products that cover the causal triangle, or its band."""
-    count = -(-length // QUERY_BLOCK)
-    edges = [length * i // count // PAD * PAD for i in range(count)] + [length]
-    return [(a, b, max(0, a - window + 1) // PAD * PAD) for a, b in itertools.pairwise(edges)]
-
-
-class _RotaryAttention(Function):
-    """Causal attention of each sequence of a row over itself: q (T, H D), k and v (T, KV D), all before rotation."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None,
-        plan: RowPlan,
-        dim: int,
-        scale: float,
-        window: int | None,
-    ) -> torch.Tensor:
-        kv = k.shape[1] // dim
-        group = q.shape[1] // k.shape[1]
-        window = window if window is not None else 2**40
-        packed_q = native.pack_heads(q, rotary, plan.table, (kv, group, dim))
-        packed_k = native.pack_heads(k, rotary, plan.table, (kv, 1, dim))
-        packed_v = native.pack_heads(v, None, plan.table, (kv, 1, dim))
-        out = torch.empty_like(packed_q)
-        kept = []
-        for at in plan.groups:
-            qs, ks, vs, os = _views(at, kv, group, dim, packed_q, packed_k, packed_v, out)
-            for first, end, key in _query_blocks(at[2], window):
-                p = _probabilities(qs, ks, first, end, key, group, window, scale)
-                _into(os, first * group, end * group, p, vs[:, key:end])
-                if at[2] <= KEEP_PROBABILITIES:
-                    kept.append(p)
-        ctx.save_for_backward(packed_q, packed_k, packed_v, *(rotary or ()), *kept)
-        ctx.what = (rotary is not None, plan, kv, group, dim, scale, window, q.shape[0])
-        return native.unpack_heads(out, None, plan.table, (kv, group, dim), q.shape[0])
-
-    @staticmethod
-    def backward(ctx: Any, dout: torch.Tensor) -> Any:
-        rotates, plan, kv, group, dim, scale, window, tokens = ctx.what
-        packed_q, packed_k, packed_v, *rest = ctx.saved_tensors
-        rotary = (rest.pop(0), rest.pop(0)) if rotates else None
-        kept = iter(rest)
-        packed_do = native.pack_heads(dout.contiguous(), None, plan.table, (kv, group, dim))
-        dq, dk, dv = torch.empty_like(packed_q), torch.zeros_like(packed_k), torch.zeros_like(packed_v)
-        for at in plan.groups:
-            qs, ks, vs, dos = _views(at, kv, group, dim, packed_q, packed_k, packed_v, packed_do)
-            dqs, dks, dvs, _ = _views(at, kv, group, dim, dq, dk, dv, packed_do)
-            for first, end, key in _query_blocks(at[2], window):
-                rows = slice(first * group, end * group)
-                if at[2] <= KEEP_PROBABILITIES:
-                    p = next(kept)
-                else:
-                    p = _probabilities(qs, ks, first, end, key, group, window, scale)
-                do = dos[:, rows]
-                ds = torch.bmm(do, vs[:, key:end].transpose(1, 2))
-                _add(dvs, key, end, p.transpose(1, 2), do)
-                native.softmax_backward_(p, ds, scale)
-                _into(dqs, rows.start, rows.stop, ds, ks[:, key:end])
-                _add(dks, key, end, ds.transpose(1, 2), qs[:, rows])
-        return (
-            native.unpack_heads(dq, rotary, plan.table, (kv, group, dim), tokens),
-            native.unpack_heads(dk, rotary, plan.table, (kv, 1, dim), tokens),
-            native.unpack_heads(dv, None, plan.table, (kv, 1, dim), tokens),
-            *(None,) * 5,
-        )
-
-
-def _views(
-    at: tuple[int, int, int],
-    kv: int,
-    group: int,
-    dim: int,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the blocks of one group of sequences: q, o (count kv, length group, dim), k, v (count kv, length, dim)."""
-    start, count, length = at
-    wide, narrow = kv * group * dim, kv * dim
-    queries = (count * kv, length * group, dim)
-    keys = (count * kv, length, dim)
-    return (
-        q[start * wide : (start + count * length) * wide].view(queries),
-        k[start * narrow : (start + count * length) * narrow].view(keys),
-        v[start * narrow : (start + count * length) * narrow].view(keys),
-        o[start * wide : (start + count * length) * wide].view(queries),
-    )
-
-
-def _probabilities(
-    q: torch.Tensor, k: torch.Tensor, first: int, end: int, key: int, group: int, window: int, scale: float
-) -> torch.Tensor:
-    p = torch.bmm(q[:, first * group : end * group], k[:, key:end].transpose(1, 2))
-    native.softmax_forward_(p, group=group, first_query=first, first_key=key, window=window, scale=scale)
-    return p
-
-
-def _into(out: torch.Tensor, first: int, end: int, left: torch.Tensor, right: torch.Tensor) -> None:
-    if end - first == out.shape[1]:
-        torch.bmm(left, right, out=out)
-    else:
-        out[:, first:end] = torch.bmm(left, right)
-
-
-def _add(out: torch.Tensor, first: int, end: int, left: torch.Tensor, right: torch.Tensor) -> None:
-    if end - first == out.shape[1]:
-        out.baddbmm_(left, right)
-    else:
-        out[:, first:end] += torch.bmm(left, right)
-
-
 # --- the loss
 
 
@@ -330,16 +200,18 @@ class _HeadLoss(Function):
         backward = ctx.needs_input_grad[0]
         total = torch.zeros((), dtype=torch.float64)
         grad = torch.empty_like(hidden) if backward else None
+        place = weight.new_empty(min(HEAD_ROWS, hidden.shape[0]), weight.shape[0])  # used again: its pages are there
         for first in range(0, hidden.shape[0], HEAD_ROWS):
             part = slice(first, first + HEAD_ROWS)
-            logits = hidden[part] @ weight.t()
+            logits = place[: len(targets[part])]
+            multiply(Sum(logits, [(hidden[part], weight.t())]))
             total += (
                 native.cross_entropy_(logits, targets[part], factor=1.0 / divisor, cap=cap, backward=backward)
                 .double()
                 .sum()
             )
             if grad is not None:
-                torch.mm(logits, weight, out=grad[part])
+                multiply(Sum(grad[part], [(logits, weight)]))
         ctx.save_for_backward(*([] if grad is None else [grad]))
         return (total / divisor).float()
 
@@ -386,6 +258,7 @@ class FusedLayers:
         self.config = text_config(model)
         self.forwards: list[tuple[Any, Callable[..., Any]]] = []
         self._row: tuple[Any, RowPlan] | None = None
+        self.adapters: list[torch.nn.Parameter] = []  # A and B of every plain LoRA layer, some twice
         inside: set[int] = set()
         for module in self.owner.modules():
             if id(module) in inside:
@@ -402,6 +275,8 @@ class FusedLayers:
     def active(self) -> Iterator[None]:
         """Inside, the model computes with the fused layers; afterwards with what it had before."""
         before = [(module, module.__dict__.get("forward")) for module, _ in self.forwards]
+        if torch.is_grad_enabled():
+            self._make_gradients()
         for module, forward in self.forwards:
             module.forward = forward
         try:
@@ -413,6 +288,16 @@ class FusedLayers:
                     del module.forward
                 else:
                     module.forward = original
+
+    def _make_gradients(self) -> None:
+        """Make the adapters' gradients before the step, side by side.
+
+        They outlive it; made during it, each lies where a large temporary was, which then has to go elsewhere: with
+        checkpointed layers more than a quarter of the heap was such holes (docs/log.md).
+        """
+        for parameter in self.adapters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def _replacement(self, module: Any) -> tuple[Callable[..., Any], bool] | None:
         """Return (forward, whether it also stands for the modules inside) of one module, or None."""
@@ -452,6 +337,7 @@ class FusedLayers:
         is_plain = type(module.lora_dropout[name]) is torch.nn.Identity and a.bias is None and b.bias is None
         if not is_plain or module.fan_in_fan_out or not self._frozen(base):
             return None
+        self.adapters += [a.weight, b.weight]
         return Projection(base.weight, base.bias, a.weight, b.weight, float(module.scaling[name]))
 
     def _frozen(self, linear: Any) -> bool:
@@ -512,7 +398,7 @@ class FusedLayers:
             if q_norm is not None and k_norm is not None:
                 q, k = q_norm(q.view(-1, dim)).view(q.shape), k_norm(k.view(-1, dim)).view(k.shape)
             rotary = (cos[0].to(self.dtype).contiguous(), sin[0].to(self.dtype).contiguous()) if rotates else None
-            out = _RotaryAttention.apply(q, k, v, rotary, self._plan(boundaries), dim, module.scaling, window)
+            out = row_attention(q, k, v, rotary, self._plan(boundaries), dim, module.scaling, window)
             return module.o_proj(out.view(*hidden_states.shape[:-1], -1)), None
 
         return forward

@@ -1,8 +1,9 @@
-"""The element-wise parts of a training step on the CPU: compiled once per machine, or plain torch where that fails.
+"""The compiled parts of a training step on the CPU: built once per machine, or plain torch where that fails.
 
-Each function below is first its plain torch form, which says what it computes; `kernels.cpp` does the same in one
-pass over memory. The library is built by the system's C++ compiler at first use (about two seconds) and kept in
-the user's cache folder. `FASTFT_NATIVE=0` keeps torch's operations.
+Each function below has a plain torch form, which says what it computes; `kernels.cpp` does the same in one pass over
+memory, `products.cpp` (AVX512-BF16) sums of matrix products, and `attention.cpp` (the same) attention as a whole, whose
+torch form is in row_attention.py. The library is built by the system's C++ compiler at first use (about five seconds) and
+kept in the user's cache folder. `FASTFT_NATIVE=0` keeps torch's operations.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -47,12 +50,12 @@ def why_not() -> str:
 
 
 def _build(compiler: str, target: Path) -> str:
-    """Compile kernels.cpp into `target`; returns what went wrong, or an empty string."""
+    """Compile the sources into `target`; returns what went wrong, or an empty string."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             unfinished = Path(folder) / "kernels.so"
-            command = [compiler, *_FLAGS, str(_source()), "-o", str(unfinished), *_openmp()]
+            command = [compiler, *_FLAGS, *map(str, _sources()), "-o", str(unfinished), *_openmp()]
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
             if done.returncode != 0:
                 return f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
@@ -63,17 +66,19 @@ def _build(compiler: str, target: Path) -> str:
     return ""
 
 
-def _source() -> Path:
-    return Path(__file__).with_name("kernels.cpp")
+def _sources() -> list[Path]:
+    return [Path(__file__).with_name(name) for name in ("kernels.cpp", "products.cpp", "attention.cpp")]
 
 
 def _library_path() -> Path:
     """Return where the library for this source, processor and torch lies."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastft"
-    identity = [_source().read_text(encoding="utf-8"), *_FLAGS, *_openmp(), _processor()]
+    sources = [path.read_text(encoding="utf-8") for path in (*_sources(), Path(__file__).with_name("tiles.h"))]
+    identity = [*sources, *_FLAGS, *_openmp(), _processor()]
     return cache / f"kernels-{hashlib.sha256(chr(0).join(identity).encode()).hexdigest()[:16]}.so"
 
 
+@functools.cache
 def _processor() -> str:
     """Return what -march=native depends on: a home folder may be shared by different machines."""
     try:
@@ -112,6 +117,82 @@ def _call(name: str, dtype: torch.dtype, *arguments: object) -> None:
         else:
             converted.append(ctypes.c_float(argument))  # type: ignore[arg-type]
     getattr(library(), f"{name}_{_SUFFIX[dtype]}")(*converted, ctypes.c_int(torch.get_num_threads()))
+
+
+# --- sums of matrix products
+
+
+@dataclass(frozen=True)
+class Sum:
+    """out = bias + the sum of a @ b over the terms, added up in float32 and rounded once where compiled."""
+
+    out: torch.Tensor  # (rows, columns); its rows may be part of a wider matrix's
+    terms: Sequence[tuple[torch.Tensor, torch.Tensor]]  # (rows, depth) @ (depth, columns)
+    bias: torch.Tensor | None = None  # (columns,)
+
+
+def multiply(*sums: Sum) -> None:
+    """Fill every `out`; the sums must not depend on each other."""
+    if all(_is_compiled(s) for s in sums):
+        program = [number for s in sums for number in _instructions(s)]
+        library().multiply_bfloat16(  # type: ignore[union-attr]
+            (ctypes.c_int64 * len(program))(*program), ctypes.c_int64(len(sums)), ctypes.c_int(torch.get_num_threads())
+        )
+        return
+    for s in sums:
+        (a, b), *rest = s.terms
+        if s.out.dtype != a.dtype:
+            s.out.copy_(a @ b)
+        elif s.bias is None:
+            torch.mm(a, b, out=s.out)
+        else:
+            torch.addmm(s.bias, a, b, out=s.out)
+        for a, b in rest:
+            s.out.add_(a @ b) if s.out.dtype != a.dtype else s.out.addmm_(a, b)
+
+
+def _is_compiled(s: Sum) -> bool:
+    """Whether products.cpp takes these layouts: pairs along the summed index must lie in one word."""
+
+    def even(t: torch.Tensor, depth: int) -> bool:
+        return depth % 2 == 0 and t.stride(0) % 2 == 0 and t.data_ptr() % 4 == 0
+
+    return (
+        tiles_serve(s.terms[0][0].dtype)
+        and s.out.dtype in _SUFFIX
+        and s.out.stride(1) == 1
+        and (s.bias is None or (s.bias.dtype == torch.bfloat16 and s.bias.is_contiguous()))
+        and all(
+            a.dtype == b.dtype == torch.bfloat16
+            and (even(a, a.shape[1]) if a.stride(1) == 1 else a.stride(0) == 1)
+            and (b.stride(1) == 1 or (b.stride(0) == 1 and even(b.t(), b.shape[0])))
+            for a, b in s.terms
+        )
+    )
+
+
+def _instructions(s: Sum) -> list[int]:
+    rows, columns = s.out.shape
+    bias = 0 if s.bias is None else s.bias.data_ptr()
+    numbers = [s.out.data_ptr(), s.out.stride(0), int(s.out.dtype == torch.float32), rows, columns, bias, len(s.terms)]
+    for a, b in s.terms:
+        assert (a.shape[0], a.shape[1], b.shape[1]) == (rows, b.shape[0], columns)
+        for t in (a, b):
+            along = t.stride(1) == 1
+            numbers += [t.data_ptr(), t.stride(0) if along else t.stride(1), int(not along)]
+        numbers.append(a.shape[1])
+    return numbers
+
+
+def tiles_serve(dtype: torch.dtype) -> bool:
+    """Return whether the compiled products are the faster ones: AVX512-BF16, and no AMX, which oneDNN uses."""
+    return dtype == torch.bfloat16 and has_tiles() and "amx_bf16" not in _processor()
+
+
+def has_tiles() -> bool:
+    """Return whether attention.cpp and products.cpp were built for this processor."""
+    compiled = library()
+    return compiled is not None and bool(compiled.has_tiles())
 
 
 # --- RMSNorm
@@ -169,7 +250,63 @@ def glu_backward_(dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, gelu: 
     return h
 
 
-# --- attention: layout and softmax
+# --- attention, whole
+
+
+def attends(dtype: torch.dtype, dim: int) -> bool:
+    """Return whether `attention_forward` serves heads of size `dim` in `dtype` on this processor."""
+    return dtype == torch.bfloat16 and dim % 16 == 0 and has_tiles()
+
+
+def attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    edges: torch.Tensor,
+    dim: int,
+    scale: float,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (out like q, the base-2 logarithm of each row's sum (T, heads) float32); see row_attention.py."""
+    out, lse = torch.empty_like(q), torch.empty(q.shape[0], q.shape[1] // dim)
+    cos, sin = rotary or (None, None)
+    _call(
+        "row_attention_forward", q.dtype, q, k, v, cos, sin, out, lse, edges, *_heads(q, k, edges, dim), window, scale
+    )
+    return out, lse
+
+
+def attention_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    edges: torch.Tensor,
+    dim: int,
+    scale: float,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of q, k and v as they were before rotation."""
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    cos, sin = rotary or (None, None)
+    _call(
+        "row_attention_backward", q.dtype, q, k, v, cos, sin, out, lse, dout, dq, dk, dv, edges,
+        *_heads(q, k, edges, dim), window, scale,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def _heads(q: torch.Tensor, k: torch.Tensor, edges: torch.Tensor, dim: int) -> tuple[int, int, int, int]:
+    """Return (sequences, heads of keys, heads of queries for each of them, dim)."""
+    assert int(edges[-1]) == q.shape[0], "every token belongs to a sequence"
+    return len(edges) - 1, k.shape[1] // dim, q.shape[1] // k.shape[1], dim
+
+
+# --- attention in blocks: layout and softmax
 
 
 def pack_heads(

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from fastft.data.batches import Rows
 
 
 class StockEngine:
@@ -117,6 +120,16 @@ class StockEngine:
         elif use_gradient_checkpointing is False:
             model.gradient_checkpointing_disable()
         return model
+
+    def accept_rows(self, model: Any) -> Rows:
+        """Return "varlen": fastft's own attention function, on every device."""
+        return "varlen"
+
+    def forget_check(self, model: Any) -> None:
+        """Nothing to drop: nothing is compiled."""
+
+    def announce_scale(self, model: Any, scale: Any) -> None:
+        """Nothing to tell: autograd multiplies before the first gradient is rounded."""
 
     @contextlib.contextmanager
     def loss_mode(self, model: Any) -> Iterator[None]:

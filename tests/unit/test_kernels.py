@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from fastft.data.batches import Segment, micro_batches, supervised_tokens
 from fastft.engines import native
 from fastft.engines.attention import padding_free
-from fastft.engines.fused import FusedLayers, _RotaryAttention, head_loss, plan_row
+from fastft.engines.fused import FusedLayers, head_loss
+from fastft.engines.row_attention import plan_row, row_attention
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
@@ -40,6 +41,59 @@ def both(request, monkeypatch):
             assert relative(a, b) < TOLERANCE[dtype]
 
     return run
+
+
+SUMS = {  # rows, columns, depths of the terms, which of them hold A and B transposed, bias, float32 out
+    "a layer with LoRA and bias": (70, 130, [576, 16], "nt nt", True, False),
+    "a gradient of the input": (70, 96, [130, 20, 48], "nn nn nn", False, False),
+    "a gradient of A, odd depth": (16, 200, [301], "tn", False, True),
+    "deeper than one block of the cache": (50, 40, [4500, 3000], "nn nt", True, False),
+    "one row, one column": (1, 1, [2], "nt", False, False),
+    "more rows than one task": (1500, 17, [64], "nn", False, True),
+    "many short terms": (30, 64, [2] * 80, " ".join(["nt"] * 80), False, True),
+}
+
+
+@pytest.mark.parametrize("kind", SUMS)
+def test_sums_of_products(kind):
+    rows, columns, depths, layouts, with_bias, wide = SUMS[kind]
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    def stored(layout, *shape):
+        wider = draw(shape[0] + 2, shape[1] + 4) if layout == "n" else draw(shape[1] + 2, shape[0] + 4).t()
+        return wider[: shape[0], : shape[1]]  # rows are not next to each other
+
+    terms = [
+        (stored(a, rows, depth), stored(b, depth, columns))
+        for depth, (a, b) in zip(depths, layouts.split(), strict=True)
+    ]
+    bias = draw(columns) if with_bias else None
+    whole = torch.full((rows + 1, columns + 3), 7.0, dtype=torch.float32 if wide else torch.bfloat16)
+    other = torch.empty(3, 5, dtype=torch.bfloat16)
+    left, right = draw(3, 8), draw(8, 5)
+    sums = [native.Sum(whole[:rows, :columns], terms, bias), native.Sum(other, [(left, right)])]
+    if native.tiles_serve(torch.bfloat16):
+        assert all(native._is_compiled(s) for s in sums)
+    native.multiply(*sums)
+    expected = sum(a.double() @ b.double() for a, b in terms) + (0 if bias is None else bias.double())
+    assert relative(whole[:rows, :columns], expected) < (2e-6 if wide else 4e-3) or not native.tiles_serve(
+        torch.bfloat16
+    )
+    assert relative(whole[:rows, :columns], expected) < 2e-2
+    assert relative(other, left.double() @ right.double()) < 1e-2
+    assert (whole[rows:] == 7).all(), "nothing is written outside"
+    assert (whole[:, columns:] == 7).all()
+
+
+def test_layouts_that_do_not_pair_go_to_torch():
+    odd = torch.randn(4, 7, dtype=torch.bfloat16), torch.randn(7, 3, dtype=torch.bfloat16)
+    out = torch.empty(4, 3, dtype=torch.bfloat16)
+    assert not native._is_compiled(native.Sum(out, [odd]))
+    native.multiply(native.Sum(out, [odd]))
+    assert relative(out, odd[0].double() @ odd[1].double()) < 1e-2
 
 
 @pytest.mark.parametrize("plus_one", [False, True])
@@ -105,26 +159,68 @@ def test_a_value_that_is_not_a_number_stays_one():
         assert native.rms_forward(x, torch.ones(8, dtype=dtype), 1e-6, False)[0].isnan().all()
 
 
-@pytest.mark.parametrize("window", [None, 20, 300])
-def test_attention_equals_sdpa_on_each_sequence(window):
-    lengths, heads, kv, dim = [700, 33, 33, 1, 260], 6, 2, 16
-    edges = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(edges[-1], n * dim, generator=generator, requires_grad=True) for n in (heads, kv, kv))
-    grad = torch.randn(edges[-1], heads * dim, generator=generator)
-    out = _RotaryAttention.apply(q, k, v, None, plan_row(edges), dim, 0.25, window)
-    got = (out, *torch.autograd.grad(out, (q, k, v), grad))
+def attention_by_sequence(q, k, v, rotary, edges, dim, scale, window):
+    """What row_attention stands for: SDPA on each sequence, (T, H dim)."""
     pieces = []
     for a, b in itertools.pairwise(edges):
         qs, ks, vs = (t[a:b].view(1, b - a, -1, dim).transpose(1, 2) for t in (q, k, v))
+        if rotary is not None:
+            cos, sin = (t[a:b] for t in rotary)
+            qs, ks = (x * cos + torch.cat((-x[..., dim // 2 :], x[..., : dim // 2]), -1) * sin for x in (qs, ks))
         distance = torch.arange(b - a)[:, None] - torch.arange(b - a)[None]
         mask = (distance >= 0) & (distance < (window or b - a))
-        piece = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, scale=0.25, enable_gqa=True)
+        piece = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, scale=scale, enable_gqa=True)
         pieces.append(piece.transpose(1, 2).reshape(b - a, -1))
-    expected = torch.cat(pieces)
-    wanted = (expected, *torch.autograd.grad(expected, (q, k, v), grad))
-    for a, b in zip(got, wanted, strict=True):
-        assert relative(a, b) < 2e-6
+    return torch.cat(pieces)
+
+
+ATTENTIONS = {  # lengths, heads of keys, queries for each, dim, window
+    "lengths around every block's edge": ([700, 33, 33, 1, 260], 2, 3, 16, None),
+    "a window inside a block": ([700, 33, 33, 1, 260], 2, 3, 16, 20),
+    "a window over several blocks": ([700, 65, 64, 63], 1, 2, 64, 300),
+    "one head": ([129, 5], 1, 1, 32, None),
+    "many heads a key, odd": ([97, 3], 1, 13, 48, None),
+    "heads of 128, a window of two": ([70, 200], 2, 4, 128, 2),
+    "heads of 80": ([301], 1, 8, 80, 100),
+}
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])
+def test_attention_equals_sdpa_on_each_sequence(kind, dtype, compiled, monkeypatch):
+    lengths, kv, group, dim, window = ATTENTIONS[kind]
+    if not compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif dtype == torch.bfloat16 and not native.attends(dtype, dim):
+        pytest.skip("no AVX512-BF16 on this processor, or no compiler")
+    edges = [0, *itertools.accumulate(lengths)]
+    generator = torch.Generator().manual_seed(0)
+    numbers = [torch.randn(edges[-1], n * dim, generator=generator).to(dtype) for n in (kv * group, kv, kv)]
+    grad = torch.randn(edges[-1], kv * group * dim, generator=generator).to(dtype)
+    angle = torch.randn(edges[-1], dim // 2, generator=generator).repeat(1, 2)
+    rotary = (angle.cos().to(dtype), angle.sin().to(dtype)) if dim != 16 else None
+
+    def outputs(attend, wide):
+        leaves = [t.to(wide).requires_grad_() for t in numbers]
+        out = attend(*leaves, rotary and tuple(t.to(wide) for t in rotary))
+        return out.detach(), *torch.autograd.grad(out, leaves, grad.to(wide))
+
+    got = outputs(lambda *qkvr: row_attention(*qkvr, plan_row(edges), dim, 0.25, window), dtype)
+    expected = outputs(lambda *qkvr: attention_by_sequence(*qkvr, edges, dim, 0.25, window), torch.float64)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == dtype
+        assert relative(a, b) < {torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
+
+
+def test_compiled_attention_keeps_what_is_not_a_number():
+    if not native.attends(torch.bfloat16, 32):
+        pytest.skip("no AVX512-BF16 on this processor, or no compiler")
+    q, k, v = (torch.ones(100, 32, dtype=torch.bfloat16) for _ in range(3))
+    k[70] = float("nan")
+    out = row_attention(q, k, v, None, plan_row([0, 50, 100]), 32, 1.0, None)
+    assert out[70:].isnan().all()
+    assert not out[:70].isnan().any()
 
 
 def test_the_loss_counts_only_supervised_tokens():
@@ -182,7 +278,9 @@ def gradient(model, segments, budget, *, padded=False, fused=None, autocast=Fals
             stack.enter_context(padding_free(model))
         if fused is not None:
             stack.enter_context(fused.active())
-        for batch in micro_batches(segments, budget, padded=padded, pad_token_id=0, device="cpu"):
+        for batch in micro_batches(
+            segments, budget, rows="padded" if padded else "varlen", pad_token_id=0, device="cpu"
+        ):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 loss = model(**batch.inputs, num_items_in_batch=supervised, use_cache=False).loss
             loss.backward()
@@ -233,6 +331,18 @@ def test_checkpointed_layers_give_the_same_gradient(reentrant):
     model.enable_input_require_grads()
     _, got = gradient(model, rows(), 300, fused=FusedLayers(model, torch.float32))
     assert relative(got, reference) < 1e-5
+
+
+def test_gradients_are_there_before_a_step_and_not_after_an_evaluation():
+    model = make_model()
+    fused, trained = FusedLayers(model, torch.float32), [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad(), fused.active():
+        assert all(p.grad is None for p in trained)
+    with fused.active():
+        assert all(p.grad is not None and not p.grad.any() for p in trained)
+    trained[0].grad.fill_(3.0)
+    with fused.active():
+        assert (trained[0].grad == 3).all(), "what is accumulated is not thrown away"
 
 
 def test_the_forwards_are_put_back():

@@ -1,0 +1,468 @@
+// Causal attention of each sequence of a padding-free row over itself, forward and backward, in bfloat16 on processors
+// with AVX512-BF16. Tiles of keys and queries stay in the cache and scores are never written to memory, as in
+// FlashAttention-2 (arXiv 2307.08691); sums are float32. Built together with kernels.cpp by native.py; row_attention.py
+// holds the same computation in torch, which serves every other type and processor.
+//
+// q (T, kv * group * dim), k and v (T, kv * dim) are the projections' outputs, before rotation; cos and sin (T, dim) rotate
+// halves, or are null. edges (sequences + 1): where each sequence begins. dim is a multiple of 16.
+//
+// "Words" and products: see tiles.h.
+
+#include "tiles.h"
+
+#ifdef FASTFT_TILES
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+namespace {
+
+const float LOG2E = 1.44269504088896341f;
+const int64_t KEYS = 64;     // keys of a tile, which is what one panel holds
+const int64_t ROWS = 96;     // at most so many rows (queries times heads of a group) of a tile, where the group allows
+const int64_t PART = 128;    // sequences longer than this are shared by several threads in the backward
+
+// 2^x: the nearest whole n, and a polynomial of degree 5 for the rest in [-1/2, 1/2] (Taylor's, relative error below 3e-6,
+// a thousandth of what rounding to bfloat16 does). scalef underflows to 0; what is not a number stays so.
+inline __m512 exp2_16(__m512 x) {
+    const __m512 n = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, n);
+    __m512 p = _mm512_set1_ps(1.3333558146e-3f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.6181291076e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.5504108665e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4022650696e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9314718056e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+// --- rows of bfloat16 into the layouts that products need
+
+// x (dim,) rotated by halves, rounded once; cos null: as it is.
+inline void rotate(const bf16* x, const bf16* cos, const bf16* sin, bf16* out, int64_t dim) {
+    if (!cos) {
+        std::memcpy(out, x, dim * sizeof(bf16));
+        return;
+    }
+    const int64_t half = dim / 2;
+#pragma omp simd
+    for (int64_t i = 0; i < half; i++) {
+        const float a = load(x[i]), b = load(x[half + i]);
+        out[i] = stored(a * load(cos[i]) - b * load(sin[i]));
+        out[half + i] = stored(b * load(cos[half + i]) + a * load(sin[half + i]));
+    }
+}
+
+// A gradient x (dim,) float32 through the transposed rotation.
+inline void rotate_back(const float* x, const bf16* cos, const bf16* sin, bf16* out, int64_t dim) {
+    const int64_t half = dim / 2;
+    if (!cos) {
+#pragma omp simd
+        for (int64_t i = 0; i < dim; i++) out[i] = stored(x[i]);
+        return;
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < half; i++) {
+        const float a = x[i], b = x[half + i];
+        out[i] = stored(a * load(cos[i]) + b * load(sin[half + i]));
+        out[half + i] = stored(b * load(cos[half + i]) - a * load(sin[i]));
+    }
+}
+
+// rows (KEYS, dim) -> panel (dim / 2, KEYS): one column a row, words along dim.
+void columns_of(const bf16* rows, word* panel, int64_t dim) {
+    const word* words = (const word*)rows;
+    for (int64_t d = 0; d < dim / 2; d++)
+        for (int64_t j = 0; j < KEYS; j++) panel[d * KEYS + j] = words[j * (dim / 2) + d];
+}
+
+// --- what both directions share
+
+struct Row {
+    const bf16 *q, *k, *v, *cos, *sin;
+    const int64_t* edges;
+    int64_t sequences, kv, group, dim, window;
+    float scale;
+
+    int64_t start(int64_t s) const { return edges[s]; }
+    int64_t length(int64_t s) const { return edges[s + 1] - edges[s]; }
+    int64_t panels(int64_t s) const { return (length(s) + KEYS - 1) / KEYS; }
+    int64_t heads() const { return kv * group; }
+    const bf16* cos_at(int64_t t) const { return cos ? cos + t * dim : nullptr; }
+    const bf16* sin_at(int64_t t) const { return sin ? sin + t * dim : nullptr; }
+    // Queries of a tile: a multiple of 12, since tiles of registers have 6 rows.
+    int64_t queries() const {
+        const int64_t fitting = ROWS / group / 12 * 12;
+        return fitting < 12 ? 12 : (fitting > 48 ? 48 : fitting);
+    }
+    int64_t tiles(int64_t s) const { return (length(s) + queries() - 1) / queries(); }
+};
+
+// Where a sequence's panels lie in a buffer of all panels, for one head of keys.
+struct Panels {
+    std::vector<int64_t> before;
+    int64_t size;  // words of one panel
+    int64_t all;
+
+    explicit Panels(const Row& row) : before(row.sequences), size(KEYS * row.dim / 2), all(0) {
+        for (int64_t s = 0; s < row.sequences; s++) {
+            before[s] = all;
+            all += row.panels(s);
+        }
+    }
+    int64_t at(int64_t s, int64_t head, int64_t panel) const { return (head * all + before[s] + panel) * size; }
+};
+
+// The rows of one panel of k or v, zero behind the sequence's end.
+void panel_rows(const Row& row, const bf16* x, bool rotated, int64_t s, int64_t head, int64_t panel, bf16* out) {
+    for (int64_t j = 0; j < KEYS; j++) {
+        const int64_t position = panel * KEYS + j, t = row.start(s) + position;
+        if (position >= row.length(s))
+            std::memset(out + j * row.dim, 0, row.dim * sizeof(bf16));
+        else
+            rotate(x + (t * row.kv + head) * row.dim, rotated ? row.cos_at(t) : nullptr, row.sin_at(t),
+                   out + j * row.dim, row.dim);
+    }
+}
+
+// One tile of queries: rows (count, dim) of all heads of a group, padded to an even count with zeros.
+struct Queries {
+    int64_t s, head, first, positions, rows, even;
+
+    Queries(const Row& row, int64_t s, int64_t head, int64_t tile) : s(s), head(head), first(tile * row.queries()) {
+        positions = row.length(s) - first < row.queries() ? row.length(s) - first : row.queries();
+        rows = positions * row.group;
+        even = rows + rows % 2;
+    }
+    int64_t token(const Row& row, int64_t r) const { return row.start(s) + first + r / row.group; }
+    int64_t offset(const Row& row, int64_t r) const {  // of row r in (T, heads, dim), in heads
+        return token(row, r) * row.heads() + head * row.group + r % row.group;
+    }
+    void gather(const Row& row, const bf16* x, bool rotated, bf16* out) const {
+        for (int64_t r = 0; r < rows; r++) {
+            const int64_t t = token(row, r);
+            rotate(x + offset(row, r) * row.dim, rotated ? row.cos_at(t) : nullptr, row.sin_at(t), out + r * row.dim,
+                   row.dim);
+        }
+        if (even > rows) std::memset(out + rows * row.dim, 0, row.dim * sizeof(bf16));
+    }
+    int64_t first_panel(const Row& row) const {
+        const int64_t key = first - row.window + 1;
+        return key > 0 ? key / KEYS : 0;
+    }
+    int64_t last_panel() const { return (first + positions - 1) / KEYS; }
+    // Columns of a panel that any row attends to, a multiple of 16.
+    int64_t columns(int64_t panel) const {
+        const int64_t end = first + positions - panel * KEYS;
+        return end >= KEYS ? KEYS : (end + 15) / 16 * 16;
+    }
+};
+
+// Keys of a panel that the query at `position` attends to: [from, to) within the panel, possibly empty.
+struct Span {
+    int64_t from, to;
+
+    Span(const Row& row, int64_t position, int64_t panel) {
+        const int64_t here = position + 1 - panel * KEYS;
+        from = std::max<int64_t>(0, here - row.window);
+        to = std::min(KEYS, here);
+    }
+};
+
+inline __mmask16 lanes(const Span& span, int64_t first) {  // those of columns first .. first + 15
+    const int64_t a = span.from - first, b = span.to - first;
+    const uint32_t below = b <= 0 ? 0u : (b >= 16 ? 0xffffu : (1u << b) - 1u);
+    const uint32_t skipped = a <= 0 ? 0u : (a >= 16 ? 0xffffu : (1u << a) - 1u);
+    return (__mmask16)(below & ~skipped);
+}
+
+// --- forward
+
+struct ForwardScratch {
+    std::vector<bf16> q, p;
+    std::vector<float> scores, sums, top, total;
+
+    ForwardScratch(const Row& row) {
+        const int64_t rows = row.queries() * row.group + 1;
+        q.resize(rows * row.dim);
+        p.resize(rows * KEYS);
+        scores.resize(rows * KEYS);
+        sums.resize(rows * row.dim);
+        top.resize(rows);
+        total.resize(rows);
+    }
+};
+
+// One row of a tile of scores: powers of two of scores * scale (which holds log2 e), their running maximum and sum; the
+// outputs so far are brought to a new maximum.
+inline void soften(const float* scores, int64_t columns, const Span& span, float scale, bf16* p, float* top, float* total,
+                   float* sums, int64_t dim) {
+    const __m512 factor = _mm512_set1_ps(scale);
+    if (span.to <= span.from) {
+        std::memset(p, 0, KEYS * sizeof(bf16));
+        return;
+    }
+    __m512 x[KEYS / 16], most = _mm512_set1_ps(*top);
+    for (int64_t v = 0; v < columns / 16; v++) {
+        x[v] = _mm512_mul_ps(_mm512_loadu_ps(scores + 16 * v), factor);
+        most = _mm512_mask_max_ps(most, lanes(span, 16 * v), most, x[v]);
+    }
+    const float highest = _mm512_reduce_max_ps(most);
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t v = 0; v < columns / 16; v++) {
+        const __m512 e = _mm512_maskz_mov_ps(lanes(span, 16 * v), exp2_16(_mm512_sub_ps(x[v], _mm512_set1_ps(highest))));
+        sum = _mm512_add_ps(sum, e);
+        _mm256_storeu_si256((__m256i*)(p + 16 * v), (__m256i)_mm512_cvtneps_pbh(e));
+    }
+    if (*total != 0 && highest != *top) {
+        const float shrink = std::exp2(*top - highest);
+        for (int64_t d = 0; d < dim; d++) sums[d] *= shrink;
+        *total *= shrink;
+    }
+    *total += _mm512_reduce_add_ps(sum);
+    *top = highest;
+}
+
+void forward_tile(const Row& row, const Panels& panels, const word* keys, const word* values, const Queries& at,
+                  ForwardScratch& own, bf16* out, float* lse) {
+    const int64_t dim = row.dim;
+    at.gather(row, row.q, true, own.q.data());
+    std::fill(own.sums.begin(), own.sums.end(), 0.0f);
+    std::fill(own.total.begin(), own.total.end(), 0.0f);
+    std::fill(own.top.begin(), own.top.end(), -INFINITY);
+    for (int64_t panel = at.first_panel(row); panel <= at.last_panel(); panel++) {
+        const int64_t columns = at.columns(panel), where = panels.at(at.s, at.head, panel);
+        product(at.rows, columns, dim / 2, (const word*)own.q.data(), dim / 2, 1, keys + where, KEYS, own.scores.data(),
+                KEYS, false);
+        for (int64_t r = 0; r < at.rows; r++)
+            soften(own.scores.data() + r * KEYS, columns, Span(row, at.first + r / row.group, panel), row.scale * LOG2E,
+                   own.p.data() + r * KEYS, &own.top[r], &own.total[r], own.sums.data() + r * dim, dim);
+        product(at.rows, dim, columns / 2, (const word*)own.p.data(), KEYS / 2, 1, values + where, dim,
+                own.sums.data(), dim, true);
+    }
+    for (int64_t r = 0; r < at.rows; r++) {
+        const int64_t offset = at.offset(row, r);
+        const float inverse = 1.0f / own.total[r], *sums = own.sums.data() + r * dim;
+        lse[offset] = own.top[r] + std::log2(own.total[r]);
+        bf16* to = out + offset * dim;
+#pragma omp simd
+        for (int64_t d = 0; d < dim; d++) to[d] = stored(sums[d] * inverse);
+    }
+}
+
+void forward(const Row& row, bf16* out, float* lse, int threads) {
+    const Panels panels(row);
+    const std::unique_ptr<word[]> keys(new word[row.kv * panels.all * panels.size]);
+    const std::unique_ptr<word[]> values(new word[row.kv * panels.all * panels.size]);
+    struct Task {
+        int64_t s, head, tile;
+    };
+    std::vector<Task> packing, tasks;
+    for (int64_t s = 0; s < row.sequences; s++)
+        for (int64_t head = 0; head < row.kv; head++) {
+            for (int64_t panel = 0; panel < row.panels(s); panel++) packing.push_back({s, head, panel});
+            for (int64_t tile = row.tiles(s) - 1; tile >= 0; tile--) tasks.push_back({s, head, tile});
+        }
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<bf16> rows(KEYS * row.dim);
+#pragma omp for schedule(static)
+        for (size_t i = 0; i < packing.size(); i++) {
+            const Task& t = packing[i];
+            panel_rows(row, row.k, true, t.s, t.head, t.tile, rows.data());
+            columns_of(rows.data(), keys.get() + panels.at(t.s, t.head, t.tile), row.dim);
+            panel_rows(row, row.v, false, t.s, t.head, t.tile, rows.data());
+            pairs_of(rows.data(), row.dim, KEYS, row.dim, values.get() + panels.at(t.s, t.head, t.tile), row.dim);
+        }
+        ForwardScratch own(row);
+#pragma omp for schedule(dynamic)
+        for (size_t i = 0; i < tasks.size(); i++) {
+            const Task& t = tasks[i];
+            forward_tile(row, panels, keys.get(), values.get(), Queries(row, t.s, t.head, t.tile), own, out, lse);
+        }
+    }
+}
+
+// --- backward
+
+struct BackwardScratch {
+    std::vector<bf16> q, dout, ds;
+    std::vector<word> q_pairs, dout_pairs, p_pairs, ds_pairs;
+    std::vector<float> scores, dp, dq, delta, lse;
+
+    BackwardScratch(const Row& row) {
+        const int64_t rows = row.queries() * row.group + 1;
+        q.resize(rows * row.dim);
+        dout.resize(rows * row.dim);
+        ds.resize(rows * KEYS);
+        q_pairs.resize(rows * row.dim);
+        dout_pairs.resize(rows * row.dim);
+        p_pairs.resize(rows * KEYS);
+        ds_pairs.resize(rows * KEYS);
+        scores.resize(rows * KEYS);
+        dp.resize(rows * KEYS);
+        dq.resize(rows * row.dim);
+        delta.resize(rows);
+        lse.resize(rows);
+    }
+};
+
+struct Gradients {
+    const bf16 *out, *dout;
+    const float* lse;
+    bf16 *dq, *dk, *dv;
+};
+
+// P and dS of one row and 16 columns; `keep`: the columns that it attends to.
+struct Slopes {
+    __m256i p, ds;
+};
+inline Slopes slopes(const float* scores, const float* dp, __mmask16 keep, float scale, float lse, float delta) {
+    const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(scores), _mm512_set1_ps(scale * LOG2E), _mm512_set1_ps(lse));
+    const __m512 p = _mm512_maskz_mov_ps(keep, exp2_16(x));
+    const __m512 change = _mm512_sub_ps(_mm512_loadu_ps(dp), _mm512_set1_ps(delta));
+    const __m512 ds = _mm512_maskz_mul_ps(keep, _mm512_mul_ps(p, change), _mm512_set1_ps(scale));
+    return {(__m256i)_mm512_cvtneps_pbh(p), (__m256i)_mm512_cvtneps_pbh(ds)};
+}
+inline __m512i paired(__m256i low, __m256i high) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+}
+
+// Adds what one tile of queries gives to dk and dv (length, dim) of its sequence and head, and writes its dq.
+void backward_tile(const Row& row, const Panels& panels, const word* keys, const word* key_pairs, const word* values,
+                   const Gradients& io, const Queries& at, BackwardScratch& own, float* dk, float* dv) {
+    const int64_t dim = row.dim;
+    at.gather(row, row.q, true, own.q.data());
+    at.gather(row, io.dout, false, own.dout.data());
+    pairs_of(own.q.data(), dim, at.even, dim, own.q_pairs.data(), dim);
+    pairs_of(own.dout.data(), dim, at.even, dim, own.dout_pairs.data(), dim);
+    for (int64_t r = 0; r < at.rows; r++) {
+        const bf16 *out = io.out + at.offset(row, r) * dim, *dout = own.dout.data() + r * dim;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t d = 0; d < dim; d++) sum += load(out[d]) * load(dout[d]);
+        own.delta[r] = sum;
+        own.lse[r] = io.lse[at.offset(row, r)];
+    }
+    std::fill(own.dq.begin(), own.dq.end(), 0.0f);
+    for (int64_t panel = at.first_panel(row); panel <= at.last_panel(); panel++) {
+        const int64_t columns = at.columns(panel), where = panels.at(at.s, at.head, panel);
+        const int64_t left = row.length(at.s) - panel * KEYS, count = columns < left ? columns : left;
+        product(at.rows, columns, dim / 2, (const word*)own.q.data(), dim / 2, 1, keys + where, KEYS, own.scores.data(),
+                KEYS, false);
+        product(at.rows, columns, dim / 2, (const word*)own.dout.data(), dim / 2, 1, values + where, KEYS, own.dp.data(),
+                KEYS, false);
+        for (int64_t r = 0; r < at.even; r += 2) {
+            // A row behind the last one is zero: q and dout are, and no key is allowed.
+            const Span low(row, at.first + r / row.group, panel);
+            const Span high(row, r + 1 < at.rows ? at.first + (r + 1) / row.group : -1, panel);
+            for (int64_t c = 0; c < columns; c += 16) {
+                const int64_t i = r * KEYS + c, j = i + KEYS;
+                const Slopes a = slopes(&own.scores[i], &own.dp[i], lanes(low, c), row.scale, own.lse[r], own.delta[r]);
+                const Slopes b = slopes(&own.scores[j], &own.dp[j], lanes(high, c), row.scale, own.lse[r + 1], own.delta[r + 1]);
+                _mm256_storeu_si256((__m256i*)&own.ds[i], a.ds);
+                _mm256_storeu_si256((__m256i*)&own.ds[j], b.ds);
+                _mm512_storeu_si512(&own.p_pairs[r / 2 * KEYS + c], paired(a.p, b.p));
+                _mm512_storeu_si512(&own.ds_pairs[r / 2 * KEYS + c], paired(a.ds, b.ds));
+            }
+        }
+        product(count, dim, at.even / 2, own.p_pairs.data(), 1, KEYS, own.dout_pairs.data(), dim,
+                dv + panel * KEYS * dim, dim, true);
+        product(count, dim, at.even / 2, own.ds_pairs.data(), 1, KEYS, own.q_pairs.data(), dim, dk + panel * KEYS * dim,
+                dim, true);
+        product(at.rows, dim, columns / 2, (const word*)own.ds.data(), KEYS / 2, 1, key_pairs + where, dim,
+                own.dq.data(), dim, true);
+    }
+    for (int64_t r = 0; r < at.rows; r++) {
+        const int64_t t = at.token(row, r);
+        rotate_back(own.dq.data() + r * dim, row.cos_at(t), row.sin_at(t), io.dq + at.offset(row, r) * dim, dim);
+    }
+}
+
+void backward(const Row& row, const Gradients& io, int threads) {
+    const int64_t dim = row.dim;
+    const Panels panels(row);
+    const int64_t words = row.kv * panels.all * panels.size;
+    const std::unique_ptr<word[]> keys(new word[words]), key_pairs(new word[words]), values(new word[words]);
+    // A part is the tiles of queries of one sequence and head that one thread goes through, with sums of its own for
+    // dk and dv, which the threads add up at the end.
+    struct Part {
+        int64_t s, head, index, of, sums;
+    };
+    std::vector<Part> parts;
+    std::vector<int64_t> first_part(row.sequences * row.kv);
+    int64_t size = 0;
+    for (int64_t s = 0; s < row.sequences; s++)
+        for (int64_t head = 0; head < row.kv; head++) {
+            const int64_t wanted = (row.length(s) + PART - 1) / PART, of = wanted < threads ? wanted : threads;
+            first_part[s * row.kv + head] = (int64_t)parts.size();
+            for (int64_t i = 0; i < of; i++, size += 2 * row.length(s) * dim) parts.push_back({s, head, i, of, size});
+        }
+    std::vector<size_t> order(parts.size());
+    for (size_t i = 0; i < order.size(); i++) order[i] = i;
+    auto cost = [&](size_t i) { return row.length(parts[i].s) * row.length(parts[i].s) / parts[i].of; };
+    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return cost(a) > cost(b); });
+    const std::unique_ptr<float[]> sums(new float[size]);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<bf16> rows(KEYS * dim);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < row.sequences * row.kv; i++) {
+            const int64_t s = i / row.kv, head = i % row.kv;
+            for (int64_t panel = 0; panel < row.panels(s); panel++) {
+                const int64_t where = panels.at(s, head, panel);
+                panel_rows(row, row.k, true, s, head, panel, rows.data());
+                columns_of(rows.data(), keys.get() + where, dim);
+                pairs_of(rows.data(), dim, KEYS, dim, key_pairs.get() + where, dim);
+                panel_rows(row, row.v, false, s, head, panel, rows.data());
+                columns_of(rows.data(), values.get() + where, dim);
+            }
+        }
+        BackwardScratch own(row);
+#pragma omp for schedule(dynamic)
+        for (size_t i = 0; i < order.size(); i++) {
+            const Part& part = parts[order[i]];
+            float *dk = sums.get() + part.sums, *dv = dk + row.length(part.s) * dim;
+            std::fill(dk, dv + row.length(part.s) * dim, 0.0f);
+            for (int64_t tile = part.index; tile < row.tiles(part.s); tile += part.of)
+                backward_tile(row, panels, keys.get(), key_pairs.get(), values.get(), io,
+                              Queries(row, part.s, part.head, tile), own, dk, dv);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < row.sequences * row.kv; i++) {
+            const int64_t s = i / row.kv, head = i % row.kv, length = row.length(s);
+            const Part& first = parts[first_part[i]];
+            float *dk = sums.get() + first.sums, *dv = dk + length * dim;
+            for (int64_t p = 1; p < first.of; p++) {
+                const float* more = sums.get() + parts[first_part[i] + p].sums;
+#pragma omp simd
+                for (int64_t n = 0; n < 2 * length * dim; n++) dk[n] += more[n];
+            }
+            for (int64_t j = 0; j < length; j++) {
+                const int64_t t = row.start(s) + j, to = (t * row.kv + head) * dim;
+                rotate_back(dk + j * dim, row.cos_at(t), row.sin_at(t), io.dk + to, dim);
+                rotate_back(dv + j * dim, nullptr, nullptr, io.dv + to, dim);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+// out (T, heads * dim); lse (T, heads) float32: the logarithm to base 2 of each row's sum, which the backward needs.
+extern "C" void row_attention_forward_bfloat16(const bf16* q, const bf16* k, const bf16* v, const bf16* cos, const bf16* sin,
+                                               bf16* out, float* lse, const int64_t* edges, int64_t sequences, int64_t kv,
+                                               int64_t group, int64_t dim, int64_t window, float scale, int threads) {
+    forward({q, k, v, cos, sin, edges, sequences, kv, group, dim, window, scale}, out, lse, threads);
+}
+
+extern "C" void row_attention_backward_bfloat16(const bf16* q, const bf16* k, const bf16* v, const bf16* cos,
+                                                const bf16* sin, const bf16* out, const float* lse, const bf16* dout,
+                                                bf16* dq, bf16* dk, bf16* dv, const int64_t* edges, int64_t sequences,
+                                                int64_t kv, int64_t group, int64_t dim, int64_t window, float scale,
+                                                int threads) {
+    backward({q, k, v, cos, sin, edges, sequences, kv, group, dim, window, scale}, {out, dout, lse, dq, dk, dv}, threads);
+}
+
+#endif

@@ -1,0 +1,184 @@
+"""The check that decides about rows without padding on a GPU, run here on real models through both kinds of rows."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from fastft.data.batches import Segment
+from fastft.engines import attention
+from fastft.engines.stock import ENGINE
+from fastft.errors import CouldNotFinishError, FastFTError
+from fastft.exactness import RowCheck, check_rows, choose_rows
+from fastft.step import Stepper, StepPolicy
+from tests.families import FAMILIES, make_checkpoint
+
+FLOAT32 = partial(torch.autocast, "cpu", torch.bfloat16, enabled=False)
+BFLOAT16 = partial(torch.autocast, "cpu", torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def model_of(tmp_path_factory):
+    """A function that returns a family's tiny model with LoRA (and dropout, which the check has to look past)."""
+    made = {}
+
+    def make(family):
+        if family not in made:
+            folder = make_checkpoint(family, tmp_path_factory.mktemp(family.replace(".", "_")))
+            eager = "eager" if family in ("gemma2", "gpt-oss") else None
+            base, _ = ENGINE.from_pretrained(str(folder), dtype=torch.float32, attn_implementation=eager)
+            made[family] = ENGINE.get_peft_model(base, r=4, lora_dropout=0.1)
+        return made[family]
+
+    return make
+
+
+def sequences(lengths=(60, 33, 90, 24, 100, 12)):
+    generator, found = np.random.default_rng(0), []
+    for length in lengths:
+        ids = generator.integers(0, 250, length)
+        labels = ids.copy()
+        labels[: 1 + length // 4] = -100
+        found.append(Segment(ids, labels))
+    return found
+
+
+def stepper(model, rows, budget=1000):
+    return Stepper(model, ENGINE, StepPolicy(budget, rows, 0), device="cpu", on_note=print)
+
+
+@pytest.mark.parametrize("context", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exact_rows_are_found_exact(model_of, family, context):
+    found = check_rows(stepper(model_of(family), "varlen"), sequences(), context)
+    assert found.exact, found.reason
+    assert (found.sequences, found.tokens) == (6, 319)
+    if context is FLOAT32:
+        assert found.error < 1e-9
+        assert found.loss_error < 1e-5
+    assert found.leak > 0.05
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_transformers_own_attention_honours_the_restarting_positions(model_of, family):
+    assert check_rows(stepper(model_of(family), "packed"), sequences(), BFLOAT16).exact
+
+
+def test_a_family_that_ignores_boundaries_is_found_out(model_of):
+    # transformers' gpt-oss builds its masks without the positions: sequences see those before them, without a message.
+    found = check_rows(stepper(model_of("gpt-oss"), "packed"), sequences(), BFLOAT16)
+    assert not found.exact
+    assert found.error > 0.01
+
+
+@pytest.mark.parametrize("context", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("fault", ["no boundaries", "one boundary off by one", "the last boundary missing"])
+def test_planted_faults_are_found(model_of, fault, context, monkeypatch):
+    honest = attention.varlen_attention
+
+    def faulty(*args, cu_seq_lens_q, **kwargs):
+        starts = cu_seq_lens_q.clone()
+        if fault == "one boundary off by one":
+            starts[2] += 1
+        starts = {
+            "no boundaries": starts[[0, -1]],
+            "the last boundary missing": starts[[*range(len(starts) - 2), -1]],
+        }.get(fault, starts)
+        return honest(*args, cu_seq_lens_q=starts, **kwargs)
+
+    monkeypatch.setattr(attention, "varlen_attention", faulty)
+    found = check_rows(stepper(model_of("llama"), "varlen"), sequences(), context)
+    assert not found.exact, found.reason
+
+
+def test_a_loss_that_is_averaged_over_each_micro_batch_is_found(model_of, monkeypatch):
+    model = model_of("llama")
+    inner = type(model.get_base_model())
+    honest = inner.forward
+    monkeypatch.setattr(inner, "forward", lambda self, *a, num_items_in_batch=None, **k: honest(self, *a, **k))
+    found = check_rows(stepper(model, "varlen"), sequences(), FLOAT32)
+    assert not found.exact
+    assert abs(found.norm_ratio - 1) > 0.01
+
+
+def test_nothing_is_left_behind(model_of):
+    model = model_of("llama")
+    before = torch.get_rng_state()
+    used = stepper(model, "varlen")
+    check_rows(used, sequences(), FLOAT32)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
+    assert used.policy == StepPolicy(1000, "varlen", 0)
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.1}
+
+
+def test_a_row_that_fails_half_way_leaves_no_gradient(model_of, monkeypatch):
+    model = model_of("llama")
+    inner, calls = type(model.get_base_model()), []
+    honest = inner.forward
+
+    def fails_in_the_third_pass(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("no kernel for this shape")
+        return honest(self, *args, **kwargs)
+
+    monkeypatch.setattr(inner, "forward", fails_in_the_third_pass)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        check_rows(stepper(model, "varlen"), sequences(), FLOAT32)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_is_looked_at_fits_the_budget(model_of):
+    model = model_of("llama")
+    assert check_rows(stepper(model, "varlen", budget=100), sequences(), FLOAT32).tokens <= 100
+    assert check_rows(stepper(model, "varlen", budget=2000), sequences((900, 800, 700)), FLOAT32).tokens == 1500
+    assert check_rows(stepper(model, "varlen", budget=1000), sequences((900, 800, 700)), FLOAT32) is None
+    assert check_rows(stepper(model, "varlen"), sequences((50,)), FLOAT32) is None
+
+
+GOOD = RowCheck(6, 319, error=1e-5, rounding=1e-5, norm_ratio=1.0, loss_error=1e-4, leak=0.3)
+BAD = RowCheck(6, 319, error=0.1, rounding=1e-5, norm_ratio=1.03, loss_error=3e-3, leak=0.15)
+CANNOT_TELL = RowCheck(2, 9, error=1e-5, rounding=1e-5, norm_ratio=1.0, loss_error=1e-4, leak=2e-5)
+
+
+def fails(rows):
+    raise TypeError("forward() got an unexpected keyword argument\nand more")
+
+
+@pytest.mark.parametrize(
+    ("check", "rows", "reason"),
+    [
+        (None, "varlen", "llama's attention is known"),
+        (lambda rows: GOOD, "varlen", "exact here: 6 sequences in one row of 319 tokens"),
+        (lambda rows: BAD, "padded", "padded batches, because not exact here: 6 sequences"),
+        (lambda rows: CANNOT_TELL, "padded", "padded batches, because not exact here: 2 sequences"),
+        (lambda rows: None, "padded", "no two sequences of the first step fit into one row"),
+        (fails, "padded", "a row without padding failed: TypeError: forward() got an unexpected keyword argument"),
+    ],
+)
+def test_rows_are_chosen_by_what_was_found(model_of, check, rows, reason):
+    chosen, choice = choose_rows("auto", model_of("llama"), ENGINE, check)
+    assert chosen == rows
+    assert choice.value is (rows != "padded")
+    assert reason in choice.reason
+    assert "\n" not in choice.reason
+
+
+def test_padded_is_never_looked_at(model_of):
+    assert choose_rows(False, model_of("llama"), ENGINE, fails)[0] == "padded"
+
+
+def test_asked_for_and_not_exact_is_an_error(model_of):
+    with pytest.raises(FastFTError, match=r"padding_free is on, but not exact here.*auto"):
+        choose_rows(True, model_of("llama"), ENGINE, lambda rows: BAD)
+
+
+def test_out_of_memory_is_not_a_reason_for_padding(model_of):
+    def too_large(rows):
+        raise CouldNotFinishError("out of memory on a single sequence")
+
+    with pytest.raises(CouldNotFinishError):
+        choose_rows("auto", model_of("llama"), ENGINE, too_large)

@@ -1,0 +1,81 @@
+"""What `fastft train` asks of an engine when it loads a model, seen through an engine that only writes it down."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastft import model
+from fastft.config import LoraConfig, ModelConfig
+from fastft.hardware import Choice
+
+CHOICES = {"engine": Choice("unsloth", ""), "quantization": Choice("none", ""), "dtype": Choice("float16", "")}
+
+
+class Recorder:
+    """An engine whose model is one linear layer on `device`."""
+
+    def __init__(self, name, device, **marks):
+        self.name, self.device, self.marks = name, device, marks
+        self.calls = {}
+
+    def _model(self):
+        made = torch.nn.Module()
+        made.q_proj = torch.nn.Linear(4, 4)
+        made.device, made.get_output_embeddings = torch.device(self.device), lambda: None
+        for mark, value in self.marks.items():
+            setattr(made, mark, value)
+        return made
+
+    def from_pretrained(self, **keywords):
+        self.calls["load"] = keywords
+        return self._model(), None
+
+    def get_peft_model(self, base, **keywords):
+        self.calls["lora"] = keywords
+        base.q_proj.requires_grad_(False)
+        base.lora = torch.nn.Parameter(torch.zeros(keywords["r"] * 8))
+        return base
+
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.setattr(model, "check_checkpoint", lambda *a, **k: None)
+
+    def run(engine, checkpointing=True):
+        monkeypatch.setattr(model, "get_engine", lambda name: engine)
+        choices = dict(CHOICES)
+        config, kind = ModelConfig(name="some/model"), SimpleNamespace(kind=engine.device)
+        base, _, used = model.load_for_training(config, kind, gradient_checkpointing=checkpointing, choices=choices)
+        model.attach_lora(base, used, LoraConfig(r=2), seed=1, gradient_checkpointing=checkpointing, train_token_ids=[])
+        return choices
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "wanted", "given"),
+    [
+        ("unsloth", "cuda", True, "unsloth"),
+        ("unsloth", "cuda", False, False),
+        ("unsloth", "cpu", True, True),
+        ("stock", "cuda", True, True),
+    ],
+)
+def test_both_calls_are_told_of_the_same_checkpointing(load, name, device, wanted, given):
+    engine = Recorder(name, device)
+    load(engine, wanted)
+    assert [engine.calls[call]["use_gradient_checkpointing"] for call in ("load", "lora")] == [given, given]
+
+
+def test_unsloth_loads_the_named_model_and_no_copy_of_its_own(load):
+    for name, device, asked in (("unsloth", "cuda", True), ("unsloth", "cpu", False), ("stock", "cuda", False)):
+        engine = Recorder(name, device)
+        load(engine)
+        assert engine.calls["load"].get("use_exact_model_name", False) is asked
+
+
+def test_a_family_that_unsloth_keeps_out_of_float16_trains_in_float32(load):
+    assert load(Recorder("unsloth", "cuda", _unsloth_forced_float32=True))["dtype"].value == "float32"
+    assert load(Recorder("unsloth", "cuda", _unsloth_forced_float32=False))["dtype"].value == "float16"
+    assert load(Recorder("stock", "cuda"))["dtype"].value == "float16"
