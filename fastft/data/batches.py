@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 IGNORE = -100
+
+Rows = Literal["varlen", "packed", "padded"]
+"""What a micro-batch is: one row without padding whose boundaries are `cu_seq_lens_q` (fastft's attention) or
+`packed_seq_lengths` (Unsloth's GPU kernels), or a padded batch."""
 
 
 @dataclass(frozen=True)
@@ -117,24 +121,24 @@ def cut_padded(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def micro_batches(
-    segments: Sequence[Segment], budget: int, *, padded: bool, pad_token_id: int, device: Any
+    segments: Sequence[Segment], budget: int, *, rows: Rows, pad_token_id: int, device: Any
 ) -> Iterator[MicroBatch]:
-    """Yield the micro-batches of one step: padding-free rows, or padded batches where `padded`.
+    """Yield the micro-batches of one step, each of at most `budget` tokens (padding counts), or of one segment.
 
     Segments without a supervised token are left out: they add nothing to loss or gradient.
     """
     useful = [segment for segment in segments if segment.supervised]
     lengths = [len(segment) for segment in useful]
-    for indices in (cut_padded if padded else cut)(lengths, budget):
+    for indices in (cut_padded if rows == "padded" else cut)(lengths, budget):
         chosen = [useful[i] for i in indices]
-        yield _padded(chosen, pad_token_id, device) if padded else _padding_free(chosen, device)
+        yield _padded(chosen, pad_token_id, device) if rows == "padded" else _padding_free(chosen, device, rows)
 
 
 CPU_MULTIPLE = 32
 
 
-def _padding_free(segments: list[Segment], device: Any) -> MicroBatch:
-    """One row (1, T): position ids restart at each segment, `cu_seq_lens_q` holds the boundaries.
+def _padding_free(segments: list[Segment], device: Any, rows: Rows) -> MicroBatch:
+    """One row (1, T): position ids restart at each segment; the boundaries stay on the CPU, where they are read.
 
     On a CPU the last segment gets a tail of unlabelled tokens up to a multiple of 32: oneDNN's matrix products are up
     to a third faster then, and their generated code is used again. The tail comes after every token that could see it.
@@ -151,7 +155,10 @@ def _padding_free(segments: list[Segment], device: Any) -> MicroBatch:
         "position_ids": np.concatenate([*(np.arange(length) for length in lengths), np.arange(tail)]),
     }
     inputs: dict[str, Any] = {name: torch.from_numpy(a)[None].to(device) for name, a in row.items()}
-    inputs["cu_seq_lens_q"] = torch.from_numpy(boundaries.astype(np.int32))
+    if rows == "packed":
+        inputs["packed_seq_lengths"] = torch.from_numpy(np.diff(boundaries).astype(np.int32))
+    else:
+        inputs["cu_seq_lens_q"] = torch.from_numpy(boundaries.astype(np.int32))
     return MicroBatch(inputs, tokens=sum(lengths), padded_tokens=sum(lengths) + tail)
 
 

@@ -86,6 +86,7 @@ class Coder:
         self._plain_ids: dict[str, list[int]] = {}
         self._suffix_ids: dict[str, list[int]] = {}
         self.ends: dict[Any, TurnEnd] = {}
+        self.writes_results: bool | None = None
         probe = "a  b\n c"
         self.keeps_spaces = self.backend.decode(self.ids(probe), skip_special_tokens=False).strip() == probe
 
@@ -100,11 +101,15 @@ class Coder:
     def guard(self, value: Any) -> Any:
         """Return `value` (text, or anything made of texts) with control tokens in it replaced by guards."""
         if isinstance(value, str):
+            if self._is_guarded(value):
+                raise UnusableRowError(
+                    "special_token_text", "it holds a private-use character (U+F1000 ...) that fastft works with"
+                )
             if not self.template.mentions_control(value):
                 return value
             return self.template.control_pattern.sub(lambda match: self.guards[match.group()], value)
         if isinstance(value, dict):
-            return {key: self.guard(item) for key, item in value.items()}
+            return {self.guard(key): self.guard(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self.guard(item) for item in value]
         return value
@@ -326,6 +331,8 @@ def turn_end(
             longer = template.render([*before, probe, message], tools, thinking=thinking)
         except TemplateRefusedError:
             continue
+        if _SENTINEL not in longer:
+            continue  # a template that forgets earlier answers
         other = longer[longer.rindex(_SENTINEL) + 1 :]
         shared = next(
             (i for i, (a, b) in enumerate(zip(tail, other, strict=False)) if a != b), min(len(tail), len(other))
@@ -340,6 +347,7 @@ def _turn(coder: Coder, messages: Messages, tools: Sequence[Any] | None, index: 
     reasoning = bool(message.get("reasoning_content"))
     thinking = reasoning if template.switch else None
     prompt = template.render(messages[:index], tools, prompt=True, thinking=thinking)
+    _check_asked(coder, messages[:index], tools, prompt)
     whole = template.render(messages[: index + 1], tools, thinking=thinking)
     if not whole.startswith(prompt):
         whole = _bridged(template, message, prompt, whole)
@@ -357,6 +365,27 @@ def _turn(coder: Coder, messages: Messages, tools: Sequence[Any] | None, index: 
     if lost and not (content in lost and template.reasoning_key and "</think>" in content):
         raise UnusableRowError("answer_not_rendered", f"the chat template {template.name} leaves out {lost[0][:60]!r}")
     return Turn(index, prompt, answer, adds_eos=end.token is None)
+
+
+def _check_asked(coder: Coder, before: Messages, tools: Sequence[Any] | None, prompt: str) -> None:
+    """Raise where the template leaves out what is answered: the user's last message, or a tool's last result."""
+    asked = next((m for m in reversed(before) if m["role"] in ("user", "tool")), None)
+    if (
+        asked is None
+        or asked["content"].strip() in prompt
+        or "".join(asked["content"].split()) in "".join(prompt.split())
+    ):
+        return
+    role = asked["role"]
+    # A tool's result may be written as JSON: whether it is written at all shows a result that needs no escaping.
+    if role == "tool" and coder.writes_results is None:
+        probe = [{**m, "content": _SENTINEL} if m is asked else m for m in before]
+        coder.writes_results = _SENTINEL in coder.template.render(probe, tools, prompt=True)
+    if role == "user" or not coder.writes_results:
+        raise UnusableRowError(
+            "question_not_rendered",
+            f"the chat template {coder.template.name} leaves out the {role}'s {asked['content'].strip()[:60]!r}",
+        )
 
 
 def _bridged(template: ChatTemplate, message: Message, prompt: str, whole: str) -> str:

@@ -3,7 +3,7 @@
 The format is detected from the columns of the first rows and said with the evidence. A row that does not fit it is
 not guessed at: it is refused with a reason, and counted.
 
-    messages           {"messages": [{"role", "content"}, ...], "tools": [...]}
+    messages           {"messages": [{"role", "content"}, ...], "system", "tools": [...]}
     sharegpt           {"conversations": [{"from", "value"}, ...]}
     alpaca             {"instruction", "input", "output"}
     prompt_completion  {"prompt", "completion"}    both text, or both lists of messages
@@ -14,11 +14,11 @@ not guessed at: it is refused with a reason, and counted.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fastft.data.read import Bad, parse_json
 from fastft.data.template import Message, parse_arguments
 from fastft.errors import FastFTError, did_you_mean
 
@@ -33,14 +33,17 @@ FORMATS: dict[str, tuple[str, ...]] = {
 """Format -> the columns it needs, in the order in which they are looked for."""
 
 OPTIONAL = {
-    "messages": ("tools",),
+    "messages": ("system", "tools"),
     "sharegpt": ("system", "tools"),
     "alpaca": ("input", "system"),
     "prompt_completion": ("system", "tools"),
     "question_answer": ("system",),
     "text": (),
 }
-ALIASES = {"conversation": "conversations", "response": "output", "functions": "tools", "system_prompt": "system"}
+ALIASES = {
+    "conversation": "conversations", "response": "output", "functions": "tools", "system_prompt": "system",
+    "context": "input",
+}  # fmt: skip
 """Other names that are common for a column, used where the real one is missing."""
 
 ROLES = {
@@ -50,6 +53,7 @@ ROLES = {
     "function_call": "function_call", "tool_call": "function_call",
 }  # fmt: skip
 
+_JSON_TEXT = re.compile(r'\s*\[\s*\{\s*"(?:role|content)"\s*:')
 _THINK = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 
@@ -59,6 +63,10 @@ class BadRowError(FastFTError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class FormatError(FastFTError):
+    """The columns of a dataset fit no format, or not the mapping of them."""
 
 
 @dataclasses.dataclass
@@ -78,12 +86,14 @@ class Format:
     columns: Mapping[str, str]
     """What the format calls a column -> what the file calls it."""
     evidence: str
+    unused: tuple[str, ...] = ()
+    """Columns of the file that are not read."""
 
 
 def detect(rows: Sequence[Any], *, format: str = "auto", columns: Mapping[str, str] | None = None) -> Format:
     """Return the format of a dataset from its first rows.
 
-    Raises FastFTError that lists the columns there are and those that each format needs.
+    Raises FormatError that lists the columns there are and those that each format needs.
     """
     columns = dict(columns or {})
     seen: dict[str, int] = {}
@@ -93,21 +103,25 @@ def detect(rows: Sequence[Any], *, format: str = "auto", columns: Mapping[str, s
     present = [name for name in seen if name != "(bare text)"]
     _check_columns(columns, format, present)
     resolved = {name: _find(name, columns, seen) for name in _all_names()}
-    candidates = [format] if format != "auto" else _order(columns)
-    for name in candidates:
-        needed = FORMATS[name]
-        if all(resolved[column] is not None for column in needed) and _looks_right(name, rows, resolved):
-            used = {c: str(resolved[c]) for c in (*needed, *OPTIONAL[name]) if resolved[c] is not None}
-            count = min(seen[used[c]] for c in needed)
-            what = " and ".join(used[c] for c in needed)
-            how = "asked for" if format != "auto" else "detected"
-            return Format(name, used, f"{how}: {count} of the first {len(rows)} rows have {what}")
+    fits: dict[str, int] = {}  # format -> rows that have its columns
+    for name in [format] if format != "auto" else _order(columns):
+        if all(resolved[column] is not None for column in FORMATS[name]) and _looks_right(name, rows, resolved):
+            fits[name] = min(seen[str(resolved[column])] for column in FORMATS[name])
+    if fits:
+        # The first of those that most rows have; a few rows of another shape do not decide.
+        name = max(fits, key=lambda name: (_mapped(name, columns), fits[name]))
+        # An optional column that no looked-at row has may come later; it is then called by its own name.
+        used = {c: str(resolved[c] or c) for c in (*FORMATS[name], *OPTIONAL[name])}
+        what = " and ".join(used[c] for c in FORMATS[name])
+        how = "asked for" if format != "auto" else "detected"
+        evidence = f"{how}: {fits[name]} of the first {len(rows)} rows have {what}"
+        return Format(name, used, evidence, tuple(c for c in present if c.strip() and c not in used.values()))
     if seen.get("(bare text)") and format in ("auto", "text"):
         return Format("text", {}, f"detected: {seen['(bare text)']} of the first {len(rows)} rows are bare texts")
-    listed = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in FORMATS.items())
-    raise FastFTError(
+    known = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in FORMATS.items())
+    raise FormatError(
         f"cannot tell what the rows mean{'' if format == 'auto' else f' as {format}'}: their columns are "
-        f"{', '.join(present) or '(none)'}. Formats and the columns they need: {listed}. Map yours with data.columns, "
+        f"{listed(present) or '(none)'}. Formats and the columns they need: {known}. Map yours with data.columns, "
         "for example columns: {prompt: my_question, completion: my_answer}."
     )
 
@@ -122,7 +136,7 @@ def convert(row: Any, format: Format, *, input_heading: str | None = None) -> Ex
     missing = [format.columns[name] for name in FORMATS[format.name] if value.get(name) is None]
     if missing:
         raise BadRowError(
-            "missing_column", f"no {', '.join(missing)} in this row (it has {', '.join(map(str, row)) or 'nothing'})"
+            "missing_column", f"no {', '.join(missing)} in this row (it has {listed(map(str, row)) or 'nothing'})"
         )
     example = _CONVERTERS[format.name](value, input_heading)
     if example.text is None:
@@ -131,7 +145,8 @@ def convert(row: Any, format: Format, *, input_heading: str | None = None) -> Ex
 
 
 def _messages(value: dict[str, Any], _: str | None) -> Example:
-    return Example([_message(m) for m in _list(value["messages"], "messages")], _tools(value.get("tools")))
+    messages = [_message(m) for m in _list(value["messages"], "messages")]
+    return Example(_with_system(messages, value), _tools(value.get("tools")))
 
 
 def _sharegpt(value: dict[str, Any], _: str | None) -> Example:
@@ -140,9 +155,7 @@ def _sharegpt(value: dict[str, Any], _: str | None) -> Example:
         if isinstance(turn, Mapping) and "from" in turn:
             turn = {**turn, "role": turn["from"], "content": turn.get("value")}
         messages.append(_message(turn))
-    if value.get("system") and (not messages or messages[0]["role"] != "system"):
-        messages.insert(0, {"role": "system", "content": _text(value["system"], "system")})
-    return Example(messages, _tools(value.get("tools")))
+    return Example(_with_system(messages, value), _tools(value.get("tools")))
 
 
 def _alpaca(value: dict[str, Any], heading: str | None) -> Example:
@@ -155,16 +168,21 @@ def _alpaca(value: dict[str, Any], heading: str | None) -> Example:
 
 def _prompt_completion(value: dict[str, Any], _: str | None) -> Example:
     prompt, completion = value["prompt"], value["completion"]
-    if isinstance(prompt, list | tuple) or isinstance(completion, list | tuple):
-        both = [*_list(prompt, "prompt"), *_list(completion, "completion")]
-        messages = [_message(m) for m in both]
+    if _is_messages(prompt) and _is_messages(completion):
+        asked, answered = _list(prompt, "prompt"), _list(completion, "completion")
+        messages = [_message(m) for m in (*asked, *answered)]
         # Only the completion is trained.
-        for message in messages[: len(prompt)]:
+        for message in messages[: len(asked)]:
             if message["role"] == "assistant":
                 message["weight"] = 0
-        return Example(messages, _tools(value.get("tools")))
+        return Example(_with_system(messages, value), _tools(value.get("tools")))
     example = _pair(_text(prompt, "prompt"), completion, value, "completion")
     return dataclasses.replace(example, tools=_tools(value.get("tools")))
+
+
+def _is_messages(value: Any) -> bool:
+    """Whether this is a list of messages: as such, as the object of lists that `datasets` makes, as text in a CSV."""
+    return isinstance(value, list | tuple | Mapping) or (isinstance(value, str) and bool(_JSON_TEXT.match(value)))
 
 
 def _question_answer(value: dict[str, Any], _: str | None) -> Example:
@@ -190,9 +208,15 @@ def _pair(asked: str, answer: Any, value: dict[str, Any], column: str) -> Exampl
         _message({"role": "user", "content": asked}),
         _message({"role": "assistant", "content": _text(answer, column)}),
     ]
-    if value.get("system"):
-        messages.insert(0, {"role": "system", "content": _text(value["system"], "system")})
-    return Example(messages)
+    return Example(_with_system(messages, value))
+
+
+def _with_system(messages: list[Message], value: Mapping[str, Any]) -> list[Message]:
+    """Return `messages` begun by the text of the `system` column, unless they have a system message of their own."""
+    system = _text(value.get("system"), "system", optional=True)
+    if not system.strip() or (messages and messages[0]["role"] == "system"):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _message(raw: Any) -> Message:
@@ -202,7 +226,8 @@ def _message(raw: Any) -> Message:
     name = raw.get("role", raw.get("from"))
     role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
-        raise BadRowError("unknown_role", f"unknown role {name!r}{did_you_mean(str(name), ROLES)}")
+        shown = repr(name) if len(repr(name)) <= 60 else repr(name)[:60] + "..."
+        raise BadRowError("unknown_role", f"unknown role {shown}{did_you_mean(shown, ROLES)}")
     content = raw.get("content", raw.get("value"))
     if role == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": _calls([parse_arguments(content)])}
@@ -211,6 +236,8 @@ def _message(raw: Any) -> Message:
         message["tool_calls"] = _calls(raw["tool_calls"])
     if role == "assistant":
         _reasoning(message, raw)
+        if raw.get("weight") not in (None, 0, 1):
+            raise BadRowError("bad_message", f"the weight of a message must be 0 or 1, it is {raw['weight']!r:.60}")
         if raw.get("weight") == 0 or raw.get("train") is False:
             message["weight"] = 0
     if role == "tool":
@@ -262,10 +289,9 @@ def _calls(calls: Any) -> list[Any]:
 
 def _tools(tools: Any) -> list[Any] | None:
     if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except json.JSONDecodeError as error:
-            raise BadRowError("bad_tools", f"tools is not JSON: {error.msg}") from error
+        tools = parse_json(tools) if tools.strip() else None
+        if isinstance(tools, Bad):
+            raise BadRowError("bad_tools", f"tools is {tools.message}")
     if not tools:
         return None
     made = []
@@ -288,15 +314,15 @@ def _clean(value: Any) -> Any:
 
 def _list(value: Any, column: str) -> list[Any]:
     if isinstance(value, str):  # CSV holds lists as JSON text
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise BadRowError(
-                "not_a_list", f"{column} is text, not a list, and not JSON either ({error.msg})"
-            ) from error
+        value = parse_json(value)
+        if isinstance(value, Bad):
+            raise BadRowError("not_a_list", f"{column} is text, not a list, and {value.message}")
     if isinstance(value, Mapping) and value and all(isinstance(v, list | tuple) for v in value.values()):
         # `datasets` turns a list of objects into an object of lists.
         keys = list(value)
+        if len({len(items) for items in value.values()}) > 1:
+            lengths = ", ".join(f"{len(items)} {key}" for key, items in value.items())
+            raise BadRowError("not_a_list", f"{column} is an object of lists of different lengths ({lengths})")
         value = [dict(zip(keys, items, strict=True)) for items in zip(*value.values(), strict=True)]
     if not isinstance(value, list | tuple):
         raise BadRowError("not_a_list", f"{column} must be a list, not {type(value).__name__}")
@@ -312,6 +338,8 @@ def _text(value: Any, column: str, *, optional: bool = False) -> str:
     if isinstance(value, int | float):
         if value != value:
             raise BadRowError("missing_column", f"{column} is empty")
+        if value in (float("inf"), float("-inf")):
+            raise BadRowError("not_text", f"{column} must be text, it is an infinite number")
         return str(value)
     if not isinstance(value, str):
         what = "empty" if value is None else f"{type(value).__name__}"
@@ -320,7 +348,8 @@ def _text(value: Any, column: str, *, optional: bool = False) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadRowError(
-            "lone_surrogate", f"{column} holds half a character (a lone surrogate) at {error.start}"
+            "lone_surrogate",
+            f"{column} holds half a character (a lone surrogate, or a byte that is not UTF-8) at {error.start}",
         ) from error
     return value.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -359,12 +388,12 @@ def _check_columns(columns: Mapping[str, str], format: str, present: list[str]) 
         f"unknown name {n!r}{did_you_mean(n, known)}; known: {', '.join(known)}" for n in columns if n not in known
     ]
     problems += [
-        f"{name}: {column!r} is not in the file{did_you_mean(column, present)}; its columns: {', '.join(present)}"
+        f"{name}: {column!r} is not in the first rows{did_you_mean(column, present)}; their columns: {listed(present)}"
         for name, column in columns.items()
         if name in known and column not in present
     ]
     if problems:
-        raise FastFTError("data.columns: " + "; ".join(problems) + ".")
+        raise FormatError("data.columns: " + "; ".join(problems) + ".")
 
 
 def _all_names() -> tuple[str, ...]:
@@ -373,7 +402,19 @@ def _all_names() -> tuple[str, ...]:
 
 def _order(columns: Mapping[str, str]) -> list[str]:
     """Formats whose columns the user mapped come first."""
-    return sorted(FORMATS, key=lambda name: -sum(c in columns for c in (*FORMATS[name], *OPTIONAL[name])))
+    return sorted(FORMATS, key=lambda name: -_mapped(name, columns))
+
+
+def _mapped(name: str, columns: Mapping[str, str]) -> int:
+    """Return how many columns of the format `name` the user mapped."""
+    return sum(c in columns for c in (*FORMATS[name], *OPTIONAL[name]))
+
+
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """Return the names as one short text: a file without a header has its first row as names."""
+    shown = [name if len(name) <= 60 else name[:60] + "..." for name in names]
+    shown = [name.encode("utf-8", "backslashreplace").decode() for name in shown]  # half characters cannot be printed
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most:,} more" if len(shown) > most else "")
 
 
 def _find(name: str, columns: Mapping[str, str], seen: Mapping[str, int]) -> str | None:

@@ -26,17 +26,17 @@ import numpy as np
 from fastft.config import DataConfig
 from fastft.data import split as splitting
 from fastft.data.encode import IGNORE
-from fastft.data.formats import Format, detect
+from fastft.data.formats import Format, FormatError, detect, listed
 from fastft.data.light import light
 from fastft.data.read import Bad, Source, open_source
-from fastft.data.report import DataReport, Dropped, ReportSample, histogram
+from fastft.data.report import DataReport, Dropped, ReportSample, histogram, many
 from fastft.data.rows import KEEP_EXAMPLES, Conversation, Counts, RowMaker, RowMarks, Settings
 from fastft.data.store import Packed, TokenDataset, Writer, in_memory, is_whole, open_folder
 from fastft.data.template import ChatTemplate, choose_template
 from fastft.data.workers import map_in_order
 from fastft.errors import FastFTError
 
-VERSION = 2
+VERSION = 3
 """Part of the fingerprint: raised where the same rows become other samples."""
 SMALL_BYTES = 32 << 20
 """Sources up to this size are tokenised here and held in memory; larger ones in workers, into the cache."""
@@ -182,7 +182,10 @@ def _tokenise(
     folder: Path | None,
     processes: int,
 ) -> _Side:
-    format = detect(_first_rows(source), format=config.format, columns=config.columns)
+    try:
+        format = detect(_first_rows(source), format=config.format, columns=config.columns)
+    except FormatError as error:
+        raise FastFTError(f"{source.name}: {error}") from error
     if processes > 1:
         tokenizer = light(tokenizer)
     # A fresh copy of the template: what was cached on it while probing need not travel to the workers.
@@ -283,6 +286,7 @@ def _divide(
         evaluation = other.samples
     if main.format.name == "text" and settings.long_text == "split":
         train = _joined_documents(train, settings.max_seq_length, work and work / "train")
+    if (other or main).format.name == "text" and settings.long_text == "split":
         evaluation = _joined_documents(evaluation, settings.max_seq_length, work and work / "eval")
     thinks = main.counts.reasoning_turns * 2 >= main.counts.turns > 0 and main.counts.reasoning_turns > 0
     template = template.with_thinking(thinks) if main.format.name != "text" else template
@@ -290,6 +294,8 @@ def _divide(
     report = _report(config, template, settings, main, train, evaluation, groups, leak)
     if not other and len(evaluation):
         report.notices += splitting.explain_share(held, groups, config.eval_fraction)
+    if other:
+        report.notices += _eval_notices(other)
     conversations = _conversations(main, other, held)
     if not len(evaluation) and (config.eval_fraction > 0 or other):
         report.notices.append(
@@ -387,6 +393,10 @@ def _report(
 def _notices(config: DataConfig, template: ChatTemplate, main: _Side) -> list[str]:
     counts = main.counts
     notices = list(dict.fromkeys(main.source.notices))
+    if main.format.unused:
+        notices.append(
+            f"columns that are not read: {listed(main.format.unused)}; data.columns maps them where they belong"
+        )
     if main.format.name != "text":
         notices += template.notices
         if template.switch:
@@ -397,20 +407,39 @@ def _notices(config: DataConfig, template: ChatTemplate, main: _Side) -> list[st
             )
     if counts.unrolled:
         notices.append(
-            f"{counts.unrolled:,} conversations became several samples: this template writes earlier answers "
+            f"{many(counts.unrolled, 'conversation')} became several samples: this template writes earlier answers "
             "differently once they are history, so each answer is trained as it is generated"
         )
     said = [
-        (counts.lossy, "rows hold characters that the tokenizer does not know"),
-        (counts.control_characters, "rows hold control characters; they are kept"),
-        (counts.special_token_text, "rows spell out a special token; it is read as text"),
+        (counts.tools_left_out, "with tools, which this template does not write: they are left out"),
+        (counts.lossy, "with characters that the tokenizer does not know"),
+        (counts.control_characters, "with control characters, which are kept"),
+        (counts.special_token_text, "with a special token spelled out, which is read as text"),
     ]
-    notices += [f"{count:,} {what}" for count, what in said if count]
+    notices += [f"{many(count, 'row')} {what}" for count, what in said if count]
     if counts.secrets:
-        lines, count = ", ".join(map(str, counts.secret_lines[:5])), sum(counts.secrets.values())
-        notices.append(f"{count:,} rows hold what looks like a key (lines {lines}); a model learns them by heart")
+        lines = ", ".join(map(str, counts.secret_lines[:5]))
+        notices.append(
+            f"{many(counts.secret_rows, 'row')} with what looks like a key (lines {lines}); a model learns keys by heart"
+        )
     if config.train_on == "everything":
         notices.append("train_on: everything, so what is asked is trained too")
+    return notices
+
+
+def _eval_notices(other: _Side) -> list[str]:
+    """Say of an own evaluation source what the numbers of the report, which are the training source's, do not."""
+    counts, name = other.counts, other.source.name
+    notices = [f"eval_source: {notice}" for notice in dict.fromkeys(other.source.notices)]
+    if counts.dropped:
+        why = "; ".join(
+            f"{reason} {entry['count']:,} (lines {', '.join(map(str, entry['lines'][:5]))}): {entry['example']}"
+            for reason, entry in counts.dropped.items()
+        )
+        lost = counts.rows_total - len(other.marks.lines)
+        notices.append(f"eval_source {name}: {lost:,} of {counts.rows_total:,} rows are not used: {why}")
+    if counts.truncated:
+        notices.append(f"eval_source {name}: {counts.truncated:,} samples are cut to max_seq_length")
     return notices
 
 

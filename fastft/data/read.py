@@ -12,10 +12,12 @@ import dataclasses
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -31,7 +33,15 @@ SUFFIXES = {
     ".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow",
     ".txt": "text", ".md": "text",
 }  # fmt: skip
+# What a cut, damaged or foreign file makes its reader raise; NotImplementedError: a zip method that Python lacks.
+_UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, NotImplementedError)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
+
+_SPLITS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev", "eval", "evaluation"},
+    "test": {"test", "testing"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +59,8 @@ class Chunk:
     lines: list[int]
     rows: list[Any]
     encoding: str | None = None
+    file: str = ""
+    """Its name, where the source has several files: a line number alone would not say where to look."""
 
     def parsed(self) -> Iterator[tuple[int, Any]]:
         """Yield (line number, row), a row being an object, a text or a `Bad`."""
@@ -66,7 +78,8 @@ class Source:
     def chunks(self) -> Iterator[Chunk]:
         """Yield all rows in order."""
         for file in self.files:
-            yield from _read_file(file, self.notices)
+            for chunk in _read_file(file, self.notices):
+                yield dataclasses.replace(chunk, file=file.name) if len(self.files) > 1 else chunk
 
     def digest(self) -> str:
         """Return a SHA-256 of the content, without file names."""
@@ -82,7 +95,8 @@ class TableSource(Source):
 
     def __init__(self, dataset: Any, name: str, notices: list[str]) -> None:
         self.dataset, self.name, self.notices, self.kind, self.files = dataset, name, notices, "datasets", []
-        self.size = None if not hasattr(dataset, "__len__") else int(getattr(dataset, "size_in_bytes", None) or 0)
+        # `size_in_bytes` is not known of a dataset that was made of rows and saved; its table always knows.
+        self.size = int(dataset.data.nbytes) if hasattr(dataset, "__len__") else None
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield all rows in order."""
@@ -116,7 +130,8 @@ def open_source(source: str, *, name: str | None = None, split: str = "train", s
             raise FastFTError(
                 f"the folder {source} holds no data file. Known: {', '.join(sorted(SUFFIXES))}, also compressed."
             )
-        return _open_files(files, source)
+        files, notices = _chosen(files, path, split)
+        return _open_files(files, source, notices)
     if path.exists():  # a pipe, a socket, a device: can be read once at most, and data is read in several passes
         raise FastFTError(f"{source} is neither a file nor a folder (a pipe?). Write its content into a file first.")
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and kind_of(path) is None and not source.startswith("."):
@@ -135,7 +150,7 @@ def parse_line(line: bytes, encoding: str) -> Any:
     try:
         text = line.decode(encoding)
     except UnicodeDecodeError as error:
-        return Bad("not_utf8", f"not {encoding} text (byte {error.start} of the line)")
+        return Bad("not_utf8", f"not {encoding} text (byte {error.start + 1} of the line); save the file as UTF-8")
     return parse_json(text)
 
 
@@ -144,9 +159,15 @@ def parse_json(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_no_duplicates)
     except json.JSONDecodeError as error:
-        return Bad("bad_json", f"not JSON: {error.msg} at character {error.pos + 1}")
-    except (_DuplicateKeyError, RecursionError) as error:
-        return Bad("duplicate_key" if isinstance(error, _DuplicateKeyError) else "bad_json", str(error))
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        near = text[max(0, error.pos - 10) : error.pos + 30]
+        return Bad("bad_json", f"not JSON: {error.msg} at {line}character {error.colno}, near {near!r}")
+    except _DuplicateKeyError as error:
+        return Bad("duplicate_key", str(error))
+    except RecursionError:
+        return Bad("bad_json", "not JSON that can be read: lists or objects nested too deep")
+    except ValueError as error:  # a number of more than 4,300 digits
+        return Bad("bad_json", f"not JSON that can be read: {str(error).split(';')[0]}")
 
 
 class _DuplicateKeyError(Exception):
@@ -162,11 +183,48 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _open_files(files: list[Path], name: str) -> Source:
+def _chosen(files: list[Path], folder: Path, split: str) -> tuple[list[Path], list[str]]:
+    """Return the files of a folder that are read, and what to say about the others.
+
+    train.jsonl beside test.jsonl are splits, as on the Hub: reading both would train on the test.
+    """
+    notices = []
+    readme = [file for file in files if file.suffix.lower() == ".md"]
+    if readme and len(readme) < len(files):
+        files = [file for file in files if file not in readme]
+        notices.append(f"not read, since the folder holds data besides: {', '.join(f.name for f in readme[:3])}")
+    named = {file: _split_of(file.relative_to(folder)) for file in files}
+    found = sorted(set(named.values()))
+    if len(found) < 2:
+        return files, notices
+    if split not in found:
+        raise FastFTError(f"{folder} has no files of the split {split!r}; by their names it has {', '.join(found)}.")
+    chosen = [file for file in files if named[file] == split]
+    left = [str(file.relative_to(folder)) for file in files if file not in chosen]
+    notices.append(
+        f"{len(chosen)} of {len(files)} files are read, those of data.split {split}; not read: {', '.join(left[:5])}"
+    )
+    return chosen, notices
+
+
+def _split_of(path: Path) -> str:
+    """Return the split that a folder of the path or the file is named after, numbers aside; train where none is.
+
+    test-00000-of-00001.parquet is test; form_validation.jsonl is no split, only a name with this word in it.
+    """
+    for part in path.parts:
+        words = set(re.split(r"[\W_\d]+", part.split(".")[0].lower())) - {"", "of"}
+        split = next((split for split, names in _SPLITS.items() if len(words) == 1 and words <= names), None)
+        if split:
+            return split
+    return "train"
+
+
+def _open_files(files: list[Path], name: str, said: Sequence[str] = ()) -> Source:
     for file in files:
         if file.stat().st_size == 0:
             raise FastFTError(f"the data file {file} is empty (0 bytes).")
-    notices: list[str] = []
+    notices = list(said)
     kinds = []
     for file in files:
         head = _head(file)
@@ -182,8 +240,8 @@ def _head(file: Path) -> bytes:
     try:
         with _open(file) as stream:
             return stream.read(_HEAD)
-    except (OSError, EOFError, lzma.LZMAError, zipfile.BadZipFile) as error:
-        raise FastFTError(f"{file} cannot be read: {error}.") from error
+    except _UNREADABLE as error:
+        raise FastFTError(f"{file} cannot be read: {str(error).rstrip('.')}. Is it whole?") from error
 
 
 def _open(file: Path) -> IO[bytes]:
@@ -206,6 +264,8 @@ def _open(file: Path) -> IO[bytes]:
         names = [n for n in archive.namelist() if not n.endswith("/") and not n.startswith("__MACOSX")]
         if len(names) != 1:
             raise FastFTError(f"{file} is an archive of {len(names)} files; unpack it and give the folder.")
+        if archive.getinfo(names[0]).flag_bits & 1:
+            raise FastFTError(f"{file} is locked with a password; unpack it and give the file.")
         return archive.open(names[0])
     return file.open("rb")
 
@@ -219,13 +279,15 @@ def _kind(file: Path, head: bytes) -> str:
     named = kind_of(file)
     if named in ("parquet", "arrow"):
         raise FastFTError(f"{file} is named {file.suffix} but does not begin like one; is the download complete?")
-    text_like = not (b"\0" in head[:8192] and head[:2] not in (b"\xff\xfe", b"\xfe\xff"))
-    if not text_like:
+    encoding = _encoding(head)
+    if b"\0" in head[:8192] and encoding not in ("utf-16", "utf-32"):
         raise FastFTError(
-            f"{file} is a binary file, not a dataset. Known: {', '.join(sorted(SUFFIXES))}, also compressed."
+            f"{file} is a binary file, not a dataset (or UTF-16 without its mark: save it as UTF-8). Known: "
+            f"{', '.join(sorted(SUFFIXES))}, also compressed."
         )
+    if named == "text" and _is_json_lines(head.decode(encoding, "ignore")):
+        return "jsonl"
     if named in ("json", "jsonl", None):
-        encoding = _encoding(head)
         start = head.decode(encoding, "ignore").lstrip("\ufeff \t\r\n")
         if not start:
             raise FastFTError(f"the data file {file} holds nothing but white space.")
@@ -245,12 +307,20 @@ def _first_line_is_json(text: str) -> bool:
     return not isinstance(parse_json(text.split("\n", 1)[0]), Bad)
 
 
+def _is_json_lines(text: str) -> bool:
+    """Whether the first two lines are JSON objects: then a .txt is no plain text, whatever it is called."""
+    first = [line for line in text[: 1 << 20].lstrip("\ufeff").splitlines() if line.strip()][:2]
+    return len(first) == 2 and all(isinstance(parse_json(line), dict) for line in first)
+
+
 def _encoding_of(file: Path, kind: str, head: bytes) -> str | None:
     return None if kind in ("parquet", "arrow") else _encoding(head)
 
 
 def _encoding(head: bytes) -> str:
-    """Return utf-8, utf-16, cp932 or euc_jp. A few broken lines do not make a UTF-8 file another encoding."""
+    """Return utf-8, utf-16, utf-32, cp932 or euc_jp. A few broken lines do not make a UTF-8 file another encoding."""
+    if head[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
+        return "utf-32"
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return "utf-16"
     lines = [line for line in head.removeprefix(b"\xef\xbb\xbf").split(b"\n") if not line.isascii()]
@@ -260,10 +330,11 @@ def _encoding(head: bytes) -> str:
     if len(broken) * 4 <= len(lines) * 3 and len(broken) < max(len(lines), 1):
         return "utf-8"
     fits = [name for name in ("cp932", "euc_jp") if all(_decodes(line, name) for line in broken)]
-    if not fits:
-        return "utf-8"
+    # German, Chinese or Korean bytes decode as well, but to text without any kana: that is refused, not guessed at.
+    texts = {name: "".join(line.decode(name) for line in broken[:200]) for name in fits}
+    fits = [name for name in fits if re.search("[\u3041-\u3096\u30a1-\u30fa]", texts[name])]
     # Text in the wrong one of the two is full of half-width katakana and rare characters.
-    return min(fits, key=lambda name: sum(_oddness(line.decode(name)) for line in broken[:200]))
+    return min(fits, key=lambda name: _oddness(texts[name]), default="utf-8")
 
 
 def _decodes(line: bytes, encoding: str) -> bool:
@@ -280,6 +351,13 @@ def _oddness(text: str) -> int:
 
 
 def _read_file(file: Path, notices: list[str]) -> Iterator[Chunk]:
+    try:
+        yield from _chunks_of(file, notices)
+    except _UNREADABLE as error:
+        raise FastFTError(f"{file} cannot be read to its end: {str(error).rstrip('.')}. Is it whole?") from error
+
+
+def _chunks_of(file: Path, notices: list[str]) -> Iterator[Chunk]:
     head = _head(file)
     kind = _kind(file, head)
     if kind == "parquet":
@@ -289,7 +367,7 @@ def _read_file(file: Path, notices: list[str]) -> Iterator[Chunk]:
         yield from _in_chunks(_arrow(file))
         return
     encoding = _encoding(head)
-    if kind == "jsonl" and encoding != "utf-16":
+    if kind == "jsonl" and encoding not in ("utf-16", "utf-32"):
         yield from _lines(file, encoding)
     elif kind == "jsonl":
         rows = ((n, parse_json(line)) for n, line in enumerate(_text(file, encoding), 1) if line.strip())
@@ -307,22 +385,18 @@ def _lines(file: Path, encoding: str) -> Iterator[Chunk]:
     numbers: list[int] = []
     rows: list[bytes] = []
     size = 0
-    try:
-        with _open(file) as stream:
-            for number, line in enumerate(stream, 1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                line = line.strip(b" \t\r\n")
-                if not line:
-                    continue
-                numbers.append(number)
-                rows.append(line)
-                size += len(line)
-                if size >= CHUNK_BYTES or len(rows) >= CHUNK_ROWS:
-                    yield Chunk(numbers, rows, encoding)
-                    numbers, rows, size = [], [], 0
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise FastFTError(f"{file} cannot be read to its end: {error}.") from error
+    with _open(file) as stream:
+        for number, line in enumerate(stream, 1):
+            # Not only at the start: files that were put together with `cat` have a mark in the middle.
+            line = line.removeprefix(b"\xef\xbb\xbf").strip(b" \t\r\n")
+            if not line:
+                continue
+            numbers.append(number)
+            rows.append(line)
+            size += len(line)
+            if size >= CHUNK_BYTES or len(rows) >= CHUNK_ROWS:
+                yield Chunk(numbers, rows, encoding)
+                numbers, rows, size = [], [], 0
     if rows:
         yield Chunk(numbers, rows, encoding)
 
@@ -367,13 +441,12 @@ def _csv(file: Path, encoding: str, delimiter: str, notices: list[str]) -> Itera
     csv.field_size_limit(1 << 30)
     with _text(file, encoding) as stream:
         first = stream.readline()
-        stream.seek(0)
         if delimiter not in first:
             other = next((d for d in (";", "\t", ",") if d in first), delimiter)
             if other != delimiter:
                 notices.append(f"{file.name} separates its fields with {other!r}")
                 delimiter = other
-        reader = csv.reader(stream, delimiter=delimiter, strict=True)
+        reader = csv.reader(itertools.chain([first], stream), delimiter=delimiter, strict=True)
         header: list[str] | None = None
         while True:
             line = reader.line_num + 1
@@ -382,15 +455,20 @@ def _csv(file: Path, encoding: str, delimiter: str, notices: list[str]) -> Itera
             except StopIteration:
                 break
             except csv.Error as error:
-                yield line, Bad("bad_csv", f"not CSV: {error}")
+                through = f" (lines {line} to {reader.line_num} are one row)" if reader.line_num > line else ""
+                yield line, Bad("bad_csv", f"not CSV: {error}; is a quotation mark not closed?{through}")
                 continue
+            if fields:
+                fields[0] = fields[0].lstrip("\ufeff")
             if header is None:
-                header = [name.strip().lstrip("\ufeff") for name in fields]
-                twice = sorted({name for name in header if header.count(name) > 1})
+                header = [name.strip() for name in fields]
+                twice = sorted({name for name in header if name and header.count(name) > 1})
                 if twice:
                     raise FastFTError(f"{file}: the column {twice[0]!r} stands twice in the first line.")
             elif fields and len(fields) != len(header):
                 yield line, Bad("ragged_row", f"{len(fields)} fields, but the first line names {len(header)} columns")
+            elif [name.strip() for name in fields] == header:
+                yield line, Bad("repeated_header", "the names of the columns again, not a row")
             elif fields:
                 yield line, _csv_row(header, fields)
     if header is None:
@@ -399,7 +477,7 @@ def _csv(file: Path, encoding: str, delimiter: str, notices: list[str]) -> Itera
 
 def _csv_row(header: list[str], fields: list[str]) -> Any:
     if any("\udc80" <= char <= "\udcff" for field in fields for char in field if not field.isascii()):
-        return Bad("not_utf8", "not UTF-8 text")
+        return Bad("not_utf8", "not UTF-8 text; save the file as UTF-8")
     return dict(zip(header, fields, strict=True))
 
 
@@ -410,11 +488,11 @@ def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
     try:
         number = 0
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=CHUNK_ROWS):
-            for row in batch.to_pylist():
+            for row in _rows_of(batch):
                 number += 1
                 yield number, row
     except pyarrow.ArrowException as error:
-        raise FastFTError(f"{file} is no whole Parquet file: {error}.") from error
+        raise FastFTError(f"{file} is no whole Parquet file: {str(error).rstrip('.')}.") from error
 
 
 def _arrow(file: Path) -> Iterator[tuple[int, Any]]:
@@ -431,11 +509,21 @@ def _arrow(file: Path) -> Iterator[tuple[int, Any]]:
                 batches = pyarrow.ipc.open_stream(mapped)
             number = 0
             for batch in batches:
-                for row in batch.to_pylist():
+                for row in _rows_of(batch):
                     number += 1
                     yield number, row
     except pyarrow.ArrowException as error:
-        raise FastFTError(f"{file} is no whole Arrow file: {error}.") from error
+        raise FastFTError(f"{file} is no whole Arrow file: {str(error).rstrip('.')}.") from error
+
+
+def _rows_of(batch: Any) -> list[Any]:
+    """Return the rows of an Arrow batch, those with broken text as `Bad`: Arrow does not check what it is given."""
+    try:
+        return list(batch.to_pylist())
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return [Bad("not_utf8", "not UTF-8 text")]
+        return [row for i in range(batch.num_rows) for row in _rows_of(batch.slice(i, 1))]
 
 
 def _saved_folder(path: Path, split: str) -> Source:

@@ -8,6 +8,8 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 BARS = 36
+# Unicode's line and paragraph separators, embeddings, overrides and isolates.
+_TURNS = {chr(c): f"\\u{c:04x}" for c in (0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 class Dropped(BaseModel):
@@ -98,6 +100,11 @@ class DataReport(BaseModel):
         FigureCanvasAgg(figure).print_png(str(path))
 
 
+def many(count: int, what: str) -> str:
+    """Return "1 row", "2 rows"."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def histogram(lengths: Any, bins: int = 20) -> list[tuple[int, int, int]]:
     """Return (from, to, count) in round widths that cover all lengths."""
     import numpy as np
@@ -134,7 +141,7 @@ def _print_table(report: DataReport, console: Any) -> None:
         ("leakage", f"{report.leakage:,} held-out rows also stand in the training rows"),
     ]
     if report.secrets:
-        rows.append(("secrets", ", ".join(f"{n:,} rows with a {kind}" for kind, n in report.secrets.items())))
+        rows.append(("secrets", ", ".join(f"{many(n, 'row')} with a {kind}" for kind, n in report.secrets.items())))
     for name, value in rows:
         warn = (name == "leakage" and report.leakage) or name == "secrets"
         table.add_row(f"[bold]{name}[/bold]", _safe(value), style="red" if warn else None)
@@ -197,10 +204,12 @@ def _shortened(text: str, most: int = 600) -> str:
 
 
 def _visible(text: str) -> str:
-    """Show control characters instead of sending them to the terminal."""
+    """Show control characters, and those that turn the direction of writing, instead of sending them to the terminal.
+
+    What joins emoji and marks the direction of single letters is not printable either, and is left alone.
+    """
     return "".join(
-        c if c in "\n\t" or (c.isprintable() and c != "\x1b") else f"\\x{ord(c):02x}" if ord(c) < 256 else c
-        for c in text
+        c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" if ord(c) < 256 else _TURNS.get(c, c) for c in text
     )
 
 

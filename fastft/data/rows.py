@@ -73,6 +73,7 @@ class Counts:
     tools_left_out: int = 0
     turns: int = 0
     reasoning_turns: int = 0
+    secret_rows: int = 0
     secrets: dict[str, int] = dataclasses.field(default_factory=dict)
     secret_lines: list[int] = dataclasses.field(default_factory=list)
 
@@ -156,15 +157,18 @@ class RowMaker:
                 example = convert(row, self.format, input_heading=self.template.input_heading)
                 made = self._samples(example, counts)
             except (BadRowError, UnusableRowError) as error:
-                counts.drop(line, error.reason, str(error))
+                counts.drop(line, error.reason, f"{chunk.file}: {error}" if chunk.file else str(error))
                 continue
             except TemplateRefusedError as error:
-                counts.drop(line, "template_refused", str(error))
+                counts.drop(line, "template_refused", f"{chunk.file}: {error}" if chunk.file else str(error))
+                continue
+            except RecursionError:
+                counts.drop(line, "bad_json", "lists or objects nested too deep")
                 continue
             packed.extend(made)
-            asked, whole = self._look(example, line, counts)
+            asked, whole, said = self._look(example, line, counts)
             content = _hash(whole)
-            marks.append((line, content, _hash(asked), signature(whole), len(made)))
+            marks.append((line, content, _hash(asked), signature(said), len(made)))
             if example.text is None and self._may_be_kept(content):
                 examples.append((content, _conversation(example)))
         kept = heapq.nsmallest(KEEP_EXAMPLES, examples, key=lambda item: item[0])
@@ -194,6 +198,7 @@ class RowMaker:
             )
         counts.unrolled += len(kept) > 1
         counts.lossy += any(s.lossy for s in sequences)
+        counts.tools_left_out += bool(example.tools) and not self.template.writes_tools
         answers = [m for m in example.messages if m["role"] == "assistant"]
         counts.turns += len(answers)
         counts.reasoning_turns += sum(bool(m.get("reasoning_content")) for m in answers)
@@ -229,13 +234,13 @@ class RowMaker:
             ids = ids[:limit]
         return Packed.of(ids, ids)
 
-    def _look(self, example: Example, line: int, counts: Counts) -> tuple[str, str]:
-        """Count what a person should know about the texts; return what is asked and the whole, both normalised."""
-        if example.text is not None:
-            texts = [example.text]
-        else:
-            texts = [m["content"] + str(m.get("tool_calls") or "") for m in example.messages]
-        joined = "\n".join(texts)
+    def _look(self, example: Example, line: int, counts: Counts) -> tuple[str, str, str]:
+        """Count what a person should know about the texts; return what is asked, the whole, and it without system.
+
+        All three are normalised. One system prompt for all rows would make them near-duplicates of each other.
+        """
+        texts = [example.text] if example.text is not None else [_text_of(m) for m in example.messages]
+        joined = "\n".join([*texts, str(example.tools)] if example.tools else texts)
         counts.control_characters += _CONTROL.search(joined) is not None
         counts.special_token_text += self.template.mentions_control(joined)
         if self.settings.check_secrets and _MAYBE_SECRET.search(joined):
@@ -243,14 +248,24 @@ class RowMaker:
             for group in found:
                 kind = list(SECRETS)[int(group[1:])]
                 counts.secrets[kind] = counts.secrets.get(kind, 0) + 1
+            counts.secret_rows += bool(found)
             if found and len(counts.secret_lines) < KEEP_LINES:
                 counts.secret_lines.append(line)
         if example.text is not None:
             whole = normalised(joined)
-            return whole, whole
-        # In two parts, each once: normalising does not reach over the line feed between them.
-        asked, answer = normalised("\n".join(texts[:-1])), normalised(texts[-1])
-        return asked, f"{asked} {answer}".strip()
+            return whole, whole, whole
+        # In parts, each once: normalising does not reach over the line feeds between them.
+        first = int(example.messages[0]["role"] == "system")
+        system, asked, answer = (normalised("\n".join(part)) for part in (texts[:first], texts[first:-1], texts[-1:]))
+        said = f"{asked} {answer}".strip()
+        return f"{system} {asked}".strip(), f"{system} {said}".strip(), said
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    """All that is said in a message: reasoning, content and tool calls."""
+    reasoning = message.get("reasoning_content")
+    text = f"{reasoning}\n{message['content']}" if reasoning else message["content"]
+    return text + str(message.get("tool_calls") or "")
 
 
 def normalised(text: str) -> str:

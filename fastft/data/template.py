@@ -109,6 +109,15 @@ class ChatTemplate:
         return text is None or _THOUGHT not in text
 
     @cached_property
+    def writes_tools(self) -> bool:
+        """Whether the template writes the tools that a conversation may use."""
+        tool = {"type": "function", "function": {"name": _THOUGHT, "description": _THOUGHT, "parameters": {}}}
+        try:
+            return _THOUGHT in self._plain_render([{"role": "user", "content": _USER}], [tool], prompt=True)
+        except TemplateRefusedError:  # it wants to see more of a tool than that, so it does write them
+            return True
+
+    @cached_property
     def input_heading(self) -> str | None:
         """The heading of an Alpaca row's input, None where an empty line separates it from the instruction."""
         return INPUT_HEADINGS.get(self.name)
@@ -199,7 +208,7 @@ class ChatTemplate:
         date: datetime.date = TRAINING_DATE,
         switches: dict[str, bool] | None = None,
     ) -> str:
-        from jinja2 import TemplateError
+        from jinja2 import TemplateError, TemplateSyntaxError
 
         try:
             return self.tokenizer.apply_chat_template(
@@ -211,7 +220,9 @@ class ChatTemplate:
                 strftime_now=date.strftime,
                 **(switches or {}),
             )
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+        except TemplateSyntaxError:
+            raise  # no messages could mend that
+        except (TemplateError, TypeError, LookupError, ValueError, ArithmeticError, RecursionError) as error:
             raise TemplateRefusedError(f"the chat template refuses these messages: {error}") from error
 
     def _try(self, messages: Messages, switches: dict[str, bool] | None = None) -> str | None:
@@ -285,7 +296,7 @@ def parse_arguments(arguments: Any) -> Any:
     if isinstance(arguments, str):
         try:
             value = json.loads(arguments)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, a number of 5,000 digits, nested too deep: text, then
             return arguments
         return value if isinstance(value, dict) else arguments
     return arguments
@@ -314,7 +325,10 @@ def _from_file(name: str) -> str:
                 f"data.chat_template: the file {name} does not exist. Named templates: {', '.join(NAMED)}."
             )
         raise one_of("chat template", name, NAMED)
-    return path.read_text(encoding="utf-8-sig")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FastFTError(f"data.chat_template: {name} is no text that can be read: {error}.") from error
 
 
 def _checked(template: ChatTemplate, *, own: bool) -> ChatTemplate:
@@ -325,10 +339,18 @@ def _checked(template: ChatTemplate, *, own: bool) -> ChatTemplate:
     try:
         text = template.render(probe)
     except TemplateSyntaxError as error:
-        raise FastFTError(f"chat template {template.name}, line {error.lineno}: {error.message}.") from error
+        raise FastFTError(f"chat template {template.name}, line {error.lineno}: {error.message}") from error
+    except TemplateRefusedError as error:
+        raise TemplateRefusedError(
+            f"chat template {template.name} cannot write one question and its answer: {error.__cause__ or error}"
+        ) from error
     if _ANSWER not in text:
         raise FastFTError(f"chat template {template.name} does not write the assistant's answer; it renders {text!r}.")
     tokenizer = template.tokenizer
+    if tokenizer.bos_token and text.startswith(tokenizer.bos_token * 2):
+        raise FastFTError(
+            f"chat template {template.name} begins with {tokenizer.bos_token} twice; take one of them out."
+        )
     vocabulary = tokenizer.get_vocab()
     # Marks like <|im_end|> that the vocabulary does not hold would silently become many ordinary tokens.
     marks = set(re.findall(r"<\|[a-z_0-9]+\|>|<(?:start|end)_of_turn>", text))
@@ -349,7 +371,22 @@ def _checked(template: ChatTemplate, *, own: bool) -> ChatTemplate:
     notices: tuple[str, ...] = (f"the template lacks {', '.join(missing)} in the vocabulary",) if missing else ()
     if template.folds_system:
         notices += ("this template has no system role; a system message goes in front of the first user message",)
-    return dataclasses.replace(template, needs_tokens=needs, notices=notices)
+    return dataclasses.replace(template, needs_tokens=needs, notices=(*notices, *_unasked(template, probe)))
+
+
+def _unasked(template: ChatTemplate, probe: list[Message]) -> list[str]:
+    """Say where a template knows no generation prompt, so that the heading of an answer must be learned too."""
+    try:
+        prompt, whole = template.render(probe[:1], prompt=True), template.render(probe)
+    except TemplateRefusedError:
+        return []
+    heading = whole.removeprefix(prompt).split(_ANSWER)[0]
+    if not heading.strip() or not whole.startswith(prompt) or prompt != template.render(probe[:1]):
+        return []
+    return [
+        f"this template has no generation prompt (add_generation_prompt changes nothing): {heading!r} is trained as "
+        "part of each answer, and the model must write it itself"
+    ]
 
 
 def _lacking(source: str, vocabulary: dict[str, int]) -> bool:

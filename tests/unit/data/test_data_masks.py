@@ -257,6 +257,68 @@ def test_unknown_or_unfit_template_is_refused(name, says):
         choose_template(tokenizer, name)
 
 
+_TURN = "<|im_start|>{{m.role}}\n{{m.content}}<|im_end|>\n"
+_LOOP = "{% for m in messages %}" + _TURN + "{% endfor %}"
+_ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+# name: (source, what the error says)
+BAD_TEMPLATES = {
+    "wrong syntax": ("one\n{% for m in messages %}{% endif %}", "line 2: Encountered unknown tag"),
+    "unknown filter": ("{{ 'a' | foo }}" + _LOOP, "line 1: No filter named 'foo'"),
+    "empty": ("", "does not write the assistant's answer"),
+    "not UTF-8": (b"caf\xe9", "no text that can be read"),
+    "divides by zero": (_LOOP + "{{ 1/0 }}", "question and its answer: division by zero"),
+    "endless": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "question and its answer: maximum recursion"),
+    "counts too far": ("{% for i in range(10**7) %}{% endfor %}" + _LOOP, "question and its answer: Range too big"),
+    "raises": (_LOOP + "{{ raise_exception('nope') }}", "question and its answer: nope"),
+    "BOS twice": ("{{ bos_token }}{{ bos_token }}" + _LOOP + _ASK, "begins with <s> twice"),
+    "forgets the user": (_LOOP.replace("in messages", "in messages if m.role == 'assistant'") + _ASK, "leaves out the user"),
+    "first line only": (_LOOP.replace("m.content", "m.content.split('\n')[0]") + _ASK, "leaves out the user"),
+    "shouts the answer": (_LOOP.replace("m.content", "m.content | upper") + _ASK, "does not write the assistant's answer"),
+    "turns the order": (_LOOP.replace("in messages", "in messages | reverse") + _ASK, "asks for an answer"),
+    "asks somebody else": (_LOOP + _ASK.replace("assistant", "bot"), "asks for an answer"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_TEMPLATES)
+def test_a_template_that_cannot_be_trusted_is_refused(tmp_path, name):
+    source, says = BAD_TEMPLATES[name]
+    path = tmp_path / "a.jinja"
+    path.write_bytes(source if isinstance(source, bytes) else source.encode())
+    tokenizer = real.tiny("<|im_start|>", "<|im_end|>")
+    with pytest.raises(FastFTError, match=says) as caught:
+        encode_turns(tokenizer, choose_template(tokenizer, str(path)), [USER, ANSWER])
+    assert caught.value.exit_code == 2
+
+
+def test_a_lost_result_of_a_tool_is_refused():
+    source = _LOOP.replace("in messages", "in messages if m.role != 'tool'") + _ASK
+    tokenizer = real.tiny_for(source)
+    with pytest.raises(UnusableRowError, match="leaves out the tool's '35'"):
+        encode_turns(tokenizer, choose_template(tokenizer), [USER, ANSWER, RESULT, LAST])
+
+
+def test_a_template_without_generation_prompt_is_said():
+    told, silent = (choose_template(real.tiny_for(source)) for source in (_LOOP, _LOOP + _ASK))
+    assert any("no generation prompt" in notice for notice in told.notices)
+    assert not silent.notices
+
+
+def test_a_template_that_forgets_earlier_answers_is_no_crash():
+    source = "{{ messages[-1 if add_generation_prompt else -2].content }}<|im_end|>{% if not add_generation_prompt %}{{ messages[-1].content }}<|im_end|>{% endif %}"  # fmt: skip
+    tokenizer = real.tiny_for(source)
+    ids, labels = encode_conversation(tokenizer, choose_template(tokenizer), [USER, ANSWER])
+    assert tokenizer.decode([i for i, label in zip(ids, labels, strict=True) if label != IGNORE]).endswith("<|im_end|>")
+
+
+def test_a_special_token_as_a_tools_argument_is_text():
+    tokenizer, template = _load("chatml")
+    call = {**CALL, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"<|im_end|>": "x"}}}]}
+    ids, _ = encode_conversation(tokenizer, template, [USER, call], TOOLS)
+    plain, _ = encode_conversation(tokenizer, template, [USER, CALL], TOOLS)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert list(ids).count(end) == list(plain).count(end)
+
+
 def test_every_real_template_is_proven_or_refused_with_a_reason():
     """The 71 templates in the archive, each with a tokenizer that has its marks: none fails silently."""
     from tests.sdist import chat_templates

@@ -16,6 +16,7 @@ import pytest
 
 from fastft.config import DataConfig
 from fastft.data import prepare
+from fastft.data.read import open_source
 from fastft.errors import FastFTError
 from tests.unit.data import real_tokenizers as real
 
@@ -176,8 +177,41 @@ COUNTED = {
     "rows below a key": ("a.json", json.dumps({"version": 1, "data": [GOOD, GOOD]}), {}, 2),
     "too deep": ("a.jsonl", _lines([GOOD]) + "[" * 100_000 + "\n", {"bad_json": [2]}, 1),
     "column names in capitals": ("a.csv", "Question,Answer\na,b\n", {}, 1),
+    "a number of 5,000 digits": ("a.jsonl", _lines([GOOD]) + '{"messages": ' + "9" * 5000 + "}\n", {"bad_json": [2]}, 1),
+    "infinity": ("a.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": Infinity}\n{"prompt": "a", "completion": NaN}\n', {"not_text": [2], "missing_column": [3]}, 1),
+    "an object of lists": ("a.jsonl", _lines([{"messages": {"role": ["user", "assistant"], "content": ["a", "b"]}}, {"messages": {"role": ["user", "assistant"], "content": ["a"]}}]), {"not_a_list": [2]}, 1),
+    "tools nested too deep": ("a.jsonl", _lines([GOOD]) + json.dumps({**GOOD, "tools": 0})[:-2] + '[{"x":' + "[" * 700 + "]" * 700 + "}]}\n", {"bad_json": [2]}, 1),
+    "tools as endless text": ("a.jsonl", _lines([GOOD, {**GOOD, "tools": "[" * 100_000}, {"messages": "[" * 100_000}]), {"bad_tools": [2], "not_a_list": [3]}, 1),
+    "arguments of 5,000 digits": ("a.jsonl", _lines([GOOD, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "9" * 5000}}]}]}]), {"answer_not_rendered": [2]}, 1),
+    "a byte order mark in the middle": ("a.jsonl", _lines([GOOD]).encode() + b"\xef\xbb\xbf" + _lines([GOOD]).encode(), {}, 2),
+    "two CSV files one after the other": ("a.csv", "prompt,completion\na,b\n\ufeffprompt,completion\nc,d\n", {"repeated_header": [3]}, 2),
+    "empty columns in a CSV": ("a.csv", "prompt,completion,,\na,b,,\n", {}, 1),
+    "messages as text in a CSV": ("a.csv", 'prompt,completion\n"[{""role"": ""user"", ""content"": ""a""}]","[{""role"": ""assistant"", ""content"": ""b""}]"\n', {}, 1),
+    "JSON lines named .txt": ("a.txt", _lines([GOOD, GOOD]), {}, 2),
+    "UTF-32": ("a.jsonl", _lines([GOOD, GOOD]).encode("utf-32"), {}, 2),
+    "most rows decide the format": ("a.jsonl", _lines([GOOD] + [SHAPES["alpaca"]("a", "b")] * 5), {"missing_column": [1]}, 5),
+    "half a character in a column's name": ("a.jsonl", _lines([GOOD]) + '{"\\ud800": 1}\n', {"missing_column": [2]}, 1),
+    "a role of 100,000 characters": ("a.jsonl", _lines([GOOD, _m(("u" * 100_000, "a"), ("assistant", "b"))]), {"unknown_role": [2]}, 1),
+    "half a weight": ("a.jsonl", _lines([GOOD, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.5}]}]), {"bad_message": [2]}, 1),
+    "a character that stands for special tokens here": ("a.jsonl", _lines([GOOD, _m(("user", "a \U000f1000"), ("assistant", "b"))]), {"special_token_text": [2]}, 1),
+    "joined emoji, and text from right to left": ("a.jsonl", _lines([_m(("user", "\u202eשלום\u202c"), ("assistant", "👨\u200d👩\u200d👧 \u200f\u2028"))]), {}, 1),
     "an empty text": ("a.jsonl", _lines([*TEXT_ROWS, {"text": "  "}]), {"empty_text": [4]}, 3),
 }  # fmt: skip
+
+
+def _zip(files, *, locked=False, damage=False):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    data = bytearray(stream.getvalue())
+    if locked:  # the flag of an encrypted member, in both headers
+        data[6] |= 1
+        data[data.rfind(b"PK\x01\x02") + 8] |= 1
+    if damage:
+        data[60] ^= 255
+    return bytes(data)
+
 
 # name: (file name, content or None, what the message says)
 REFUSED = {
@@ -198,6 +232,17 @@ REFUSED = {
     "all masked": ("a.jsonl", _lines([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}]).encode(), "no_answer"),
     "a column twice": ("a.csv", b"prompt,prompt\na,b\n", "stands twice"),
     "header only": ("a.csv", b"prompt,completion\n", "no rows"),
+    "damaged gzip": ("a.jsonl.gz", (lambda data: data[:40] + bytes([data[40] ^ 255]) + data[41:])(gzip.compress(json.dumps(list(range(999))).encode())), "cannot be read"),
+    "damaged zip": ("a.zip", _zip({"a.jsonl": _lines([{"a": i} for i in range(999)])}, damage=True), "cannot be read"),
+    "a zip with a password": ("a.zip", _zip({"a.jsonl": "x"}, locked=True), "password"),
+    "a zip of two files": ("a.zip", _zip({"a.jsonl": "x", "b.jsonl": "y"}), "an archive of 2 files"),
+    "UTF-16 without its mark": ("a.jsonl", _lines([GOOD]).encode("utf-16-le"), "UTF-16 without its mark"),
+    "German in Windows' encoding": ("a.jsonl", _lines([{"prompt": "Wie groß?", "completion": "größer"}]).encode("cp1252"), "save the file as UTF-8"),
+    "Chinese in GBK": ("a.jsonl", _lines([{"prompt": "北京在哪里", "completion": "中国的北方"}]).encode("gbk"), "save the file as UTF-8"),
+    "Korean in EUC-KR": ("a.jsonl", _lines([{"prompt": "서울은 어디", "completion": "한국에 있습니다"}]).encode("euc-kr"), "save the file as UTF-8"),
+    "a page instead of data": ("a.jsonl", b"<!doctype html>", "near '<!doctype html>'"),
+    "something behind the list": ("a.json", json.dumps([GOOD], indent=1).encode() + b"\n]", "line 15, character 1"),
+    "a CSV without header": ("a.csv", b"x" * 5000 + b",b\nc,d\n", r"columns are x{60}\.\.\., b\."),
     "unknown kind": ("a.xyz", b"hello there", "cannot tell what kind"),
 }  # fmt: skip
 
@@ -241,6 +286,120 @@ def test_a_pipe_is_refused(tmp_path, tokenizer):
         _prepare(tmp_path / "pipe", tokenizer)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_an_archive_that_breaks_off_late_is_refused(tmp_path, tokenizer, kind):
+    """Beyond what is looked at to tell the kind of a file."""
+    pick = np.random.default_rng(0)
+    rows = "".join(f"{n},{n}\n" for n in pick.integers(0, 10**12, 400_000))
+    text = "prompt,completion\n" + rows if kind == "csv" else rows.replace(",", "")
+    path = tmp_path / f"a.{kind}.gz"
+    path.write_bytes(gzip.compress(text.encode(), 1)[:-500])
+    with pytest.raises(FastFTError, match="cannot be read to its end"):
+        list(open_source(str(path)).chunks())
+
+
+def test_a_zstd_csv_cannot_be_wound_back(tmp_path, tokenizer):
+    _compress(tmp_path / "a.csv.zst", "zst", b"prompt,completion\na,b\n")
+    assert _prepare(tmp_path / "a.csv.zst", tokenizer).report.rows_used == 1
+
+
+def test_an_unclosed_quote_says_what_it_swallows(tmp_path, tokenizer):
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,completion\na,b\n"c,d\n' + "e,f\n" * 10)
+    assert "lines 3 to 13 are one row" in _prepare(path, tokenizer).report.dropped["bad_csv"].example
+
+
+def test_broken_text_in_parquet_is_a_bad_row(tmp_path, tokenizer):
+    import pyarrow
+    import pyarrow.parquet
+
+    raw = pyarrow.array([b"ok", b"\xff\xfe", b"fine"], pyarrow.binary())
+    broken = pyarrow.Array.from_buffers(pyarrow.string(), 3, raw.buffers())
+    pyarrow.parquet.write_table(
+        pyarrow.table({"prompt": ["a", "b", "c"], "completion": broken}), tmp_path / "a.parquet"
+    )
+    report = _prepare(tmp_path / "a.parquet", tokenizer).report
+    assert {reason: drop.lines for reason, drop in report.dropped.items()} == {"not_utf8": [2]}
+    assert report.rows_used == 2
+
+
+def _folder(path, files):
+    for name, content in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(content, encoding="utf-8")
+    return path
+
+
+def test_a_folder_with_splits_is_not_read_as_one(tmp_path, tokenizer):
+    test = _lines([_m(("user", "T"), ("assistant", "t"))])
+    files = {"README.md": "# A", "data/train-00000.jsonl": _lines([GOOD]) * 2, "data/test-00000.jsonl": test}
+    folder = _folder(tmp_path / "data", files)
+    report = _prepare(folder, tokenizer).report
+    assert report.rows_total == 2
+    assert any("test-00000.jsonl" in notice for notice in report.notices)
+    assert any("README.md" in notice for notice in report.notices)
+    assert _prepare(folder, tokenizer, split="test").report.rows_total == 1
+    with pytest.raises(FastFTError, match="it has test, train"):
+        _prepare(folder, tokenizer, split="validation")
+    files = {"train.jsonl": _lines([GOOD]), "form_validation.jsonl": _lines([GOOD])}
+    assert _prepare(_folder(tmp_path / "other", files), tokenizer).report.rows_total == 2
+
+
+def test_a_bad_row_of_a_folder_names_its_file(tmp_path, tokenizer):
+    folder = _folder(tmp_path / "rows", {"a.jsonl": _lines([GOOD]) * 3, "b.jsonl": _lines([GOOD]) + "oops\n"})
+    dropped = _prepare(folder, tokenizer).report.dropped["bad_json"]
+    assert dropped.lines == [2]
+    assert dropped.example.startswith("b.jsonl: ")
+
+
+LOST = {
+    "a first input after 200 rows": ([{"instruction": f"do {i}", "output": "b"} for i in range(250)], {"instruction": "a", "input": "XYZ", "output": "b"}),
+    "the context of Dolly": ([], {"instruction": "a", "context": "XYZ", "response": "b"}),
+    "system beside messages": ([], {"system": "XYZ", **GOOD}),
+    "system beside lists": ([], {"system": "XYZ", "prompt": _as_messages("a", "b")[:1], "completion": _as_messages("a", "b")[1:]}),
+    "an object of lists as prompt": ([], {"prompt": {"role": ["user", "assistant", "user"], "content": ["a", "b", "XYZ"]}, "completion": {"role": ["assistant"], "content": ["c"]}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_nothing_of_a_row_is_lost(tmp_path, tokenizer, name):
+    before, row = LOST[name]
+    (tmp_path / "a.jsonl").write_text(_lines([*before, row]))
+    made = _prepare(tmp_path / "a.jsonl", tokenizer)
+    last = made.train[len(before)]
+    assert "XYZ" in tokenizer.decode(last.input_ids)
+    assert "XYZ" not in tokenizer.decode(last.labels[last.labels >= 0])
+    assert len(tokenizer.decode(last.labels[last.labels >= 0]).removesuffix("<|im_end|>")) in (1, 5)  # b, c or Hello
+
+
+def test_what_is_not_read_is_said(tmp_path, tokenizer):
+    row = {"instruction": "a", "output": "b", "history": [["c", "d"]], "id": 1}
+    (tmp_path / "a.jsonl").write_text(_lines([row]))
+    assert "not read: history, id" in " ".join(_prepare(tmp_path / "a.jsonl", tokenizer).report.notices)
+    (tmp_path / "b.jsonl").write_text(_lines([{**GOOD, "tools": [{"name": "f"}]}]))
+    assert "1 row with tools" in " ".join(_prepare(tmp_path / "b.jsonl", tokenizer).report.notices)
+
+
+def test_what_an_eval_source_loses_is_said(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text(_lines([GOOD] * 3))
+    (tmp_path / "b.jsonl").write_text(_lines([GOOD]) + "oops\n" * 5)
+    said = " ".join(_prepare(tmp_path / "a.jsonl", tokenizer, eval_source=str(tmp_path / "b.jsonl")).report.notices)
+    assert "5 of 6 rows are not used: bad_json 5 (lines 2, 3" in said
+    (tmp_path / "c.jsonl").write_text(_lines([{"foo": 1}]))
+    with pytest.raises(FastFTError, match=r"c\.jsonl: cannot tell what the rows mean"):
+        _prepare(tmp_path / "a.jsonl", tokenizer, eval_source=str(tmp_path / "c.jsonl"))
+
+
+def test_each_side_is_cut_by_its_own_format(tmp_path, tokenizer):
+    (tmp_path / "chat.jsonl").write_text(_lines([GOOD] * 3))
+    (tmp_path / "text.jsonl").write_text(_lines([{"text": "word " * 2000}]))
+    made = _prepare(tmp_path / "chat.jsonl", tokenizer, eval_source=str(tmp_path / "text.jsonl"))
+    assert int(made.eval.lengths.max()) <= 256
+    made = _prepare(tmp_path / "text.jsonl", tokenizer, eval_source=str(tmp_path / "chat.jsonl"))
+    assert len(made.eval) == 3
+    assert made.eval.trained_tokens < made.eval.tokens
+
+
 def test_columns_map_anything(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     path.write_text(_lines([{"frage": "a", "antwort": "b", "regel": "s"}]))
@@ -272,6 +431,11 @@ def test_secrets_are_counted(tmp_path, tokenizer):
     assert report.secrets == {"Hugging Face token": 1}
     assert report.secret_lines == [2]
     assert key not in " ".join(report.notices)
+    thought = {"messages": [GOOD["messages"][0], {**GOOD["messages"][1], "reasoning_content": f"{key} AKIA{'A' * 16}"}]}
+    path.write_text(_lines([GOOD, thought, {**GOOD, "tools": [{"name": "f", "description": key}]}]))
+    report = _prepare(path, tokenizer).report
+    assert report.secrets == {"Hugging Face token": 2, "AWS access key": 1}
+    assert any(notice.startswith("2 rows with what looks like a key (lines 2, 3)") for notice in report.notices)
 
 
 def test_train_on_everything_and_over_long(tmp_path, tokenizer):

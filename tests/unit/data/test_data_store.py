@@ -144,6 +144,23 @@ def test_duplicates_and_near_duplicates_stay_on_one_side(tmp_path, tokenizer):
     assert not sides[0] & sides[1]
 
 
+def test_one_system_prompt_makes_no_duplicates(tmp_path, tokenizer):
+    system = {"role": "system", "content": "You are the assistant of ACME. " * 20}
+    rows = [
+        {
+            "messages": [
+                system,
+                {"role": "user", "content": row["question"]},
+                {"role": "assistant", "content": row["answer"]},
+            ]
+        }
+        for row in _rows(200)
+    ]
+    source = _write(tmp_path / "a.jsonl", rows)
+    report = prepare(DataConfig(source=source, eval_fraction=0.1), tokenizer, max_seq_length=2048).report
+    assert (report.duplicates, report.near_duplicates, report.leakage) == (0, 0, 0)
+
+
 @pytest.mark.parametrize("size", [1, 12])
 def test_a_group_is_held_out_no_more_often_than_a_row(size):
     pick = np.random.default_rng(5)
@@ -236,7 +253,11 @@ def test_fingerprint(tmp_path, tokenizer, change):
 def test_report_is_printed_plotted_and_dumped(tmp_path, tokenizer):
     from rich.console import Console
 
-    rows = [*_rows(60), {"question": "\x1b[31mred", "answer": "[bold]not markup[/bold]"}, {"question": "x"}]
+    rows = [
+        *_rows(60),
+        {"question": "\x1b[31mred \u202eturned", "answer": "[bold]not markup[/bold]"},
+        {"question": "x"},
+    ]
     made = prepare(DataConfig(source=_write(tmp_path / "a.jsonl", rows)), tokenizer, max_seq_length=512, seed=0)
     console = Console(record=True, width=120, file=(tmp_path / "out.txt").open("w"), force_terminal=True)
     made.report.print(console)
@@ -251,6 +272,7 @@ def test_report_is_printed_plotted_and_dumped(tmp_path, tokenizer):
     ):
         assert expected in shown
     assert "\x1b[31mred" not in shown
+    assert "\u202e" not in shown
     made.report.plot(tmp_path / "lengths.png")
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
     dumped = json.loads(json.dumps(made.report.model_dump()))
