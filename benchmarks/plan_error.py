@@ -1,12 +1,15 @@
 """How wrong is `fastft plan`? Predicted against measured peaks, one process a measurement.
 
-    python benchmarks/plan_error.py                 # all cases not measured yet, then the table and the plot
+    python benchmarks/plan_error.py                 # all cases not measured yet (those for a GPU where there is one),
+                                                    # then the table and the plot
     python benchmarks/plan_error.py --case NAME     # one case again
     python benchmarks/plan_error.py --report        # only the table and the plot, from the committed results
 
 A case is a random model of a real size on disk, trained for a few steps by `fastft.train` and merged and exported by
 `fastft.export`, each in a process of its own. Measured is the peak of resident memory (VmHWM) above what the process
-had after its imports; predicted is the plan's peak without its term for the imports. Linux only.
+had after its imports; predicted is the plan's peak without its term for the imports. On a GPU, measured is what
+torch's allocator reserved, before the first step (load) and from then on (train); predicted is the plan's peak without
+the CUDA context, which is compared apart. Linux only.
 """
 
 from __future__ import annotations
@@ -25,7 +28,13 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fastft.hardware import Hardware
+    from fastft.plan import ModelShape
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "plan_error.json"
@@ -44,6 +53,10 @@ MODELS = {
     "phi3-300m": ("phi3", 1024, 20, 16, 16, 64, 2816, 32064, False),
     "qwen2-0.5b": ("qwen2", 896, 24, 14, 2, 64, 4864, 151936, True),
     "qwen3-0.6b": ("qwen3", 1024, 28, 16, 8, 128, 3072, 151936, True),
+    "llama-3.2-1b": ("llama", 2048, 16, 32, 8, 64, 8192, 128256, True),
+    "llama-3.2-3b": ("llama", 3072, 28, 24, 8, 128, 8192, 128256, True),
+    "qwen3-4b": ("qwen3", 2560, 36, 32, 8, 128, 9728, 151936, True),
+    "llama-3.1-8b": ("llama", 4096, 32, 32, 8, 128, 14336, 128256, False),
 }
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
@@ -80,19 +93,35 @@ FITTED: tuple[str, ...] = (
     "llama-360m-2048-checkpointing",
     "qwen2-0.5b-1024",
     "qwen3-0.6b-512-nf4",
+    "qwen3-0.6b-1024-checkpointing",
 )
 """The few constants of the plan's CPU terms come from these alone; all other rows are predictions."""
-GPU_ROWS = (
-    "Qwen3-0.6B LoRA 2048", "Llama-3.2-1B LoRA 512", "Llama-3.2-1B LoRA 8192", "Llama-3.2-3B QLoRA 2048",
-    "Qwen3-4B QLoRA 2048", "Qwen3-4B LoRA 4096", "Llama-3.1-8B QLoRA 2048", "Llama-3.1-8B LoRA 1024",
-)  # fmt: skip
-"""Cases for a GPU: nobody has measured them yet, and their rows say so."""
+# On a GPU: Unsloth's kernels, 8-bit AdamW, the card's own 16-bit type. Measured where the plan says that it fits.
+GPU_CASES: dict[str, dict[str, Any]] = {
+    "Qwen3-0.6B LoRA 2048": {"model": "qwen3-0.6b", "length": 2048},
+    "Qwen3-0.6B LoRA 4 x 2048, AdamW": {"model": "qwen3-0.6b", "length": 2048, "sequences": 4, "optimizer": "adamw"},
+    "Llama-3.2-1B LoRA 512": {"model": "llama-3.2-1b", "length": 512},
+    "Llama-3.2-1B LoRA 8192": {"model": "llama-3.2-1b", "length": 8192, "checkpointing": True},
+    "Llama-3.2-3B QLoRA 2048": {"model": "llama-3.2-3b", "length": 2048, "quantization": "nf4"},
+    "Qwen3-4B QLoRA 2048": {"model": "qwen3-4b", "length": 2048, "quantization": "nf4", "checkpointing": True},
+    "Qwen3-4B LoRA 4096": {"model": "qwen3-4b", "length": 4096, "checkpointing": True},
+    "Llama-3.1-8B QLoRA 2048": {"model": "llama-3.1-8b", "length": 2048, "quantization": "nf4", "checkpointing": True},
+    "Llama-3.1-8B QLoRA 2 x 2048, r 64": {
+        "model": "llama-3.1-8b",
+        "length": 2048,
+        "sequences": 2,
+        "rank": 64,
+        "quantization": "nf4",
+    },
+    "Llama-3.1-8B LoRA 1024": {"model": "llama-3.1-8b", "length": 1024},
+}
+"""Cases for a GPU: a card that nobody has measured has no rows, and the table says so."""
 
 
 def main() -> None:
     """Measure what is missing, then write the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", choices=CASES, action="append")
+    parser.add_argument("--case", choices=[*CASES, *GPU_CASES], metavar="NAME", action="append")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fastft-plan-error")
     parser.add_argument("--worker", choices=("make", *PHASES), help=argparse.SUPPRESS)
@@ -102,17 +131,64 @@ def main() -> None:
         return WORKERS[arguments.worker](json.loads(arguments.settings))
     records = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     if not arguments.report:
-        for name in arguments.case or [case for case in CASES if case not in records]:
+        for name in arguments.case or missing(records):
             print(f"{name} ...", file=sys.stderr, flush=True)
-            records[name] = measure(name, arguments.work)
+            records[record_key(name)] = measure(name, arguments.work)
             RESULTS.parent.mkdir(parents=True, exist_ok=True)
             RESULTS.write_text(json.dumps(dict(sorted(records.items())), indent=1) + "\n")
     # The plan of today against the measurements of then: a formula may have changed since.
     for name, record in records.items():
-        record["predicted"] = predict(name, record)
+        record["predicted"] = (predict_gpu if is_gpu(record) else predict)(name, record)
     RESULTS.write_text(json.dumps(dict(sorted(records.items())), indent=1) + "\n")
     report(records)
     return None
+
+
+def missing(records: dict[str, Any]) -> list[str]:
+    """Cases without a record: those of the CPU, and those for a GPU that the plan says fit the one that is here."""
+    names = [name for name in CASES if name not in records]
+    if _gpu() is None:
+        return names
+    chosen = [name for name in GPU_CASES if record_key(name) not in records]
+    for name in (name for name in chosen if not fits_here(name)):
+        print(f"{name}: left out, the plan says that it does not fit here", file=sys.stderr)
+    return names + [name for name in chosen if fits_here(name)]
+
+
+def fits_here(name: str) -> bool:
+    """Whether the plan says that a case fits the GPU that is here (and its host's RAM and disk)."""
+    from fastft.config import make_config
+    from fastft.plan import plan
+
+    hardware = _gpu()
+    if hardware is None:
+        return False
+    config = make_config(_config(name, Path("model"), Path("data.jsonl"), Path(tempfile.gettempdir())))
+    return plan(config, hardware, _shape(GPU_CASES[name]["model"])).verdict != "does_not_fit"
+
+
+def record_key(name: str) -> str:
+    """The name of a case's record: cards are kept apart."""
+    hardware = _gpu()
+    return f"{name}, {hardware.name}" if name in GPU_CASES and hardware is not None else name
+
+
+def is_gpu(record: dict[str, Any]) -> bool:
+    """Whether a record is of a GPU."""
+    return "gpu" in record
+
+
+def _gpu() -> Hardware | None:
+    from fastft.hardware import probe
+
+    hardware = probe()
+    return hardware if hardware.kind == "cuda" else None
+
+
+def _shape(model: str) -> ModelShape:
+    from fastft.plan import shape_from_config
+
+    return shape_from_config(model_config(model), model)
 
 
 # --- one case
@@ -120,10 +196,14 @@ def main() -> None:
 
 def measure(name: str, work: Path) -> dict[str, Any]:
     """Return the record of one case: measured bytes of each phase, disk, trainable parameters, seconds a step."""
-    case = CASES[name]
+    on_gpu = name in GPU_CASES
+    case = (GPU_CASES if on_gpu else CASES)[name]
+    hardware = _gpu() if on_gpu else None
+    if on_gpu and hardware is None:
+        raise SystemExit(f"{name} needs an NVIDIA GPU that torch can use; fastft doctor says why there is none.")
     base = work / "models" / case["model"]
     if not (base / "config.json").is_file():
-        _run("make", {"model": case["model"], "out": str(base)})
+        _run("make", {"model": case["model"], "out": str(base)}, on_gpu)
     data = work / f"data-{case['length']}.jsonl"
     if not data.is_file():
         _write_data(data, case["length"])
@@ -132,9 +212,13 @@ def measure(name: str, work: Path) -> dict[str, Any]:
     settings = {"config": _config(name, base, data, work), "run": str(run), "gguf": case.get("gguf")}
     tokenizer = sum(file.stat().st_size for file in base.glob("*token*"))
     record: dict[str, Any] = {"case": case, "tokenizer_bytes": tokenizer, "measured": {}, "failed": {}}
+    if hardware is not None:
+        # What the plan goes by, before anything took memory.
+        names = ("name", "vram_bytes", "vram_free_bytes", "capability", "ram_bytes", "ram_free_bytes", "cpu_cores")
+        record["gpu"] = {key: getattr(hardware, key) for key in names}
     for phase in PHASES if "gguf" in case else ("train",):
         try:
-            record["measured"] |= _run(phase, settings)
+            record["measured"] |= _run(phase, settings, on_gpu)
         except subprocess.CalledProcessError as error:
             record["failed"][phase] = error.stderr.strip().splitlines()[-1][:300] if error.stderr.strip() else "killed"
             print(error.stderr[-2000:], file=sys.stderr)
@@ -143,7 +227,7 @@ def measure(name: str, work: Path) -> dict[str, Any]:
 
 
 def _config(name: str, base: Path, data: Path, work: Path) -> dict[str, Any]:
-    case = CASES[name]
+    case = (CASES | GPU_CASES)[name]
     sequences = case.get("sequences", 1)
     # Only where the loss keeps whole logits can an evaluation need more than a step: elsewhere it only takes time.
     held_out = 0.05 if case.get("fused") is False else 0.0
@@ -165,6 +249,7 @@ def _config(name: str, base: Path, data: Path, work: Path) -> dict[str, Any]:
             "save_steps": STEPS,
             "eval_steps": STEPS,
             "gradient_checkpointing": case.get("checkpointing", False),
+            "optimizer": case.get("optimizer", "auto"),
             "micro_batch_tokens": case["length"] * sequences,
             "fused_layers": case.get("fused", "auto"),
         },
@@ -177,19 +262,18 @@ def predict(name: str, record: dict[str, Any]) -> dict[str, Any]:
     Needs no model on disk: the shape comes from MODELS, so `--report` works from the committed results alone.
     """
     from fastft.config import make_config
-    from fastft.hardware import probe
-    from fastft.plan import plan, shape_from_config
+    from fastft.hardware import cpu_only
+    from fastft.plan import plan
     from fastft.plan.disk import adapter_bytes, checkpoint_bytes, export_term
     from fastft.plan.resolve import resolve
 
     case = record["case"]
     config = make_config(_config(name, Path("model"), Path("data.jsonl"), Path(".")))
     cores, threads = record["environment"]["cores"], int(record["environment"]["threads"])
-    here = probe()
-    hardware = replace(here, cpu_cores=cores)
-    one_thread = replace(here, cpu_cores=threads, flops=(here.flops or 0) / here.cpu_cores * threads)
-    shape = shape_from_config(model_config(case["model"]), case["model"])
-    shape = replace(shape, tokenizer_bytes=record["tokenizer_bytes"])
+    # The machine that measured, not the one that this runs on, which may have a GPU or no bfloat16.
+    bf16 = record["environment"].get("bf16", True)
+    hardware, one_thread = cpu_only(cores, bf16=bf16), cpu_only(threads, bf16=bf16)
+    shape = replace(_shape(case["model"]), tokenizer_bytes=record["tokenizer_bytes"])
     result = plan(config, hardware, shape)
     s = resolve(config, hardware, shape).situation
 
@@ -211,6 +295,36 @@ def predict(name: str, record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def predict_gpu(name: str, record: dict[str, Any]) -> dict[str, Any]:
+    """Return the plan's VRAM of the load and train phases without the CUDA context, that context, and the host's RAM."""
+    from fastft.config import make_config
+    from fastft.hardware import cpu_only
+    from fastft.plan import plan
+
+    found = record["gpu"]
+    capability = tuple(found["capability"])
+    hardware = replace(
+        cpu_only(found["cpu_cores"], bf16=True),
+        **found | {"capability": capability, "bf16": capability >= (8, 0), "kind": "cuda", "gpu_count": 1},
+    )
+    case = name.removesuffix(f", {found['name']}")
+    config = make_config(_config(case, Path("model"), Path("data.jsonl"), Path(".")))
+    shape = replace(_shape(record["case"]["model"]), tokenizer_bytes=record["tokenizer_bytes"])
+    result = plan(config, hardware, shape)
+
+    def reserved(phase: str) -> int:
+        return sum(t.bytes for t in result.phases[phase].vram_terms if t.name != "CUDA context")
+
+    context = next(t.bytes for t in result.phases["train"].vram_terms if t.name == "CUDA context")
+    return {
+        "load": reserved("load"),
+        "train": reserved("train"),
+        "context": context,
+        "ram": max(result.phases[phase].ram_bytes for phase in ("load", "train")),
+        "trainable_parameters": result.trainable_parameters,
+    }
+
+
 def model_config(name: str) -> dict[str, Any]:
     """Return the config.json values of one of MODELS."""
     family, hidden, layers, heads, kv_heads, head, intermediate, vocab, tied = MODELS[name]
@@ -223,11 +337,12 @@ def model_config(name: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if (family, key) != ("phi3", "head_dim")}
 
 
-def _run(worker: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Run one worker in a fresh process; returns the JSON object on its last line."""
+def _run(worker: str, settings: dict[str, Any], on_gpu: bool = False) -> dict[str, Any]:
+    """Run one worker in a fresh process, without the GPU unless `on_gpu`; returns the JSON object on its last line."""
     command = [sys.executable, __file__, "--worker", worker, "--settings", json.dumps(settings)]
     # Nothing here may ask a network, and the order of hashes must not move memory around.
     quiet = {"HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false"}
+    quiet |= {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | quiet)
     return json.loads(done.stdout.strip().splitlines()[-1]) if done.stdout.strip() else {}
 
@@ -267,7 +382,12 @@ def make_model(settings: dict[str, Any]) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(settings["out"])
+    # Billions of random numbers take minutes on a CPU; a card too small for the 16-bit model leaves them there.
+    size = 2.5 * _shape(settings["model"]).parameters
+    there = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > size
+    with torch.device("cuda" if there else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(settings["out"])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
     fast.save_pretrained(settings["out"])
 
@@ -303,7 +423,8 @@ def train_case(settings: dict[str, Any]) -> None:
     from fastft.train import train
 
     config = make_config(settings["config"])
-    cpu_seconds = _count_cpu_seconds(fastft.trainer.StepTrainer)
+    vram = Vram()
+    cpu_seconds = _count_cpu_seconds(fastft.trainer.StepTrainer, vram.before_the_first_step)
     before = _start_of_measurement()
     result = train(config)
     peak = _rss("VmHWM") - before
@@ -316,15 +437,50 @@ def train_case(settings: dict[str, Any]) -> None:
             {"train": peak, "imports": {"train": before}, "disk": disk, "memory": record["memory"]}
             | {"trainable_parameters": record["trainable_parameters"]}
             | {"cpu_seconds_per_step": [round(s, 3) for s in cpu_seconds]}
+            | vram.peaks()
         )
     )
 
 
-def _count_cpu_seconds(trainer: Any) -> list[float]:
+class Vram:
+    """What torch's CUDA allocator holds at most, before the first step and from it on; nothing where there is no GPU."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self.cuda = torch.cuda if torch.cuda.is_available() else None
+        self.loading: int | None = None
+
+    def before_the_first_step(self) -> None:
+        """End of loading: give back what it left cached, so that only training counts from here."""
+        if self.cuda is not None:
+            self.loading = self.cuda.max_memory_reserved()
+            self.cuda.empty_cache()
+            self.cuda.reset_peak_memory_stats()
+
+    def peaks(self) -> dict[str, Any]:
+        """Return {"vram": {load, train, allocated, context}} in bytes."""
+        if self.cuda is None:
+            return {}
+        free, total = self.cuda.mem_get_info()
+        return {
+            "vram": {
+                "load": self.loading,
+                "train": self.cuda.max_memory_reserved(),
+                "allocated": self.cuda.max_memory_allocated(),
+                # Whatever else uses the card counts as context: measure on a card that nothing else uses.
+                "context": total - free - self.cuda.memory_reserved(),
+            }
+        }
+
+
+def _count_cpu_seconds(trainer: Any, before_the_first: Callable[[], None]) -> list[float]:
     """Return a list that each step of `trainer` appends its CPU seconds to; what others do beside counts not."""
     inner, seconds = trainer.training_step, []
 
     def timed(*arguments: Any, **keywords: Any) -> Any:
+        if not seconds:
+            before_the_first()
         started = time.process_time()
         result = inner(*arguments, **keywords)
         seconds.append(time.process_time() - started)
@@ -382,6 +538,7 @@ def environment() -> dict[str, Any]:
     return {
         "versions": {name: importlib.metadata.version(name) for name in names},
         "cpu": probe().name,
+        "bf16": probe().cpu_bf16,
         "cores": probe().cpu_cores,
         "threads": os.environ.get("OMP_NUM_THREADS", str(probe().cpu_cores)),
         "malloc": {key: value for key, value in os.environ.items() if key.startswith(("MALLOC_", "GLIBC_"))},
@@ -403,8 +560,9 @@ def points(records: dict[str, Any]) -> list[tuple[str, str, int, int]]:
     ]
 
 
-def report(records: dict[str, Any]) -> None:
+def report(every: dict[str, Any]) -> None:
     """Write the table and the scatter plot."""
+    records = {name: record for name, record in every.items() if not is_gpu(record)}
     rows = ["| case | phase | predicted | measured | error | |", "|---|---|---:|---:|---:|---|"]
     for name, phase, predicted, measured in points(records):
         sizes = f"{predicted / GIB:.2f} GiB | {measured / GIB:.2f} GiB"
@@ -413,11 +571,11 @@ def report(records: dict[str, Any]) -> None:
     failed = [(n, p, why) for n, r in sorted(records.items()) for p, why in r["failed"].items()]
     rows += [f"| {name} | {phase} | | failed: {why} | | |" for name, phase, why in failed]
     rows += [f"| {name} | train | | not measured | | |" for name in CASES if name not in records]
-    rows += [f"| GPU: {name} | train | | not measured | | |" for name in GPU_ROWS]
     text = "# Plan: predicted against measured\n\nGenerated by `python benchmarks/plan_error.py`. Peak resident memory "
     text += "above that of the imports, GiB (2^30 bytes).\n" + _summary(records) + "\n" + "\n".join(rows) + "\n"
+    text += _gpu_table({name: record for name, record in every.items() if is_gpu(record)})
     TABLE.write_text(text + _disk_table(records) + _time_table(records), encoding="utf-8")
-    plot(records)
+    plot(every)
     print(_summary(records).strip(), file=sys.stderr)
 
 
@@ -436,6 +594,28 @@ def _summary(records: dict[str, Any]) -> str:
         f"\n{len(large)} cases have a peak above 1 GiB. Peaks above 1 GiB: {share(peaks)}; those not used for fitting: "
         f"{share(own)}. Smaller peaks: {share(small)}.\n\nConstants were fitted on: {', '.join(FITTED)}.\n"
     )
+
+
+def _gpu_table(records: dict[str, Any]) -> str:
+    """VRAM of the cases that were measured on a card, and a row that says so for each that was not."""
+    rows = ["\n## VRAM\n", "What torch's allocator reserved, CUDA context (last column) not included.\n"]
+    rows += ["| case | phase | predicted | measured | error | context |", "|---|---|---:|---:|---:|---:|"]
+    for name, record in sorted(records.items()):
+        measured, predicted = record["measured"].get("vram", {}), record["predicted"]
+        for phase in ("load", "train"):
+            if measured.get(phase):
+                error = f"{predicted[phase] / measured[phase] - 1:+.0%}"
+                sizes = [predicted[phase], measured[phase], measured["context"]]
+                planned, found, context = (f"{size / GIB:.2f} GiB" for size in sizes)
+                rows.append(f"| {name} | {phase} | {planned} | {found} | {error} | {context} |")
+        if "imports" in record["measured"]:
+            found = record["measured"]["train"] + record["measured"]["imports"]["train"]
+            sizes = f"{predicted['ram'] / GIB:.2f} GiB | {found / GIB:.2f} GiB"
+            rows.append(f"| {name} | RAM beside it | {sizes} | {predicted['ram'] / found - 1:+.0%} | |")
+        rows += [f"| {name} | {phase} | | failed: {why} | | |" for phase, why in record["failed"].items()]
+    done = {name.rpartition(", ")[0] for name in records}
+    rows += [f"| {name} | train | | not measured | | |" for name in GPU_CASES if name not in done]
+    return "\n".join(rows) + "\n"
 
 
 def _disk_table(records: dict[str, Any]) -> str:
@@ -469,8 +649,14 @@ def _time_table(records: dict[str, Any]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def plot(records: dict[str, Any]) -> None:
+def plot(every: dict[str, Any]) -> None:
     """Scatter of predicted over measured with the 15 % band."""
+    records = {name: record for name, record in every.items() if not is_gpu(record)}
+    vram = [
+        (record["measured"]["vram"]["train"] / GIB, record["predicted"]["train"] / GIB)
+        for record in every.values()
+        if is_gpu(record) and "vram" in record["measured"]
+    ]
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -481,7 +667,10 @@ def plot(records: dict[str, Any]) -> None:
         chosen = [(m / GIB, p / GIB) for _, kind, p, m in points(records) if kind == phase]
         if chosen:
             axes.scatter(*zip(*chosen, strict=True), marker=marker, label=phase)
-    top = max((max(p, m) for _, _, p, m in points(records)), default=GIB) / GIB * 1.1
+    if vram:
+        axes.scatter(*zip(*vram, strict=True), marker="^", label="train, VRAM")
+    sizes = [size / GIB for _, _, *both in points(records) for size in both] + [size for both in vram for size in both]
+    top = max(sizes, default=1.0) * 1.1
     axes.plot([0, top], [0, top], color="black", linewidth=0.8)
     axes.fill_between([0, top], [0, 0.85 * top], [0, 1.15 * top], alpha=0.15, label="within 15 %")
     axes.set(xlabel="measured peak, GiB above imports", ylabel="predicted, GiB", xlim=(0, top), ylim=(0, top))

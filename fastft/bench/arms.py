@@ -157,7 +157,7 @@ class UnslothArm:
         from unsloth import FastLanguageModel
 
         if not job.case.flash_attention_2:
-            _forbid_flash_attention_2()
+            forbid_flash_attention_2()
         import torch
 
         longest = max(len(ids) for ids in job.workload.input_ids)
@@ -309,8 +309,8 @@ def _without_network() -> None:
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 
 
-def _forbid_flash_attention_2() -> None:
-    """Let a newer card take the path of one without FlashAttention 2 (T4)."""
-    for module in [m for name, m in sys.modules.items() if name.startswith("unsloth.models")]:
+def forbid_flash_attention_2() -> None:
+    """Let Unsloth take, on a newer card, the path of one without FlashAttention 2 (T4). Call it after the import."""
+    for module in [m for name, m in sys.modules.items() if name.startswith(("unsloth.models.", "unsloth.utils."))]:
         if hasattr(module, "HAS_FLASH_ATTENTION"):
             module.HAS_FLASH_ATTENTION = False  # type: ignore[attr-defined]

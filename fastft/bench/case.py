@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastft.config import read_yaml
 from fastft.errors import FastFTError, one_of
@@ -15,10 +15,12 @@ from fastft.errors import FastFTError, one_of
 CASES = Path(__file__).parent / "cases"  # a link to benchmarks/cases, so that an installed fastft has them too
 
 ARMS = ("peft", "trl", "unsloth", "liger", "fastft")
+TUNING = ("OMP_", "GOMP_", "KMP_", "MKL_", "MALLOC_", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Beginnings of the environment variables that tune speed or memory: an arm gets them only from its case."""
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSpec(_Model):
@@ -75,11 +77,19 @@ class ArmSettings(_Model):
     source: str
     """Where these settings come from: a documentation page, a notebook, "fastft's defaults"."""
 
+    @field_validator("environment")
+    @classmethod
+    def _can_be_set(cls, value: dict[str, str]) -> dict[str, str]:
+        bad = [name for name, text in value.items() if not name or "=" in name or "\0" in name + text]
+        if bad:
+            raise ValueError(f"no such environment variable can be set: {', '.join(map(repr, bad))}")
+        return value
+
 
 class TableSettings(_Model):
     """One table: its arms, and what of the workload differs from the case's own."""
 
-    arms: dict[str, ArmSettings]
+    arms: dict[str, ArmSettings] = Field(min_length=1)
     lengths: Lengths | None = None
     effective_batch_size: int | None = Field(None, ge=1)
 
@@ -98,7 +108,8 @@ class Tolerances(_Model):
 class Case(_Model):
     """What `--case NAME` runs."""
 
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    """Also the beginning of the results' file names."""
     title: str
     device: Literal["cpu", "cuda"]
     card: str | None = None
@@ -118,15 +129,15 @@ class Case(_Model):
     steps: int = Field(4, ge=1)
     """Timed optimizer steps of a run."""
     repeats: int = Field(5, ge=1)
-    seed: int = 3407
-    learning_rate: float = 2e-4
+    seed: int = Field(3407, ge=0, lt=2**32)
+    learning_rate: float = Field(2e-4, gt=0, lt=1)
     threads: int | None = Field(None, ge=1)
     """CPU threads of a worker; default: the usable cores."""
     timeout_seconds: int = Field(1800, ge=1)
     parity_layers: int | None = Field(None, ge=1)
     """For models too large for float32: the gradient and the trace are compared on the same shape with so many layers."""
     tolerances: Tolerances = Tolerances()
-    tables: dict[Literal["defaults", "matched"], TableSettings]
+    tables: dict[Literal["defaults", "matched"], TableSettings] = Field(min_length=1)
 
     @property
     def hash(self) -> str:
@@ -148,6 +159,8 @@ def load_case(name: str, folder: Path = CASES) -> Case:
         if name not in known:
             raise one_of("case", name, known)
         path = known[name]
+    if not path.is_file():
+        raise FastFTError(f"case file {path} {'is a folder' if path.is_dir() else 'does not exist'}.")
     try:
         return Case.model_validate(read_yaml(path))
     except ValidationError as error:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fastft.errors import AnswerIsNoError, FastFTError, one_of
+from fastft.errors import AnswerIsNoError, CouldNotFinishError, FastFTError, InterruptedRunError, one_of
 
 app = typer.Typer(
     name="bench",
@@ -36,33 +40,43 @@ def measure(
     as_json: Json = False,
 ) -> None:
     """Run cases; exit 1 where an arm does not do the same work as plain peft."""
+    for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C: no worker and no folder is left behind
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)
     if context.invoked_subcommand is not None:
         return
     from fastft.bench.case import load_case
-    from fastft.bench.runner import run_case
+    from fastft.bench.runner import check_case, run_case
 
     names = [*(case or []), *(_cases_of(gpu) if gpu else [])]
     if not names:
         raise FastFTError("give --case NAME or --gpu CARD; `python -m fastft.bench cases` lists the cases.")
     loaded = [load_case(name) for name in names]  # every mistake in them before hours of work
-    out = out or Path("bench-results")
+    for each in loaded:
+        check_case(each, arms=_split("--arms", arms), tables=_split("--tables", tables))
+    out = _writable(out or Path("bench-results"))
     results = []
     for each in loaded:
         _say(f"case {each.name}: {each.title}")
-        found = run_case(
-            each,
-            arms=_split(arms),
-            tables=_split(tables),
-            repeats=repeats,
-            say=_say,
-            keep=out / "logs" / each.name,
-        )
-        results.append(found)
-        _written(found, out, show_tables=not as_json)
+        with _said_when_interrupted(each.name, out), _disk_errors():
+            found = run_case(
+                each,
+                arms=_split("--arms", arms),
+                tables=_split("--tables", tables),
+                repeats=repeats,
+                say=_say,
+                keep=out / "logs" / each.name,
+            )
+            results.append(found)
+            _written(found, out, show_tables=not as_json)
     summaries = [found.summary() for found in results]
     _answer(summaries[0] if len(summaries) == 1 else {"cases": summaries}, as_json)
     if not all(found.parity_passed for found in results):
         raise AnswerIsNoError("an arm does not do the same work as plain peft (see above); no ratio is printed for it.")
+    dead = [f"{found.case.name}: {line}" for found in results for line in _dead(found)]
+    if dead:
+        raise CouldNotFinishError(f"nothing to compare: {'; '.join(dead)}. The logs are in {out / 'logs'}.")
 
 
 @app.command()
@@ -88,7 +102,9 @@ def export(
     from fastft.bench.case import load_case
     from fastft.bench.exporting import run_export
 
-    _side_by_side(run_export(load_case(case), repeats=repeats, say=_say), out, as_json)
+    out = _writable(out)
+    with _disk_errors():
+        _side_by_side(run_export(load_case(case), repeats=repeats, say=_say), out, as_json)
 
 
 @app.command()
@@ -102,7 +118,9 @@ def generate(
     from fastft.bench.case import load_case
     from fastft.bench.generating import run_generate
 
-    _side_by_side(run_generate(load_case(case), repeats=repeats, say=_say), out, as_json)
+    out = _writable(out)
+    with _disk_errors():
+        _side_by_side(run_generate(load_case(case), repeats=repeats, say=_say), out, as_json)
 
 
 @app.command()
@@ -116,7 +134,10 @@ def report(
     """Write benchmarks/README.md and its plots from the committed results."""
     from fastft.bench.report import write_report
 
-    stale = write_report(results, readme, readme.parent / "images", check=check)
+    if not check:
+        _writable(readme.parent)
+    with _disk_errors():
+        stale = write_report(results, readme, readme.parent / "images", check=check)
     if check and stale:
         raise AnswerIsNoError(f"not up to date: {', '.join(map(str, stale))}. Run: python -m fastft.bench report")
     print("\n".join(map(str, stale)) if stale else "up to date")
@@ -130,7 +151,12 @@ def html(
     from fastft.bench.html import write_html
     from fastft.bench.record import read_result
 
-    write_html([read_result(path) for path in files], out)
+    found = [read_result(path) for path in files]
+    if out.is_dir():
+        raise FastFTError(f"--out {out} is a folder; give the page's file name.")
+    _writable(out.parent)
+    with _disk_errors():
+        write_html(found, out)
     print(out)
 
 
@@ -177,6 +203,54 @@ def _cases_of(gpu: str) -> list[str]:
     return by_card[wanted]
 
 
+def _writable(out: Path) -> Path:
+    """Return `out`, made if need be; raises FastFTError where nothing could be written to it after hours of work."""
+    if out.exists() and not out.is_dir():
+        raise FastFTError(f"{out} is a file; give a folder with --out.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise FastFTError(f"{out} cannot be written to ({error.strerror}); give another folder.") from error
+    return out
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Turn a full or failing disk into one message."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.strerror} ({error.filename})" if error.filename else str(error)
+        raise CouldNotFinishError(
+            f"{what}. Models and logs of a run are in {tempfile.gettempdir()} (TMPDIR)."
+        ) from error
+
+
+@contextlib.contextmanager
+def _said_when_interrupted(case: str, out: Path) -> Iterator[None]:
+    """Say what an interrupted measurement leaves; typer alone would end without a word."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise InterruptedRunError(
+            f"interrupted: there is no result of case {case}; its runs so far and their logs are in {out / 'logs' / case}."
+        ) from error
+
+
+def _dead(found: Any) -> list[str]:
+    """Return a line for each table in which fastft, or where it takes no part every arm, came to no end."""
+    from fastft.bench.tables import status_text
+
+    lines = []
+    for name, table in found.tables.items():
+        judged = {arm: summary for arm, summary in table.arms.items() if arm == "fastft"} or table.arms
+        if judged and all(summary.status != "ok" for summary in judged.values()):
+            lines += [f"{name}, {arm}: {status_text(summary)}" for arm, summary in judged.items()]
+    return lines
+
+
 def _written(found: Any, out: Path, *, show_tables: bool) -> Path:
     """Write the result and its plots, print the tables; return the JSON file."""
     from rich.console import Console
@@ -215,8 +289,11 @@ def _answer(values: Any, as_json: bool) -> None:
         _print(values, True)
 
 
-def _split(text: str | None) -> list[str] | None:
-    return [part.strip() for part in text.split(",") if part.strip()] if text else None
+def _split(option: str, text: str | None) -> list[str] | None:
+    names = [part.strip() for part in (text or "").split(",") if part.strip()]
+    if text is not None and not names:
+        raise FastFTError(f"{option} {text!r} names nothing; leave it out for all.")
+    return names or None
 
 
 def _say(text: str) -> None:

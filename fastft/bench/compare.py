@@ -107,6 +107,8 @@ def compare(before: Result, after: Result, threshold: float = 0.05, *, force: bo
             changes += _changes(table, arm, pair[0], pair[1], threshold)
     if min(before.repeats, after.repeats) < 2:
         notes.append("a result of one repeat says nothing about noise: any difference counts as outside of it")
+    if before.machine.label != after.machine.label:
+        notes.append("two machines: what differs may be theirs")
     worse = [change.text for change in changes if change.regression]
     return Comparison(
         case=after.case.name,
@@ -147,7 +149,7 @@ def _changes(table: str, arm: str, before: Sequence[Record], after: Sequence[Rec
 def _change(
     table: str, arm: str, quantity: str, old: Spread, new: Spread, threshold: float, more_is_better: bool
 ) -> Change:
-    relative = new.median / old.median - 1
+    relative = new.median / old.median - 1 if old.median else 0.0
     overlap = old.p20 <= new.p80 and new.p20 <= old.p80
     worse = -relative if more_is_better else relative
     return Change(

@@ -23,6 +23,7 @@ from fastft.bench.side_by_side import (
     in_a_process,
     make_model,
     measure_ways,
+    needs_a_shape,
     paired,
     peak_rss_bytes,
 )
@@ -45,6 +46,7 @@ def run_export(
     """
     from fastft.hardware import probe
 
+    needs_a_shape(case)
     threads = threads or case.threads or probe().cpu_cores
     with tempfile.TemporaryDirectory(prefix="fastft-export-", dir=work) as scratch:
         home = Path(scratch)

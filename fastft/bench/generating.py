@@ -16,11 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from fastft.bench.case import Case
-from fastft.bench.side_by_side import SideBySide, assembled, in_a_process, make_model, measure_ways, peak_rss_bytes
+from fastft.bench.side_by_side import (
+    SideBySide,
+    assembled,
+    in_a_process,
+    make_model,
+    measure_ways,
+    needs_a_shape,
+    peak_rss_bytes,
+)
 
 TYPES = ("bf16", "q8_0", "q4_k_m")
 TRANSFORMERS = "transformers, bfloat16"
-FIRST_TOKEN, LAST_TOKEN = 300, 2300  # ordinary tokens of the quickstart's tokenizer
+FIRST_TOKEN, LAST_TOKEN = 300, 1900  # ordinary tokens of the quickstart's tokenizer
 
 
 def run_generate(
@@ -39,6 +47,7 @@ def run_generate(
     """
     from fastft.hardware import probe
 
+    needs_a_shape(case)
     threads = threads or case.threads or probe().cpu_cores
     with tempfile.TemporaryDirectory(prefix="fastft-generate-", dir=work) as scratch:
         home = Path(scratch)

@@ -13,6 +13,7 @@ from fastft.bench import plots, tables
 from fastft.bench.record import Record, Result
 from fastft.bench.report import TEMPLATES, machine_lines
 from fastft.bench.statistics import memory_bytes
+from fastft.checkpoint import write_atomically
 from fastft.errors import FastFTError
 
 RECORD_HEADINGS = (
@@ -55,7 +56,7 @@ def write_html(results: Sequence[Result], out: Path) -> Path:
         sections=[_section(result) for result in results],
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    write_atomically(out, page)
     return out
 
 

@@ -12,6 +12,10 @@ from safetensors.numpy import load_file
 from fastft.bench.case import Tolerances
 from fastft.bench.record import Check, Parity, Record
 
+CHANGE = 2.0
+"""How many times more or less than the reference's an adapter may change: AdamW's variants differ by less, a step that
+is left out or an optimizer that does nothing by more."""
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -28,39 +32,45 @@ def judge(run: Evidence, reference: Evidence, tokens: list[int], tolerances: Tol
     """
     ours, theirs = run.record, reference.record
     checks = [
-        _parameters(ours, theirs),
+        _parameters(ours.trainable_parameters, theirs.trainable_parameters),
         _tokens_seen(ours, tokens),
         _tokens_claimed(ours, sum(tokens)),
         _first_loss(ours, theirs, tolerances.loss),
         _trace(ours, theirs, tolerances.trace),
         *_gradient(run.gradient, reference.gradient, tolerances.cosine),
+        _changed(ours.adapter_change, theirs.adapter_change),
     ]
     return Parity(passed=all(check.passed for check in checks), checks=checks)
 
 
-def judge_across(full: Record, reference_loss: float, small: Parity, tokens: list[int], limit: float) -> Parity:
+def judge_across(
+    full: Record, baseline: Record | None, small: Parity, tokens: list[int], trainable: int, limit: float
+) -> Parity:
     """For a model too large for float32: the gate of the same shape with few layers, and step 1 at full size.
 
-    `reference_loss` is the first loss of plain peft at full size in the case's own precision.
+    `baseline` is the full-size run that the first loss is compared with (plain peft's, in the case's own precision;
+    another arm's where that died, None where no other arm lived), `trainable` the adapter's parameters there.
     """
     checks = [
         *small.checks,
+        _parameters(full.trainable_parameters, trainable, " at full size"),
         _tokens_seen(full, tokens),
         _tokens_claimed(full, sum(tokens)),
-        _relative("step-1 loss at full size", full.steps[0].loss, reference_loss, limit),
+        _first_loss_at_full_size(full, baseline, limit),
+        _norms_of_steps(full),
+        _changed(full.adapter_change, None),
     ]
     return Parity(passed=small.passed and all(check.passed for check in checks), checks=checks)
 
 
-def _parameters(ours: Record, theirs: Record) -> Check:
-    mine, other = ours.trainable_parameters, theirs.trainable_parameters
+def _parameters(mine: int | None, other: int | None, where: str = "") -> Check:
     return Check(
-        name="trainable parameters",
+        name=f"trainable parameters{where}",
         passed=mine == other,
         value=mine,
         expected=other,
         limit=0,
-        text=f"{mine:,} trainable parameters, the reference has {other:,}",
+        text=f"{mine:,} trainable parameters{where}, the reference has {other:,}",
     )
 
 
@@ -94,6 +104,34 @@ def _tokens_claimed(ours: Record, tokens: int) -> Check:
 
 def _first_loss(ours: Record, theirs: Record, limit: float) -> Check:
     return _relative("step-1 loss", ours.steps[0].loss, theirs.steps[0].loss, limit)
+
+
+def _first_loss_at_full_size(full: Record, baseline: Record | None, limit: float) -> Check:
+    name = "step-1 loss at full size"
+    if baseline is None:
+        loss = full.steps[0].loss
+        text = f"{name} {loss}: no other arm lived to compare it with"
+        return Check(name=name, passed=loss is not None and math.isfinite(loss), value=loss, limit=limit, text=text)
+    return _relative(f"{name} against {baseline.arm}", full.steps[0].loss, baseline.steps[0].loss, limit)
+
+
+def _norms_of_steps(full: Record) -> Check:
+    """That no step's gradient is zero, as the trainer logs its norm (float16's scale may overflow and skip a step)."""
+    norms = [step.grad_norm for step in full.steps]
+    wrong = [i + 1 for i, norm in enumerate(norms) if norm == 0]
+    text = f"gradient norms of {len(norms)} steps at full size" + (f"; zero in steps {wrong}" if wrong else "")
+    return Check(name="gradient norms", passed=not wrong, value=len(wrong), expected=0, limit=0, text=text)
+
+
+def _changed(mine: float | None, other: float | None) -> Check:
+    """That the steps moved the adapter, and about as far as the reference's (`other`; None: at all)."""
+    moved = mine is not None and math.isfinite(mine) and mine > 0
+    text = f"the steps changed the adapter by {mine}"
+    if moved and other is not None:
+        assert mine is not None
+        text = f"the steps changed the adapter by {mine:.3g} (L2), the reference's by {other:.3g}, at most {CHANGE:g}x apart"
+        moved = other / CHANGE <= mine <= other * CHANGE
+    return Check(name="adapter change", passed=moved, value=mine, expected=other, limit=CHANGE, text=text)
 
 
 def _relative(name: str, value: float | None, expected: float | None, limit: float) -> Check:

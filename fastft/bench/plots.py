@@ -45,7 +45,9 @@ class Plot:
         """Draw it into `folder`, with the digest in the PNG's text; return the file."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / self.name
-        self.draw().savefig(path, dpi=DPI, metadata={"Software": None, MARK: self.digest})
+        aside = path.with_name(f".{self.name}.writing")
+        self.draw().savefig(aside, dpi=DPI, format="png", metadata={"Software": None, MARK: self.digest})
+        aside.replace(path)
         return path
 
 
@@ -95,7 +97,8 @@ def step_time(result: Result) -> Figure:
     def draw(axes: Axes, table: TableResult) -> None:
         spreads = {arm: s.seconds_per_step for arm, s in table.arms.items()}
         values = {arm: spread.median if spread else None for arm, spread in spreads.items()}
-        _bars(axes, table, values, lambda value: f"{number(value)} s")
+        ends = {arm: spread.p80 for arm, spread in spreads.items() if spread}
+        _bars(axes, table, values, lambda value: f"{number(value)} s", ends)
         for row, spread in enumerate(spreads.values()):
             if spread is not None:
                 low, high = spread.median - spread.p20, spread.p80 - spread.median
@@ -144,7 +147,7 @@ def speed_up(result: Result) -> Figure:
         axes.axvline(1, color=INK, linestyle="--", linewidth=1)
         axes.set_xlim(0, top * 1.12)
         _arm_labels(axes, arms)
-        axes.set_xlabel("fastft's speed over this arm's, 95 % interval (right of 1: fastft is faster)")
+        axes.set_xlabel("fastft's speed over this arm's, 95 % interval\n(right of 1: fastft is faster)")
 
     return _panels(result, "Speed-up", draw)
 
@@ -243,9 +246,19 @@ def _figure(panels: int, height: float) -> tuple[Figure, list[Axes]]:
     return figure, every
 
 
-def _bars(axes: Axes, table: TableResult, values: dict[str, float | None], text: Callable[[float], str]) -> None:
-    """Draw a horizontal bar for each arm, its value inside at the foot; what did not run says so in its place."""
-    widest = max((value for value in values.values() if value is not None), default=1.0)
+def _bars(
+    axes: Axes,
+    table: TableResult,
+    values: dict[str, float | None],
+    text: Callable[[float], str],
+    ends: dict[str, float] | None = None,
+) -> None:
+    """Draw a horizontal bar for each arm, its value inside at the foot; what did not run says so in its place.
+
+    `ends`: how far an arm's whisker reaches, which neither the axis nor the value beside a short bar may cut.
+    """
+    reach = {arm: max(value, (ends or {}).get(arm, 0.0)) for arm, value in values.items() if value is not None}
+    widest = max(reach.values(), default=1.0)
     for row, (arm, value) in enumerate(values.items()):
         if value is None:
             status = table.arms[arm].status
@@ -253,11 +266,11 @@ def _bars(axes: Axes, table: TableResult, values: dict[str, float | None], text:
             continue
         axes.barh(row, value, height=0.62, color=_colour(arm))
         inside = value > 0.25 * widest
-        x = 0.02 * widest if inside else value + 0.03 * widest
+        x = 0.02 * widest if inside else reach[arm] + 0.03 * widest
         colour = "white" if inside and _colour(arm) in DARK else INK
         axes.text(x, row, text(value), va="center", fontsize=9, color=colour, fontweight="bold")
     _arm_labels(axes, list(values))
-    axes.set_xlim(0, axes.get_xlim()[1])
+    axes.set_xlim(0, 1.05 * widest)
 
 
 def _arm_labels(axes: Axes, arms: list[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastft.bench.case import Case
+from fastft.checkpoint import write_atomically
 from fastft.errors import FastFTError
 
 SCHEMA = 1
@@ -45,7 +46,8 @@ class Peak(_Model):
     vram_allocated_bytes: int | None = None
     vram_reserved_bytes: int | None = None
     vram_device_bytes: int | None = None
-    """What the driver says is in use on the device, context included, less what was in use before."""
+    """What the driver says is in use on the device, less what was in use before the worker began (its CUDA context
+    included; where nvidia-smi does not answer, the context is not)."""
 
 
 class Noise(_Model):
@@ -87,6 +89,10 @@ class Record(_Model):
     claimed_tokens: int | None = None
     """Tokens that the arm itself says it trained on, where it says so."""
     trainable_parameters: int | None = None
+    adapter_change: float | None = None
+    """L2 norm of what the steps changed in the adapter: an optimizer that does nothing leaves 0."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """The variables that tune speed or memory, as the worker had them."""
     peak: Peak | None = None
     noise: Noise | None = None
     patches: dict[str, str] = Field(default_factory=dict)
@@ -103,8 +109,8 @@ class Record(_Model):
 
     @property
     def non_padding_tokens_per_sec(self) -> float:
-        """Non-padding tokens of the timed steps over their seconds."""
-        return sum(step.tokens for step in self.measured) / self.seconds
+        """Non-padding tokens of the timed steps over their seconds; 0 where no step was timed."""
+        return sum(step.tokens for step in self.measured) / self.seconds if self.seconds else 0.0
 
 
 class Check(_Model):
@@ -241,9 +247,7 @@ class Result(_Model):
     def write(self, path: Path) -> None:
         """Write the JSON file, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".writing")
-        aside.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        aside.replace(path)
+        write_atomically(path, self.model_dump_json(indent=1) + "\n")
 
 
 def read_result(path: Path) -> Result:

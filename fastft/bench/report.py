@@ -18,6 +18,7 @@ from fastft.bench import plots, tables
 from fastft.bench.case import CASES, ArmSettings, Case, known_cases, load_case
 from fastft.bench.record import Result, read_result
 from fastft.bench.side_by_side import SideBySide, read_side_by_side
+from fastft.checkpoint import write_atomically
 from fastft.errors import FastFTError
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -123,7 +124,7 @@ def readme_text(
     overview = []
     for name in sorted({*known, *(entry.result.case.name for entry in entries if tables.own_card(entry.result))}):
         own = [entry for entry in entries if entry.result.case.name == name and tables.own_card(entry.result)]
-        overview += [_overview_row(entry) for entry in own]
+        overview += [_overview_row(entry, known.get(name)) for entry in own]
         if not own:
             card = known[name].card or "CPU"
             overview.append({"case": name, "card": card, "machine": NOT_MEASURED, "ratios": ["-"] * len(PAIRS)})
@@ -132,7 +133,7 @@ def readme_text(
         headings=tables.HEADINGS,
         pairs=PAIRS,
         overview=overview,
-        elsewhere=[_overview_row(entry) for entry in entries if not tables.own_card(entry.result)],
+        elsewhere=[_overview_row(e, known.get(e.result.case.name)) for e in entries if not tables.own_card(e.result)],
         length_plots=[_link(images / p.name, home) for p in plots.plots_over_length([e.result for e in entries])],
         sections=[_section(entry, home, images, known) for entry in entries],
         side_by_side=[_other_section(path, found, home) for path, found in others],
@@ -162,14 +163,20 @@ def markdown_cell(text: object) -> str:
     return line.replace("&", "&amp;").replace("<", "&lt;")
 
 
-def _overview_row(entry: Entry) -> dict[str, Any]:
+def _overview_row(entry: Entry, known: Case | None) -> dict[str, Any]:
     result = entry.result
+    case = known or result.case
     return {
         "case": f"[{result.case.name}](#{_anchor(markdown_heading(result))})",
         "card": result.case.card or "CPU",
         "machine": f"{markdown_cell(result.machine.label)}, {result.date[:10]}, {tables.repeats_text(result.repeats)}",
-        "ratios": [_pair_text(result, pair) for pair in PAIRS],
+        "ratios": [_pair_text(result, pair) if _has(case, pair) else "-" for pair in PAIRS],
     }
+
+
+def _has(case: Case, pair: Pair) -> bool:
+    table = case.tables.get(pair.table)  # type: ignore[call-overload]
+    return table is not None and pair.arm in table.arms
 
 
 def _pair_text(result: Result, pair: Pair) -> str:
@@ -216,7 +223,7 @@ def _section(entry: Entry, home: Path, images: Path, known: dict[str, Case]) -> 
         ],
         "plots": [{"title": p.title, "path": _link(images / p.name, home)} for p in plots.plots_of(result)],
         "settings": [line for name in result.tables for line in settings_lines(result, name)],
-        "notes": result.notes,
+        "notes": [*result.notes, *_inherited(result)],
         "older": [
             {
                 "date": old.date[:10],
@@ -242,6 +249,13 @@ def _case_note(measured: Case, known: Case | None) -> str:
     }
     part = known.model_copy(update={"tables": narrowed}).hash == measured.hash
     return " (some of its arms or tables only)" if part else " (the case has changed since)"
+
+
+def _inherited(result: Result) -> list[str]:
+    """Say of a result from before records told their environment what its cases do not."""
+    if any(record.environment for record in result.records):
+        return []
+    return ["every arm of this measurement had OMP_WAIT_POLICY=PASSIVE, which fastft's command line handed on to it"]
 
 
 def _other_section(path: Path, found: SideBySide, home: Path) -> dict[str, Any]:
@@ -304,7 +318,7 @@ def _write(stale: Sequence[Path], drawings: dict[str, plots.Plot], readme: Path,
     for path in stale:
         if path == readme:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            write_atomically(path, text)
         elif path.name in drawings:
             drawings[path.name].write(path.parent)
         else:

@@ -21,11 +21,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fastft.bench.case import Case
+from fastft.bench.case import TUNING, Case
 from fastft.bench.parity import Evidence, judge, judge_across
-from fastft.bench.record import Machine, Parity, Record, Result, Table, TableResult
+from fastft.bench.record import Check, Machine, Parity, Record, Result, Table, TableResult
 from fastft.bench.statistics import NOISY, paired_ratio, summarise
-from fastft.bench.workload import Workload, load
+from fastft.bench.workload import Workload, load, parameters_of
 from fastft.errors import CouldNotFinishError, FastFTError, one_of
 from fastft.hardware import Hardware, gpu_key, probe
 
@@ -65,9 +65,8 @@ def run_case(
     `arms` and `tables` narrow the case, `repeats` overrides it. `keep`: a folder for the workers' logs and gradients.
     Raises FastFTError for a case that cannot run here at all (no GPU), CouldNotFinishError where the reference dies.
     """
-    case = _narrowed(case, arms, tables)
+    case, machine = check_case(case, arms=arms, tables=tables)
     repeats = repeats or case.repeats
-    machine = describe_machine(case, probe())
     folder = Path(tempfile.mkdtemp(prefix="fastft-bench-"))
     state = _Invocation(case, machine, folder, say, case.seed)
     try:
@@ -87,9 +86,20 @@ def run_case(
                 gates = _gates(state, references, small)
         return _summed_up(state, repeats, gates)
     finally:
-        if keep is not None:
-            _keep(folder, keep)
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            if keep is not None:
+                _keep(folder, keep)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_case(
+    case: Case, *, arms: Sequence[str] | None = None, tables: Sequence[str] | None = None
+) -> tuple[Case, Machine]:
+    """Return the narrowed case and this machine; raises FastFTError for all that can be known before any work."""
+    case = _narrowed(case, arms, tables)
+    _check_settings(case)
+    return case, describe_machine(case, probe())
 
 
 def _narrowed(case: Case, arms: Sequence[str] | None, tables: Sequence[str] | None) -> Case:
@@ -107,8 +117,36 @@ def _narrowed(case: Case, arms: Sequence[str] | None, tables: Sequence[str] | No
             update={"arms": {arm: values for arm, values in settings.arms.items() if not arms or arm in arms}}
         )
         for name, settings in chosen.items()
+        if not arms or set(arms) & set(settings.arms)
     }
     return case.model_copy(update={"tables": narrowed})
+
+
+def _check_settings(case: Case) -> None:
+    """Raise FastFTError with every setting that would make an arm die only when its turn comes."""
+    from fastft.bench.arms import make_arm
+
+    problems = []
+    for name, table in case.tables.items():
+        batch = table.effective_batch_size or case.effective_batch_size
+        for arm, values in table.arms.items():
+            training = values.settings.get("training") or {}
+            if not isinstance(training, dict):
+                problems.append(f"{name}, {arm}: settings.training must hold names and values")
+                continue
+            product = training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1)
+            if training and product != batch:
+                problems.append(
+                    f"{name}, {arm}: per_device_train_batch_size x gradient_accumulation_steps is {product}, the "
+                    f"effective batch is {batch}"
+                )
+            if values.implementation is None:
+                try:
+                    make_arm(arm, None, values.settings)
+                except FastFTError as error:
+                    problems.append(f"{name}: {error}")
+    if problems:
+        raise FastFTError(f"case {case.name}: " + "; ".join(problems))
 
 
 # --- the machine
@@ -139,12 +177,13 @@ def describe_machine(case: Case, hardware: Hardware) -> Machine:
     assert hardware.vram_bytes is not None
     machine.gpu, machine.vram_bytes, machine.driver = hardware.name, hardware.vram_bytes, _driver()
     here = gpu_key(hardware.name, hardware.vram_bytes)
-    if case.card is None or here == case.card:
+    if here == case.card or (case.card is None and cap is None):
         machine.card, machine.cap_bytes = here, None
     elif cap is None or cap > hardware.vram_bytes:
+        meant = f"a {case.card}" if case.card else f"{case.memory_cap_gb:g} GB"
         raise FastFTError(
-            f"case {case.name} is for a {case.card} and this is a {hardware.name}; it can stand in only for a smaller "
-            "card, with memory_cap_gb in the case."
+            f"case {case.name} is for {meant} and this is a {hardware.name}; it can stand in only for a smaller card, "
+            "with memory_cap_gb in the case."
         )
     else:
         machine.label = f"{hardware.name}, capped at {case.memory_cap_gb:g} GB"
@@ -314,8 +353,7 @@ def _run_job(
 
 def _start(module: list[str], log: Path, environment: dict[str, str], threads: int, timeout: int) -> int | None:
     """Run `python -m MODULE ARGS` with its output in `log`; return the exit code, None after a timeout."""
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
-    variables = os.environ | quiet | {"OMP_NUM_THREADS": str(threads)} | environment
+    variables = _environment(threads, environment)
     with log.open("wb") as sink:
         process = subprocess.Popen(
             [sys.executable, "-m", *module], stdout=sink, stderr=sink, env=variables, start_new_session=True
@@ -328,6 +366,16 @@ def _start(module: list[str], log: Path, environment: dict[str, str], threads: i
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+def _environment(threads: int, own: dict[str, str]) -> dict[str, str]:
+    """Return a worker's variables: the caller's, without what tunes speed or memory, and what the arm's case sets.
+
+    fastft's command line sets OMP_WAIT_POLICY for itself; the other arms run without it unless their case says so.
+    """
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(TUNING)}
+    return inherited | quiet | {"OMP_NUM_THREADS": str(threads)} | own
 
 
 def _record_of_the_dead(job: dict[str, Any], code: int | None, log: Path, case: Case) -> Record:
@@ -371,9 +419,9 @@ def _gates(
         tokens = [work.tokens(i) for i in range(work.steps)]
         limits = state.case.tolerances
         if state.case.parity_layers:
-            baseline = state.evidence.get((table, BASELINE, 0), evidence).record
-            first = baseline.steps[0].loss if baseline.status == "ok" else evidence.record.steps[0].loss
-            gate = judge_across(evidence.record, first or float("nan"), small[table, arm], tokens, limits.loss)
+            trainable = parameters_of(state.folder / "model" / "start.safetensors")
+            baseline = _baseline_at_full_size(state, table, arm)
+            gate = judge_across(evidence.record, baseline, small[table, arm], tokens, trainable, limits.loss)
         else:
             gate = judge(evidence, references[table], tokens, limits)
         gates[table, arm] = gate
@@ -381,6 +429,13 @@ def _gates(
             if not check.passed:
                 state.say(f"{table} {arm}: parity failed: {check.text}")
     return gates
+
+
+def _baseline_at_full_size(state: _Invocation, table: str, arm: str) -> Record | None:
+    """Return plain peft's first run (for peft as well), or another arm's where peft died, or None."""
+    arms = [BASELINE, *(name for name in state.case.tables[table].arms if name not in {BASELINE, arm})]  # type: ignore[index]
+    runs = [state.evidence[table, name, 0].record for name in arms if (table, name, 0) in state.evidence]
+    return next((run for run in runs if run.status == "ok"), None)
 
 
 def _parity_at_few_layers(
@@ -408,7 +463,9 @@ def _parity_at_few_layers(
             tokens = [work.tokens(i) for i in range(work.steps)]
             gates[table, arm] = judge(evidence, references[table], tokens, state.case.tolerances)
         else:
-            gates[table, arm] = Parity(passed=False, checks=[])
+            record = evidence.record
+            text = f"with {state.case.parity_layers} layers: {record.status}: {record.reason}"
+            gates[table, arm] = Parity(passed=False, checks=[Check(name="ends", passed=False, value=None, text=text)])
     return gates
 
 
@@ -464,6 +521,10 @@ def _notes(state: _Invocation, tables: dict[Table, TableResult]) -> list[str]:
                 notes.append(f"{name} {arm}: spread p20 to p80 is {share:.0%} of the median, above {NOISY:.0%}")
             if summary.status != "ok":
                 notes.append(f"{name} {arm}: {summary.status}: {summary.reason}")
+    for record in state.records:
+        if record.status != "ok" and record.repeat:
+            what = f"{record.status} in round {record.repeat + 1}: {record.reason}"
+            notes.append(f"{record.table} {record.arm}: {what}; its figures are those of the rounds before")
     others = [r.noise.others_share for r in state.records if r.noise and r.noise.others_share is not None]
     if others and max(others) > OTHERS:
         notes.append(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastft.bench.arms import Job
+from fastft.bench.arms import Job, forbid_flash_attention_2
 from fastft.config import make_config
 from fastft.hardware import Hardware, named_gpu, probe
 
@@ -56,6 +56,8 @@ class OpenSession:
 
         with _stop_signals(trainer):
             trainer.train()
+        if self._session.memory.advice:
+            raise MemoryError(self._session.memory.advice)
 
     @property
     def choices(self) -> dict[str, str]:
@@ -65,7 +67,7 @@ class OpenSession:
 
 def open_session(job: Job) -> OpenSession:
     """Choose, load and attach as `fastft train` does with the case's settings."""
-    from fastft import model
+    from fastft import callbacks, model
     from fastft.progress import Reporter
     from fastft.run import RunFolder
     from fastft.train import _Session
@@ -98,10 +100,14 @@ def open_session(job: Job) -> OpenSession:
         where=f"arm {job.arm}",
     )
     hardware = _capped(probe(job.work), job)
+    if (cap := job.cap_bytes) is not None:
+        callbacks._limit_bytes = lambda: cap  # what the driver calls free is that of the larger card
     choices = model.choose_loading(config, hardware)
     run = RunFolder(config.run_dir)
     session = _Session(config, run, hardware, choices, Reporter(quiet=True), None, time.monotonic(), mirror=None)
     session._load_tokenizer()
+    if not case.flash_attention_2:
+        forbid_flash_attention_2()
     rows = Rows(Row(ids, labels) for ids, labels in zip(work.input_ids, work.labels, strict=True))
     session.data = SimpleNamespace(train=rows, eval=None, template=SimpleNamespace(needs_tokens=[]))  # type: ignore[assignment]
     session._load_model()

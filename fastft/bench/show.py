@@ -7,7 +7,7 @@ from typing import Any
 from fastft.bench import tables
 from fastft.bench.record import ArmSummary, Result, TableResult
 
-WIDE = 125
+WIDE = 135
 """Columns of a terminal that the whole table needs."""
 NARROW = ("arm", "status", "tokens/s (p20-p80)", "s/step", "padding", "peak", "ceiling")
 
@@ -58,4 +58,4 @@ def _narrow_cells(arm: str, summary: ArmSummary) -> list[str]:
     full = tables.cells(arm, summary)
     per_step = summary.seconds_per_step
     step = "-" if per_step is None else tables.number(per_step.median)
-    return [full[0], full[1], full[2], step, full[4], full[5], full[9]]
+    return [full[0], full[1], full[2], step, full[4], full[5], full[-1]]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -25,8 +26,11 @@ from fastft.bench.case import Case
 from fastft.bench.record import Spread
 from fastft.bench.statistics import spread
 from fastft.bench.tables import gigabytes, number
+from fastft.checkpoint import write_atomically
 from fastft.errors import CouldNotFinishError, FastFTError
 
+VOCABULARY = 1920
+"""Tokens of the quickstart's tokenizer, which the models that are exported get."""
 UNITS = {"seconds": "s", "peak_rss_bytes": "GB", "intermediate_bytes": "GB", "file_bytes": "GB"}
 
 
@@ -63,9 +67,7 @@ class SideBySide(_Model):
     def write(self, path: Path) -> None:
         """Write the JSON file, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".writing")
-        aside.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        aside.replace(path)
+        write_atomically(path, self.model_dump_json(indent=1) + "\n")
 
     @property
     def quantities(self) -> list[str]:
@@ -170,14 +172,33 @@ def in_a_process(module: str, *arguments: str, threads: int) -> tuple[float, dic
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, env=environment, errors="replace"
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-m", module, *arguments]
+    process = subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, env=environment, errors="replace", start_new_session=True
     )
+    try:
+        out, log = process.communicate()
+    finally:
+        if process.poll() is None:  # interrupted: with what it has started, as the quantiser's own process
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     seconds = time.perf_counter() - start
-    if done.returncode:
-        last = " | ".join(done.stderr.strip().splitlines()[-3:])
-        raise CouldNotFinishError(f"{module} {arguments[0]} ended with {done.returncode}: {last}")
-    return seconds, json.loads(done.stdout.strip().splitlines()[-1])
+    if process.returncode:
+        last = " | ".join(log.strip().splitlines()[-3:])
+        raise CouldNotFinishError(f"{module} {arguments[0]} ended with {process.returncode}: {last}")
+    return seconds, json.loads(out.strip().splitlines()[-1])
+
+
+def needs_a_shape(case: Case) -> None:
+    """Raise FastFTError for a case that export and generation cannot be measured with."""
+    if case.model.family is None:
+        raise FastFTError(f"case {case.name} names a model; give one that has a family and a config.")
+    vocabulary = int(case.model.config.get("vocab_size", VOCABULARY))
+    if vocabulary < VOCABULARY:
+        raise FastFTError(
+            f"case {case.name} has a vocabulary of {vocabulary:,}; the tokenizer that is exported has {VOCABULARY:,}."
+        )
 
 
 def peak_rss_bytes() -> int:
@@ -191,7 +212,7 @@ def peak_rss_bytes() -> int:
 def make_model(case: Case, folder: Path) -> dict[str, Any]:
     """Write the case's shape with random bfloat16 weights (base/) and an adapter (adapter/), and a real tokenizer.
 
-    The tokenizer is the quickstart's (2,400 byte-level tokens); rows above it are never met. Returns the number of
+    The tokenizer is the quickstart's (1,920 byte-level tokens); rows above it are never met. Returns the number of
     parameters and the name of the tokenizer's splitting rule. Needs torch: call it in a process of its own.
     """
     import torch
@@ -201,8 +222,8 @@ def make_model(case: Case, folder: Path) -> dict[str, Any]:
     from fastft.export.gguf.tokenizer import tokenizer_metadata
     from fastft.quickstart import base_path
 
-    if case.model.family is None:
-        raise FastFTError(f"case {case.name} names a model; give one that has a family and a config.")
+    needs_a_shape(case)
+    assert case.model.family is not None
     tokenizer = AutoTokenizer.from_pretrained(base_path())
     config = AutoConfig.for_model(case.model.family, **case.model.config)
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id

@@ -15,8 +15,9 @@ HEADINGS = (
     "s/step",
     "padding",
     "peak memory",
-    "first step",
+    "import",
     "load",
+    "first step",
     "achieved",
     "of ceiling",
 )
@@ -97,8 +98,9 @@ def cells(arm: str, summary: ArmSummary) -> list[str]:
         spread_text(summary.seconds_per_step),
         percent(summary.padding_share),
         peak_text(summary.peak),
-        seconds(summary.first_step_seconds),
+        seconds(summary.import_seconds),
         seconds(summary.load_seconds),
+        seconds(summary.first_step_seconds),
         flops_text(summary.flops),
         percent(summary.ceiling_share),
     ]

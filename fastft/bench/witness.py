@@ -1,7 +1,7 @@
-"""What happened in a run, seen from outside the arm: tokens through the embedding, seconds, losses, the gradient.
+"""What happened in a run, seen from outside the arm: tokens through the embedding, seconds, the gradient, the change.
 
 An arm cannot misreport these. The hook counts what goes into the model, the callback reads the clock and the
-gradient; both cost the same in every arm.
+gradient; both cost the same in every arm. The loss is the one that the arm's trainer logs.
 """
 
 from __future__ import annotations
@@ -10,19 +10,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from fastft.bench.record import Step
-from fastft.bench.workload import PAD, plain_name
+from fastft.bench.workload import plain_name
 
 
 class Witness(TrainerCallback):
     """Give it to the arm's Trainer as a callback; `watch` the model before."""
 
-    def __init__(self, gradient_path: Path | None) -> None:
+    def __init__(self, gradient_path: Path | None, never: np.ndarray) -> None:
         self.gradient_path = gradient_path
+        self._padding = torch.from_numpy(never)
         self.steps: list[Step] = []
         self.first_step_seconds: float | None = None
         self.trainable_parameters = 0
@@ -42,11 +44,19 @@ class Witness(TrainerCallback):
             for name, value in load_file(start).items():
                 if name in adapters and adapters[name].shape == value.shape:
                     adapters[name].copy_(value)
+        self._before = {name: p.detach().float().cpu().clone() for name, p in adapters.items()}
         model.get_input_embeddings().register_forward_pre_hook(self._count)
+
+    def adapter_change(self) -> float:
+        """Return the L2 norm of what training changed in the adapter since `watch`."""
+        now = {plain_name(name): p for name, p in self.model.named_parameters() if "lora_" in name}
+        squares = [float(((now[name].detach().float().cpu() - old) ** 2).sum()) for name, old in self._before.items()]
+        return sum(squares) ** 0.5
 
     def _count(self, module: Any, args: tuple[Any, ...]) -> None:
         ids = args[0]
-        self._counts.append((ids != PAD).sum())  # read at the end of the step: no waiting for a GPU here
+        self._padding = self._padding.to(ids.device)
+        self._counts.append(torch.isin(ids, self._padding, invert=True).sum())  # read at the step's end: no GPU waits
         self._sizes += ids.numel()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -16,13 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastft.bench.case import Case
+from fastft.bench.case import TUNING, Case
 from fastft.bench.record import Noise, Peak, Record
 from fastft.errors import FastFTError
 
 
 def main() -> None:
     """Run the job and leave its record; the exit code is 0 also for an arm that died in a way it could tell."""
+    end_with_the_runner()
     job = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     if job["kind"] == "ceiling":
         _write(Path(job["record"]), {"matmul_flops": matmul_ceiling(job["device"], job["dtype"])})
@@ -32,6 +34,14 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def end_with_the_runner() -> None:
+    """Have the kernel end this process when the runner dies, of SIGKILL as well, so that no worker is left behind."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def run(job: dict[str, Any]) -> Record:
@@ -66,44 +76,64 @@ def _train(job: dict[str, Any], case: Case, record: Record) -> None:
 
     workload = load(Path(job["workload"]))
     arm = make_arm(job["arm"], job["implementation"], job["settings"])
+    record.environment = {name: value for name, value in sorted(os.environ.items()) if name.startswith(TUNING)}
+    before = _used_on_the_device() if case.device == "cuda" else None
     names = ("table", "arm", "implementation", "settings", "model", "dtype", "cap_bytes")
     task = Job(case=case, workload=workload, work=Path(job["work"]), **{name: job[name] for name in names})
     started = time.perf_counter()
-    _import_libraries(job["arm"], job["implementation"])
+    _import_libraries(arm)
     imported = time.perf_counter()
     record.import_seconds = imported - started
-    memory = _Memory(job["cap_bytes"] if case.device == "cuda" else None)
-    model = arm.load(task)
-    record.load_seconds = time.perf_counter() - imported
-    from fastft.bench.witness import Witness
+    if case.device == "cuda" and not case.flash_attention_2:
+        _no_flash_attention()
+    with _Memory(job["cap_bytes"] if case.device == "cuda" else None, before):
+        model = arm.load(task)
+        record.load_seconds = time.perf_counter() - imported
+        from fastft.bench.witness import Witness
 
-    witness = Witness(Path(job["gradient"]) if job["gradient"] else None)
-    witness.watch(model, Path(job["start"]))
-    record.trainable_parameters = witness.trainable_parameters
-    clock = _CpuClock(witness, record.warmup_steps)
-    try:
-        with memory:
+        witness = Witness(Path(job["gradient"]) if job["gradient"] else None, workload.never)
+        witness.watch(model, Path(job["start"]))
+        record.trainable_parameters = witness.trainable_parameters
+        clock = _CpuClock(witness, record.warmup_steps)
+        try:
             record.claimed_tokens = arm.train(task, clock.attach())
-    finally:
-        record.steps = witness.steps
-        record.first_step_seconds = witness.first_step_seconds
+        finally:
+            record.steps = witness.steps
+            record.first_step_seconds = witness.first_step_seconds
+    if len(record.steps) != workload.steps:
+        raise FastFTError(f"the arm stopped by itself after {len(record.steps)} of {workload.steps} steps.")
+    record.adapter_change = witness.adapter_change()
     record.noise = Noise(load_average_before=0, load_average_after=0, **clock.noise(job["threads"]))
     record.patches = _patches(arm)
 
 
-def _import_libraries(arm: str, implementation: str | None) -> None:
-    """Import what the arm needs before its clock for loading starts; Unsloth before everything else."""
-    if implementation is None and arm == "unsloth":
-        from fastft.bench.arms import _without_network
+def _import_libraries(arm: Any) -> None:
+    """Import what the arm needs before its clock for loading starts; Unsloth before everything else.
 
+    Told by what the arm is, not by its name: a second fastft in a case must not get peft imported before Unsloth. An
+    arm that is none of ours imports its libraries itself, and its loading time says so.
+    """
+    from fastft.bench.arms import FastftArm, PeftArm, UnslothArm, _without_network
+
+    if isinstance(arm, UnslothArm):
         _without_network()
         import unsloth  # noqa: F401
-    elif implementation is None and arm == "fastft":
+    elif isinstance(arm, FastftArm):
         import fastft
 
         _ = fastft.FastLanguageModel
+    elif not isinstance(arm, PeftArm):
+        return
     import peft  # noqa: F401
-    import transformers  # noqa: F401
+    from transformers import AutoModelForCausalLM, Trainer  # noqa: F401  # transformers is lazy: the names do the work
+
+
+def _no_flash_attention() -> None:
+    """Keep torch's own attention off the kernels that a card without FlashAttention 2 does not have, for every arm."""
+    import torch
+
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _patches(arm: Any) -> dict[str, str]:
@@ -151,11 +181,14 @@ def _cpu_times() -> tuple[float, float, float]:
 
 
 class _Memory:
-    """Caps and watches the GPU's memory; on a CPU the kernel keeps the peak of resident memory itself."""
+    """Caps and watches the GPU's memory; on a CPU the kernel keeps the peak of resident memory itself.
+
+    `before`: bytes in use on the device before this process made its CUDA context.
+    """
 
     device_bytes: int | None = None
 
-    def __init__(self, cap_bytes: int | None) -> None:
+    def __init__(self, cap_bytes: int | None, before: int | None) -> None:
         self.stop = threading.Event()
         self.thread: threading.Thread | None = None
         import torch
@@ -163,7 +196,7 @@ class _Memory:
         self.cuda = torch.cuda.is_available()
         if self.cuda:
             free, total = torch.cuda.mem_get_info()
-            self.before = total - free
+            self.before = min(total - free, total if before is None else before)
             if cap_bytes:
                 torch.cuda.set_per_process_memory_fraction(min(1.0, cap_bytes / total))
 
@@ -215,13 +248,11 @@ def _status_of(error: Exception) -> tuple[Any, str]:
 def _clocks(device: str) -> tuple[float | None, str | None]:
     """Return (clock in MHz, the GPU's throttle reasons) where the kernel or the driver tells."""
     if device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks_event_reasons.active", "--format=csv,noheader,nounits"]
-        try:
-            done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-            clock, reasons = (part.strip() for part in done.stdout.splitlines()[0].split(","))
-            return float(clock), None if int(reasons, 16) in {0, 1} else reasons  # 1 is "idle"
-        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-            return None, None
+        for reasons in ("clocks_event_reasons.active", "clocks_throttle_reasons.active"):  # older drivers: the second
+            if (found := _nvidia_smi("clocks.sm", reasons)) and found[0].isdigit():
+                idle = found[1].startswith("0x") and int(found[1], 16) in {0, 1}  # 1 is "idle"
+                return float(found[0]), None if idle else found[1]
+        return None, None
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
@@ -230,19 +261,41 @@ def _clocks(device: str) -> tuple[float | None, str | None]:
     return (sum(clocks) / len(clocks) if clocks else None), None
 
 
+def _used_on_the_device() -> int | None:
+    """Return the bytes in use on the first visible GPU, without making a CUDA context; None where nobody tells."""
+    found = _nvidia_smi("memory.used")
+    return int(found[0]) * 2**20 if found and found[0].isdigit() else None
+
+
+def _nvidia_smi(*fields: str) -> list[str] | None:
+    """Return what the driver says of the first visible GPU, without units, or None."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
+    query = ["nvidia-smi", "-i", first, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    values = [part.strip() for part in done.stdout.partition("\n")[0].split(",")]
+    return values if len(values) == len(fields) else None
+
+
 def matmul_ceiling(device: str, dtype: str) -> float:
-    """Return the FLOP/s of a 2048^3 (CPU) or 8192^3 (GPU) matrix product: the best of several, in `dtype`."""
+    """Return the FLOP/s of a 2048^3 (CPU) or 8192^3 (GPU) matrix product: the best within a second or two, in `dtype`.
+
+    At least twelve, and on a GPU long enough for its clocks to rise.
+    """
     import torch
 
     size = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    best = float("inf")
-    for _ in range(12):
+    times: list[float] = []
+    while len(times) < 12 or (device == "cuda" and sum(times) < 1):
         started = time.perf_counter()
         a @ b
         if device == "cuda":
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
+        times.append(time.perf_counter() - started)
+    best = min(times)
     return 2.0 * size**3 / best
 
 

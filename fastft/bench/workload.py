@@ -7,8 +7,10 @@ step costs does not depend on what the numbers mean, and nothing is downloaded.
 from __future__ import annotations
 
 import json
+import math
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,10 @@ from fastft.bench.case import Case, Lengths
 from fastft.errors import FastFTError
 
 PAD, BOS, EOS, FIRST_TOKEN = 0, 1, 2, 3  # the data never holds PAD, so that padding can be told apart
+NEW_TOKENS = 64
+"""Room for tokens that a library adds to a real model's vocabulary to pad with."""
+SHARD = 2 * 10**9
+"""Bytes of a file of a made-up model: what is in memory at once while it is written."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,8 @@ class Workload:
     input_ids: list[np.ndarray]
     labels: list[np.ndarray]
     effective_batch_size: int
+    never: np.ndarray = field(default_factory=lambda: np.array([PAD]))
+    """Ids that no sequence holds: what goes into a model with one of these is padding, whichever a library pads with."""
 
     def step(self, index: int) -> slice:
         """Return the slice of sequences of step `index`."""
@@ -68,18 +76,23 @@ def draw_lengths(lengths: Lengths, count: int, rng: np.random.Generator) -> np.n
     return np.clip(drawn, lengths.shortest, lengths.longest)
 
 
-def draw(case: Case, lengths: Lengths, effective_batch_size: int, vocab_size: int) -> Workload:
-    """Return the case's sequences: seeded, so the same on every machine (numpy's PCG64)."""
+def draw(
+    case: Case, lengths: Lengths, effective_batch_size: int, vocab_size: int, never: Sequence[int] = (PAD, BOS, EOS)
+) -> Workload:
+    """Return the case's sequences: seeded, so the same on every machine (numpy's PCG64), without the ids in `never`."""
     rng = np.random.default_rng(case.seed)
+    ordinary = np.setdiff1d(np.arange(vocab_size), never)
+    if not len(ordinary):
+        raise FastFTError(f"case {case.name}: a vocabulary of {vocab_size} has no ordinary token.")
     count = (case.warmup_steps + case.steps) * effective_batch_size
     input_ids, labels = [], []
     for length in draw_lengths(lengths, count, rng):
-        ids = rng.integers(FIRST_TOKEN, vocab_size, length)
+        ids = ordinary[rng.integers(len(ordinary), size=length)]
         target = ids.copy()
-        target[: max(1, round(lengths.prompt_share * length))] = -100
+        target[: min(max(1, round(lengths.prompt_share * length)), length - 1)] = -100  # the last token carries loss
         input_ids.append(ids)
         labels.append(target)
-    return Workload(input_ids, labels, effective_batch_size)
+    return Workload(input_ids, labels, effective_batch_size, np.array(sorted(never)))
 
 
 def save(workload: Workload, path: Path) -> None:
@@ -90,6 +103,7 @@ def save(workload: Workload, path: Path) -> None:
         labels=np.concatenate(workload.labels),
         lengths=np.array([len(ids) for ids in workload.input_ids]),
         batch=workload.effective_batch_size,
+        never=workload.never,
     )
 
 
@@ -97,7 +111,8 @@ def load(path: Path) -> Workload:
     """Read what `save` wrote."""
     with np.load(path) as data:
         cuts = np.cumsum(data["lengths"])[:-1]
-        return Workload(np.split(data["ids"], cuts), np.split(data["labels"], cuts), int(data["batch"]))
+        ids, labels = np.split(data["ids"], cuts), np.split(data["labels"], cuts)
+        return Workload(ids, labels, int(data["batch"]), data["never"])
 
 
 def make_checkpoint(case: Case, folder: Path, *, layers: int | None = None) -> int:
@@ -117,16 +132,77 @@ def make_checkpoint(case: Case, folder: Path, *, layers: int | None = None) -> i
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]
     config.bos_token_id, config.eos_token_id, config.pad_token_id = BOS, EOS, PAD
-    torch.manual_seed(case.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float32 if case.dtype == "float32" else torch.bfloat16  # as published models are stored
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    device = _device_with_room(sum(p.numel() * p.element_size() for p in model.parameters()))
+    torch.manual_seed(case.seed)
+    if device is not None:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.generation_config.pad_token_id = PAD
-    model.save_pretrained(folder)
+    if device is not None:
+        model.save_pretrained(folder, max_shard_size=SHARD)
+    else:
+        save_in_parts(model, folder)
     _tokenizer(config.vocab_size).save_pretrained(folder)
     write_starting_adapter(model, case, folder / "start.safetensors")
     return int(config.vocab_size)
+
+
+def _device_with_room(size: int) -> str | None:
+    """Return where a model of `size` bytes can be made whole and saved, or None (8B in bfloat16 on a Colab T4)."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.1 * size:
+        return "cuda"
+    return "cpu" if psutil.virtual_memory().available > 2.2 * size else None  # saving copies a shard
+
+
+def save_in_parts(model: Any, folder: Path, shard: int = SHARD) -> None:
+    """Write a model that is on the meta device, one module in memory at a time, with its family's own initialisation."""
+    import torch
+    from safetensors.torch import save_file
+
+    wanted = {name for name, _ in model.named_parameters()}  # tied ones once
+    where: dict[str, int] = {}
+    part: dict[str, Any] = {}
+    parts = total = 0
+    for prefix, module in model.named_modules():
+        own = [name for name, _ in module.named_parameters(recurse=False)]
+        if not own:
+            continue
+        with torch.no_grad():
+            model._init_weights(module.to_empty(device="cpu", recurse=False))
+        for name in own:
+            full = f"{prefix}.{name}" if prefix else name
+            if full in wanted:
+                part[full] = getattr(module, name).detach().clone()
+        module.to_empty(device="meta", recurse=False)
+        where |= dict.fromkeys(part, parts)
+        if sum(t.numel() * t.element_size() for t in part.values()) > shard:
+            save_file(part, folder / f"part-{parts}.safetensors", metadata={"format": "pt"})
+            total, parts, part = total + sum(t.numel() * t.element_size() for t in part.values()), parts + 1, {}
+    if part:
+        save_file(part, folder / f"part-{parts}.safetensors", metadata={"format": "pt"})
+        total, parts = total + sum(t.numel() * t.element_size() for t in part.values()), parts + 1
+    names = [f"model-{i + 1:05}-of-{parts:05}.safetensors" for i in range(parts)]
+    for i, name in enumerate(names):
+        (folder / f"part-{i}.safetensors").rename(folder / name)
+    index = {"metadata": {"total_size": total}, "weight_map": {name: names[i] for name, i in where.items()}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+
+
+def parameters_of(path: Path) -> int:
+    """Return the number of parameters in a safetensors file, from its header alone."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as tensors:
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
 
 
 def write_starting_adapter(model: Any, case: Case, path: Path) -> None:
@@ -165,28 +241,39 @@ def _tokenizer(vocab_size: int) -> Any:
 
 def main() -> None:
     """Make what a job file asks for: [{"case", "folder", "layers"}]; used by the runner."""
+    from fastft.bench.worker import end_with_the_runner
+
+    end_with_the_runner()
     for job in json.loads(Path(sys.argv[1]).read_text("utf-8")):
         case, folder = Case.model_validate(job["case"]), Path(job["folder"])
+        never = [PAD, BOS, EOS]
         if case.model.id is None or job["layers"] is not None:
             vocab_size = make_checkpoint(case, folder, layers=job["layers"])
         else:
-            vocab_size = _use_real_model(case, folder)
+            vocab_size, never = _use_real_model(case, folder)
         for table, settings in case.tables.items():
             batch = settings.effective_batch_size or case.effective_batch_size
-            save(draw(case, settings.lengths or case.lengths, batch, vocab_size), folder / f"{table}.npz")
+            save(draw(case, settings.lengths or case.lengths, batch, vocab_size, never), folder / f"{table}.npz")
 
 
-def _use_real_model(case: Case, folder: Path) -> int:
-    """Write only the starting adapter beside a real model, from its config alone."""
+def _use_real_model(case: Case, folder: Path) -> tuple[int, list[int]]:
+    """Write only the starting adapter beside a real model, from its config alone.
+
+    Returns the vocabulary's size and the ids that no sequence may hold: every special or added token, and those past
+    the tokenizer's end, because each library pads with another one of them.
+    """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     config = AutoConfig.from_pretrained(str(case.model.id))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     write_starting_adapter(model, case, folder / "start.safetensors")
-    return int(config.get_text_config().vocab_size)
+    tokenizer = AutoTokenizer.from_pretrained(str(case.model.id))
+    vocab_size = int(config.get_text_config().vocab_size)
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return vocab_size, sorted({*special, *range(len(tokenizer), vocab_size + NEW_TOKENS)})
 
 
 if __name__ == "__main__":
