@@ -145,9 +145,10 @@ class MemoryCheck(TrainerCallback):
         steps, policy = self.trainer.steps, self.trainer.policy
         segments = segments_of(steps[state.global_step % len(steps)])
         lengths = [len(segment) for segment in segments if segment.supervised]
-        for row in (cut_padded if policy.padded else cut)(lengths, policy.micro_batch_tokens):
+        padded = policy.rows == "padded"
+        for row in (cut_padded if padded else cut)(lengths, policy.micro_batch_tokens):
             longest = max(lengths[i] for i in row)
-            tokens = longest * len(row) if policy.padded else sum(lengths[i] for i in row)
+            tokens = longest * len(row) if padded else sum(lengths[i] for i in row)
             self.largest, self.longest = max((self.largest, self.longest), (tokens, longest))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:

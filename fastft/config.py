@@ -131,6 +131,9 @@ class TrainConfig(Section):
     save_steps: int = Field(50, ge=1)
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept (the best one is kept besides)")
     eval_steps: int = Field(50, ge=1)
+    max_eval_samples: MaybeSteps = Field(
+        500, description="held-out samples that each evaluation measures, always the same ones; null: all"
+    )
     early_stopping_patience: MaybeSteps = Field(
         None, description="stop after so many evaluations without a better loss"
     )
@@ -138,7 +141,8 @@ class TrainConfig(Section):
         "auto", description="most tokens in one forward pass; a longer sequence is a row of its own"
     )
     padding_free: Literal["auto"] | bool = Field(
-        "auto", description="auto: rows without padding where the family's attention is known exactly, else padded"
+        "auto",
+        description="auto: rows without padding where that is exact (CPU: known families, GPU: checked at the start)",
     )
     fused_layers: Literal["auto"] | bool = Field(
         "auto", description="auto: fastft's own LoRA, MLP, attention and loss on a CPU; off: transformers' and peft's"
@@ -219,7 +223,7 @@ class RunConfig(Section):
             problems.append(
                 "train.early_stopping_patience needs held-out data; set data.eval_fraction above 0 or data.eval_source"
             )
-        for key in ("max_steps", "warmup_steps", "early_stopping_patience", "max_minutes"):
+        for key in ("max_steps", "warmup_steps", "early_stopping_patience", "max_eval_samples", "max_minutes"):
             value = getattr(self.train, key)
             if value is not None and value < (0 if key == "warmup_steps" else 1e-9):
                 problems.append(f"train.{key} is {value}; it must be positive, or null")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -204,6 +206,7 @@ def check_gpu(hardware: Hardware) -> Iterator[Check]:
         sm = "".join(map(str, hardware.capability or ()))
         detail = f"{hardware.gpu_count} x {card.name}, SM {sm}, driver {card.driver}; {dtype} ({why})"
         yield Check(name="GPU", status="ok", detail=detail)
+        yield from check_cuda(card.cuda, torch_cuda())
         free, total = hardware.vram_free_bytes / GIB, hardware.vram_bytes / GIB
         busy = free < 0.8 * total
         fix = "nvidia-smi shows what holds the rest; end it, or restart the notebook's runtime" if busy else None
@@ -221,6 +224,29 @@ def check_gpu(hardware: Hardware) -> Iterator[Check]:
     else:
         dtype, why = compute_dtype(hardware)
         yield Check(name="GPU", status="note", detail=f"none; the CPU trains in {dtype} ({why})")
+
+
+def check_cuda(driver: tuple[int, int] | None, built_for: tuple[int, int] | None) -> Iterator[Check]:
+    """Whether the driver is new enough for the CUDA that torch was built for: the major version decides."""
+    if driver is None or built_for is None:
+        return
+    (has, _), (needs, _) = driver, built_for
+    detail = f"torch is built for {'.'.join(map(str, built_for))}, the driver runs up to {'.'.join(map(str, driver))}"
+    if has >= needs:
+        yield Check(name="CUDA", status="ok", detail=detail)
+        return
+    wheels = f"https://download.pytorch.org/whl/cu{has}{driver[1]}"
+    fix = f"install a newer NVIDIA driver, or a torch for this one: pip install torch --index-url {wheels}"
+    yield Check(name="CUDA", status="blocking", detail=f"{detail}: torch cannot use the card", fix=fix)
+
+
+def torch_cuda() -> tuple[int, int] | None:
+    """Return the CUDA version that torch was built for, read from its files without importing it."""
+    found = importlib.util.find_spec("torch")
+    version = Path(found.origin).with_name("version.py") if found is not None and found.origin else None
+    text = version.read_text(encoding="utf-8") if version is not None and version.is_file() else ""
+    match = re.search(r"^cuda\b[^=\n]*=\s*['\"](\d+)\.(\d+)", text, re.M)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def check_memory(hardware: Hardware, path: str | Path) -> Iterator[Check]:
@@ -287,7 +313,7 @@ def check_hub(timeout: float = 4.0) -> Check:
     except urllib.error.HTTPError as error:
         if error.code >= 500:
             return Check(name="Hub", status="warning", detail=f"{endpoint} answers {error.code}", fix="try again later")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         detail = f"{endpoint} cannot be reached ({getattr(error, 'reason', error)}): only local folders and the cache"
         return Check(name="Hub", status="warning", detail=detail, fix="check the network, a proxy, or HF_ENDPOINT")
     return Check(name="Hub", status="ok", detail=f"{endpoint} answers in {time.monotonic() - started:.1f} s, {token}")

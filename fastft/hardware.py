@@ -171,15 +171,34 @@ def probe(path: str | Path = ".") -> Hardware:
         reason = _torch_without_cuda()
         return replace(cpu, notes=(f"{cards[0].name} is not used: {reason}",)) if reason else _with_gpu(cpu, cards)
     if apple:
-        # Metal's recommendedMaxWorkingSetSize is about three quarters of the unified memory.
+        # Metal's recommendedMaxWorkingSetSize is about three quarters of the unified memory. No rate: nobody measured one.
         share = ram * 3 // 4
-        return replace(cpu, kind="mps", gpu_count=1, vram_bytes=share, vram_free_bytes=min(share, ram_free))
+        free = min(share, ram_free)
+        return replace(cpu, kind="mps", gpu_count=1, vram_bytes=share, vram_free_bytes=free, flops=None)
     return cpu
 
 
 # Matmul FLOP/s of one core, bfloat16 with AVX512-BF16 (425e9 measured on a 2-core EPYC) and float32 AVX2
 # at about 3 GHz (2 FMA ports x 8 lanes x 2). A guess for any other CPU, and called one in the plan.
 _FLOPS_PER_CORE = {True: 425e9, False: 96e9}
+
+
+def cpu_only(cores: int, *, bf16: bool) -> Hardware:
+    """Return this machine as if it had no GPU and a CPU of so many cores, which multiply bfloat16 natively or not."""
+    return replace(
+        probe(),
+        kind="cpu",
+        gpu_count=0,
+        vram_bytes=0,
+        vram_free_bytes=0,
+        capability=None,
+        bf16=bf16,
+        cpu_bf16=bf16,
+        cpu_cores=cores,
+        bandwidth=None,
+        flops=cores * _FLOPS_PER_CORE[bf16],
+        notes=(),
+    )
 
 
 def named_gpu(name: str) -> Hardware:
@@ -221,6 +240,11 @@ def gpu_key(name: str, vram_bytes: int | None = None) -> str | None:
     text = _ALIASES.get(text, text)
     if text in KNOWN_GPUS:
         return text
+    if f"rtx{text}" in KNOWN_GPUS:  # people say 4090
+        return f"rtx{text}"
+    size = re.search(r"(\d+) ?gb\b", name.lower())
+    if vram_bytes is None and size:
+        vram_bytes = int(size[1]) * GIB
     # Driver names carry more ("NVIDIA A100-SXM4-80GB"): take the longest key whose model part is in the name.
     fits = [key for key in KNOWN_GPUS if re.search(rf"(?<![a-z0-9]){key.split('-')[0]}(?![a-z0-9])", _spaced(name))]
     if vram_bytes is None:
@@ -243,6 +267,8 @@ class NvidiaCard(NamedTuple):
     free_bytes: int
     capability: tuple[int, int]
     driver: str
+    cuda: tuple[int, int] | None = None
+    """The newest CUDA that the driver runs."""
 
 
 class _NvmlMemory(ctypes.Structure):
@@ -285,7 +311,17 @@ def _read_card(nvml: ctypes.CDLL, index: int) -> NvidiaCard:
     nvml.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor))
     driver = ctypes.create_string_buffer(96)
     nvml.nvmlSystemGetDriverVersion(driver, 96)
-    return NvidiaCard(name, memory.total, memory.free, (major.value, minor.value), driver.value.decode())
+    capability = (major.value, minor.value)
+    return NvidiaCard(name, memory.total, memory.free, capability, driver.value.decode(), _driver_cuda(nvml))
+
+
+def _driver_cuda(nvml: ctypes.CDLL) -> tuple[int, int] | None:
+    number = ctypes.c_int()
+    if not hasattr(nvml, "nvmlSystemGetCudaDriverVersion_v2") or nvml.nvmlSystemGetCudaDriverVersion_v2(
+        ctypes.byref(number)
+    ):
+        return None
+    return number.value // 1000, number.value % 1000 // 10  # 12080 is 12.8
 
 
 def _visible(variable: str | None, count: int) -> list[int]:

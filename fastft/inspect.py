@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from fastft.config import ModelConfig, RunConfig
+from fastft.errors import FastFTError
 
 
 def inspect_data(config: RunConfig, *, plot: Path | None = None, console: Console | None = None) -> Any:
@@ -18,10 +19,17 @@ def inspect_data(config: RunConfig, *, plot: Path | None = None, console: Consol
     tokenizer = load_tokenizer(config.model)
     data = prepare(config.data, tokenizer, max_seq_length=config.model.max_seq_length, seed=config.train.seed)
     data.report.notices += misfits(config, len(data.train), max_positions(config.model))
-    data.report.print(console or Console(stderr=True))
+    console = console or Console(stderr=True)
+    data.report.print(console)
     if plot is not None:
-        plot.parent.mkdir(parents=True, exist_ok=True)
-        data.report.plot(plot)
+        try:
+            plot.parent.mkdir(parents=True, exist_ok=True)
+            data.report.plot(plot)
+        except OSError as error:
+            raise FastFTError(
+                f"the plot {plot} cannot be written: {error}. Set output_dir to another folder."
+            ) from error
+        console.print(f"the lengths as a picture: {plot}", markup=False, highlight=False, soft_wrap=True)
     return data.report
 
 

@@ -69,17 +69,15 @@ def load_for_training(
 ) -> tuple[Any, Any, Engine]:
     """Return (model, tokenizer, engine) of the config's base model, without LoRA.
 
-    `choices` holds the already made choices "engine", "quantization" and "dtype" (see `choose_loading`).
-    Raises FastFTError where the checkpoint cannot be used.
+    `choices` holds the already made choices "engine", "quantization" and "dtype" (see `choose_loading`); "dtype" is
+    changed where Unsloth trains the family in another one (gemma3, gpt-oss: never in float16). Raises FastFTError where
+    the checkpoint cannot be used.
     """
     import torch
 
     check_checkpoint(config.name, revision=config.revision)
     engine = get_engine(choices["engine"].value)
     quantization = choices["quantization"].value
-    checkpointing: Any = gradient_checkpointing
-    if gradient_checkpointing and engine.name == "unsloth" and hardware.kind == "cuda":
-        checkpointing = "unsloth"  # offloads the layer inputs to RAM
     keywords: dict[str, Any] = {
         "model_name": location(config.name),
         "max_seq_length": config.max_seq_length,
@@ -88,13 +86,24 @@ def load_for_training(
         "load_in_8bit": quantization == "int8",
         "revision": config.revision,
         "trust_remote_code": config.trust_remote_code,
-        "use_gradient_checkpointing": checkpointing,
+        "use_gradient_checkpointing": _checkpointing(gradient_checkpointing, engine, hardware.kind),
     }
+    if engine.name == "unsloth" and hardware.kind == "cuda":
+        # It would load its own copy of a model it knows (pre-quantised in 4 bit, and without the revision), which is
+        # neither the base that was planned and recorded nor the one that is exported.
+        keywords["use_exact_model_name"] = True
     with explained(config.name):
         model, tokenizer = engine.from_pretrained(**keywords)
     forbid_packed_nf4(model)
+    if getattr(model, "_unsloth_forced_float32", False):
+        choices["dtype"] = Choice("float32", "Unsloth computes this family in float32 here: float16 overflows in it")
     model._fastft_engine = engine.name
     return model, tokenizer, engine
+
+
+def _checkpointing(wanted: bool, engine: Engine, device: str) -> bool | str:
+    """Return "unsloth" for Unsloth on a GPU, which offloads layer inputs to RAM; a plain True afterwards would undo it."""
+    return "unsloth" if wanted and engine.name == "unsloth" and device == "cuda" else wanted
 
 
 def location(name: str) -> str:
@@ -178,7 +187,7 @@ def attach_lora(
         "random_state": seed,
         "use_rslora": config.use_rslora,
         "init_lora_weights": PEFT_INIT.get(config.init, config.init),
-        "use_gradient_checkpointing": gradient_checkpointing,
+        "use_gradient_checkpointing": _checkpointing(gradient_checkpointing, engine, model.device.type),
     }
     if config.use_dora:
         keywords["use_dora"] = True

@@ -17,16 +17,18 @@ Import this after the engine (`fastft.FastSFTTrainer` sees to it): Unsloth must 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
-from fastft.data.batches import IGNORE, Segment, supervised_tokens
+from fastft.data.batches import IGNORE, Rows, Segment, supervised_tokens
 from fastft.engines import get_engine
-from fastft.engines.attention import is_known_family, text_config
 from fastft.engines.fused import FusedLayers
 from fastft.errors import CouldNotFinishError, FastFTError
+from fastft.exactness import RowCheck, check_rows, choose_rows
 from fastft.step import Stepper, StepPolicy
 
 CPU_TOKENS = 1024  # enough to keep a CPU's matrix products busy
@@ -53,9 +55,12 @@ class FastSFTTrainer(SFTTrainer):
             if kwargs.get("processing_class") is not None:
                 raise FastFTError("both tokenizer and processing_class are given; they are two names of one argument.")
             kwargs["processing_class"] = tokenizer
+        settings = args[1] if len(args) > 1 else kwargs.setdefault("args", SFTConfig())
+        keep_batches_padded(settings)
         super().__init__(*args, **kwargs)
         self._refuse_what_would_be_ignored()
         self._stepper = self._make_stepper(micro_batch_tokens, fused_layers)
+        self._rows_chosen = False
         self.loss_trace: list[float] = []
 
     def _refuse_what_would_be_ignored(self) -> None:
@@ -80,34 +85,41 @@ class FastSFTTrainer(SFTTrainer):
             )
 
     def _make_stepper(self, micro_batch_tokens: int | None, fused_layers: bool) -> Stepper:
-        """Choose rows or padded batches, the budget and the layers, and say so."""
+        """Choose the budget and the layers, and say so; rows are chosen when there is data to look at."""
         from fastft.engines import native
 
         on_cpu = self.args.device.type == "cpu"
         name = getattr(self.model, "_fastft_engine", None) or ("unsloth" if "unsloth" in sys.modules else "stock")
-        known = is_known_family(self.model)
-        padded = not known or (not on_cpu and name == "unsloth")
         if micro_batch_tokens is None:
             length = getattr(self.args, "max_length", None) or 1024
             micro_batch_tokens = CPU_TOKENS if on_cpu else self.args.per_device_train_batch_size * length
         fused = FusedLayers(self.model, self._compute_dtype()) if fused_layers and on_cpu else None
         if fused is not None and not fused.forwards:
             fused = None
-        family = text_config(self.model).model_type
-        why = "Unsloth's GPU kernels" if known else f"{family}'s attention is not known to be exact without padding"
-        rows = f"padded batches ({why})" if padded else "rows without padding"
         layers = f", {len(fused.forwards)} fused layers" if fused else ""
         layers += f" ({native.why_not()})" if fused and native.why_not() else ""
-        _say(f"FastSFTTrainer: {rows} of at most {micro_batch_tokens} tokens{layers}")
+        _say(f"FastSFTTrainer: at most {micro_batch_tokens} tokens a forward pass{layers}")
         pad = getattr(self.processing_class, "pad_token_id", None) or 0
         return Stepper(
             self.model,
             get_engine(name),
-            StepPolicy(micro_batch_tokens, padded, pad),
+            StepPolicy(micro_batch_tokens, "padded", pad),
             device=self.args.device,
             on_note=_say,
             fused=fused,
+            scale=self.accelerator.scaler,
         )
+
+    def _choose_rows(self, segments: list[Segment]) -> None:
+        """Take rows without padding where they are exact: known on a CPU, looked at on a GPU with the first step's data."""
+        check = None if self.args.device.type == "cpu" else partial(self._check_rows, segments)
+        rows, choice = choose_rows("auto", self.model, self._stepper.engine, check)
+        self._stepper.policy.rows = rows
+        _say(f"FastSFTTrainer: {'rows without padding: ' if choice.value else ''}{choice.reason}")
+
+    def _check_rows(self, segments: list[Segment], rows: Rows) -> RowCheck | None:
+        candidate = self._stepper.with_policy(replace(self._stepper.policy, rows=rows))
+        return check_rows(candidate, segments, self.compute_loss_context_manager)
 
     def _compute_dtype(self) -> torch.dtype:
         """Return what matrix products compute in: autocast's type, else the weights'."""
@@ -126,6 +138,9 @@ class FastSFTTrainer(SFTTrainer):
         """Return the step's loss with its gradient added; zero for the accumulation steps before the last."""
         if not inputs or not supervised_tokens(inputs):
             return torch.zeros((), device=self.args.device)
+        if not self._rows_chosen:
+            self._choose_rows(inputs)
+            self._rows_chosen = True
         model.train()
         loss = self._stepper.gradient(model, inputs, self.accelerator.backward, self.compute_loss_context_manager)
         if loss != loss or loss in (float("inf"), float("-inf")):
@@ -144,6 +159,12 @@ class FastSFTTrainer(SFTTrainer):
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         self.state.num_input_tokens_seen += sum(len(segment) for segment in inputs)
+
+
+def keep_batches_padded(settings: Any) -> None:
+    """Turn `padding_free` off where it was left open: Unsloth would turn it on (GPU), and rows are made here from batches."""
+    if getattr(settings, "padding_free", False) is None:
+        settings.padding_free = False
 
 
 def _segments(batch: Any) -> list[Segment]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastft.data.batches import MicroBatch, Segment, micro_batches, supervised_tokens
+from fastft.data.batches import MicroBatch, Rows, Segment, micro_batches, supervised_tokens
 from fastft.engines.attention import padding_free
 from fastft.engines.base import Engine
 from fastft.engines.fused import FusedLayers
@@ -24,7 +24,7 @@ class StepPolicy:
     """How a step is cut. `micro_batch_tokens` may shrink while the run goes on; what is learnt does not change."""
 
     micro_batch_tokens: int
-    padded: bool
+    rows: Rows
     pad_token_id: int
 
 
@@ -40,9 +40,23 @@ class Stepper:
         device: Any,
         on_note: Callable[[str], None],
         fused: FusedLayers | None = None,
+        scale: Any = None,
     ) -> None:
-        self.model, self.engine, self.policy, self.fused = model, engine, policy, fused
+        """`scale`: what `backward` multiplies the loss by (float16): a GradScaler, a number, or None."""
+        self.model, self.engine, self.policy, self.fused, self.scale = model, engine, policy, fused, scale
         self.device, self.on_note = device, on_note
+
+    def with_policy(self, policy: StepPolicy) -> Stepper:
+        """Return a stepper like this one that cuts by `policy`."""
+        return Stepper(
+            self.model,
+            self.engine,
+            policy,
+            device=self.device,
+            on_note=self.on_note,
+            fused=self.fused,
+            scale=self.scale,
+        )
 
     def gradient(
         self, model: Any, segments: list[Segment], backward: Callable[[torch.Tensor], None], context: Callable[[], Any]
@@ -68,7 +82,9 @@ class Stepper:
     def _accumulate(
         self, model: Any, segments: list[Segment], backward: Callable[[torch.Tensor], None], context: Callable[[], Any]
     ) -> float:
-        supervised, loss_sum = supervised_tokens(segments), torch.zeros((), device=self.device, dtype=torch.float64)
+        self.engine.announce_scale(self.model, self.scale)
+        wide = torch.float32 if torch.device(self.device).type == "mps" else torch.float64  # MPS has no float64
+        supervised, loss_sum = supervised_tokens(segments), torch.zeros((), device=self.device, dtype=wide)
         with self.layers(), self.engine.loss_mode(self.model):
             for batch in self.batches(segments):
                 with context():
@@ -77,22 +93,30 @@ class Stepper:
                 loss_sum += loss.detach()
         return loss_sum.item()
 
+    def loss(self, segments: list[Segment]) -> float:
+        """Return the sum of the token losses of `segments`; the caller sets mode, precision and no_grad."""
+        with self.layers():
+            return sum(
+                self.model(**batch.inputs, num_items_in_batch=1, use_cache=False).loss.item()
+                for batch in self.batches(segments)
+            )
+
     def batches(self, segments: list[Segment]) -> Iterator[MicroBatch]:
         """Yield the micro-batches of `segments` under the policy as it is now."""
         policy = self.policy
         return micro_batches(
             segments,
             policy.micro_batch_tokens,
-            padded=policy.padded,
+            rows=policy.rows,
             pad_token_id=policy.pad_token_id,
             device=self.device,
         )
 
     @contextlib.contextmanager
     def layers(self) -> Iterator[None]:
-        """Inside, the model takes padding-free rows (unless padded) and computes with the fused layers, where there are any."""
+        """Inside, the model attends within its rows' boundaries and computes with the fused layers, where there are any."""
         with contextlib.ExitStack() as stack:
-            if not self.policy.padded:
+            if self.policy.rows == "varlen":
                 stack.enter_context(padding_free(self.model))
             if self.fused is not None:
                 stack.enter_context(self.fused.active())

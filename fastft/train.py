@@ -17,7 +17,9 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fastft import checkpoint, model
 from fastft.config import MOVES_THE_BASE, RunConfig
@@ -30,6 +32,11 @@ from fastft.hardware import Choice, Hardware, probe
 from fastft.mirror import FLUSH_SECONDS, INTERRUPTED_FLUSH_SECONDS, Mirror
 from fastft.progress import Reporter
 from fastft.run import INITIAL_ADAPTER, RunFolder, best_step, machine, now, out_of_patience, versions
+
+if TYPE_CHECKING:
+    from fastft.data.batches import Rows
+    from fastft.exactness import RowCheck
+    from fastft.step import StepPolicy
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ class _Session:
         )  # fmt: skip
         self._keep_samples()
         trainer = self._trainer()
-        before = trainer.mean_loss(self.data.eval) if self.data.eval is not None else None
+        before = trainer.mean_loss(trainer.held_out) if trainer.held_out is not None else None
         self.run.update_record(eval_loss_before=before, samples_before=self._sample_answers())
         if before is not None:
             self.report.note(f"held-out loss before training: {before:.4f}")
@@ -169,7 +176,7 @@ class _Session:
             )
             self.run.update_record(versions_on_resume=versions())
         if "samples_before" not in record:
-            before = trainer.mean_loss(self.data.eval) if self.data.eval is not None else None
+            before = trainer.mean_loss(trainer.held_out) if trainer.held_out is not None else None
             self.run.update_record(eval_loss_before=before, samples_before=self._sample_answers())
         if trained:
             trainer._load_from_checkpoint(str(newest))
@@ -260,22 +267,33 @@ class _Session:
         self.report.note(f"{self.trainable:,} trainable parameters")
 
     def _choose_batching(self) -> None:
-        from fastft.engines.attention import is_known_family, text_config
+        from fastft.exactness import choose_rows
 
-        wanted, known = self.config.train.padding_free, is_known_family(self.model)
-        family = text_config(self.model).model_type
-        if wanted is True and not known:
-            raise FastFTError(
-                f"train.padding_free is on, but {family}'s attention is not known to be exact without padding. Set it to auto."
-            )
-        if self.hardware.kind == "cuda" and self.engine.name == "unsloth":
-            self.choices["padding_free"] = Choice(False, "Unsloth's GPU kernels: padded batches, like lengths together")
-        elif wanted == "auto":
-            reason = f"{family}'s attention is known" if known else f"{family}'s attention is not known: padded batches"
-            self.choices["padding_free"] = Choice(known, reason)
-        else:
-            self.choices["padding_free"] = Choice(wanted, "asked for")
+        check = None if self.hardware.kind == "cpu" else self._check_rows
+        self.rows, self.choices["padding_free"] = choose_rows(
+            self.config.train.padding_free, self.model, self.engine, check
+        )
         self._choose_fused()
+
+    def _check_rows(self, rows: Rows) -> RowCheck | None:
+        """Compare a row of the first step's sequences with each of them alone, in the run's precision."""
+        import torch
+
+        from fastft.data.batches import StepBatches, segments_of
+        from fastft.exactness import check_rows
+        from fastft.step import Stepper
+
+        dtype, device = getattr(torch, self.choices["dtype"].value), self.model.device
+        stepper = Stepper(self.model, self.engine, self._policy(rows), device=device, on_note=self.report.warn)
+        steps = StepBatches(self.data.train, self.config.train.effective_batch_size, self.config.train.seed)
+        mixed = dtype != torch.float32
+        return check_rows(stepper, segments_of(steps[0]), lambda: torch.autocast(device.type, dtype, enabled=mixed))
+
+    def _policy(self, rows: Rows) -> StepPolicy:
+        from fastft.step import StepPolicy
+
+        budget = self.choices["micro_batch_tokens"].value
+        return StepPolicy(budget, rows, pad_token_id=self.tokenizer.pad_token_id or 0)
 
     def _choose_fused(self) -> None:
         """Fastft's own layers, where the model has some that they stand for: CPU, weights not quantised."""
@@ -299,7 +317,6 @@ class _Session:
         self.choices["fused_layers"] = Choice(bool(fused.forwards), reason)
 
     def _trainer(self) -> Any:
-        from fastft.step import StepPolicy
         from fastft.trainer import StepTrainer, training_arguments
 
         settings, total = self.config.train, self._total_steps()
@@ -311,19 +328,14 @@ class _Session:
             epochs=settings.epochs, save_steps=settings.save_steps, report_to=list(settings.report_to),
             log_dir=self.run.path / "tensorboard", use_cpu=self.hardware.kind == "cpu",
         )  # fmt: skip
-        policy = StepPolicy(
-            micro_batch_tokens=self.choices["micro_batch_tokens"].value,
-            padded=not self.choices["padding_free"].value,
-            pad_token_id=self.tokenizer.pad_token_id or 0,
-        )
         trainer = StepTrainer(
             self.model,
             arguments,
             engine=self.engine,
             train_dataset=self.data.train,
-            eval_dataset=self.data.eval,
+            eval_dataset=self._held_out(),
             effective_batch_size=settings.effective_batch_size,
-            policy=policy,
+            policy=self._policy(self.rows),
             on_log=self._on_log,
             on_note=self.report.warn,
             save_extra=self._save_extra,
@@ -348,6 +360,15 @@ class _Session:
         self.memory = self._memory_check(trainer)
         trainer.add_callback(self.memory)
         return trainer
+
+    def _held_out(self) -> Any | None:
+        """What is measured at each evaluation: the held-out samples, or a fixed draw of `train.max_eval_samples` of them."""
+        held, most = self.data.eval, self.config.train.max_eval_samples
+        if held is None or most is None or len(held) <= most:
+            return held
+        self.report.note(f"the held-out loss is that of {most:,} of {len(held):,} samples (train.max_eval_samples)")
+        drawn = np.random.default_rng(self.config.train.seed).choice(len(held), most, replace=False)
+        return held[np.sort(drawn)]
 
     def _memory_check(self, trainer: Any) -> Any:
         """The plan of this run, to be compared with its first steps."""

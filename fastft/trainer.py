@@ -73,7 +73,15 @@ class StepTrainer(Trainer):
         self.on_log = on_log
         self.save_extra = save_extra
         self.report_every = report_every
-        self.stepper = Stepper(model, engine, policy, device=self.args.device, on_note=on_note, fused=fused)
+        self.stepper = Stepper(
+            model,
+            engine,
+            policy,
+            device=self.args.device,
+            on_note=on_note,
+            fused=fused,
+            scale=self.accelerator.scaler,
+        )
         self.progress = Progress()
 
     # --- one step
@@ -132,12 +140,11 @@ class StepTrainer(Trainer):
         was_training = self.model.training
         self.model.eval()
         total, supervised = 0.0, 0
-        with self.stepper.layers(), self.autocast():
-            for first in range(0, len(dataset), 32):
-                segments = segments_of([dataset[i] for i in range(first, min(first + 32, len(dataset)))])
-                for batch in self.stepper.batches(segments):
-                    total += self.model(**batch.inputs, num_items_in_batch=1, use_cache=False).loss.double().item()
-                supervised += supervised_tokens(segments)
+        for first in range(0, len(dataset), 32):
+            segments = segments_of([dataset[i] for i in range(first, min(first + 32, len(dataset)))])
+            with self.autocast():
+                total += self.stepper.loss(segments)
+            supervised += supervised_tokens(segments)
         self.model.train(was_training)
         return total / max(supervised, 1)
 
@@ -158,6 +165,12 @@ class StepTrainer(Trainer):
             record |= {"loss": step["loss"], "lr": logs["learning_rate"], "grad_norm": logs.get("grad_norm")}
             record |= {"tokens": step["tokens"], "tokens_per_sec": step["tokens"] / step["seconds"]}
             record |= {"seconds": step["seconds"], "peak_memory_bytes": peak_memory_bytes()}
+            if self.accelerator.optimizer_step_was_skipped:
+                record["grad_norm"] = None  # infinity or NaN, which JSON does not have
+                self.stepper.on_note(
+                    f"step {self.state.global_step}: the gradient overflowed in float16, so the weights stay as they were and "
+                    "the loss scale is halved (usual in the first steps)"
+                )
         self.on_log(record)
         if "eval_loss" in logs or self.state.global_step % self.report_every == 0:
             super().log(logs, start_time)

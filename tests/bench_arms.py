@@ -43,6 +43,26 @@ class DropsEveryThird(PeftArm):
         return super().train(replace(job, workload=short), witness)
 
 
+class NeverUpdates(PeftArm):
+    """Computes everything and then changes nothing."""
+
+    def train(self, job: Any, witness: Any) -> Any:
+        case = job.case.model_copy(update={"learning_rate": 0.0})
+        return super().train(replace(job, case=case), witness)
+
+
+class StopsEarly(PeftArm):
+    """Is content after the warm-up, and says nothing of it."""
+
+    def train(self, job: Any, witness: Any) -> Any:
+        witness.on_step_begin = lambda args, state, control, **rest: self.stop(state, control)
+        return super().train(job, witness)
+
+    @staticmethod
+    def stop(state: Any, control: Any) -> None:
+        control.should_training_stop = state.global_step == 0
+
+
 class CountsPadding(PeftArm):
     """Claims padding as tokens."""
 

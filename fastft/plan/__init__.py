@@ -45,7 +45,7 @@ from fastft.plan.resolve import (
 )
 from fastft.plan.shape import KNOWN_MODELS, ModelShape, known_shape, load_shape, shape_from_config
 from fastft.plan.show import plan_table
-from fastft.plan.time import StepTime, step_time
+from fastft.plan.time import StepTime, step_time, steps_of_run
 
 __all__ = [
     "KNOWN_MODELS",
@@ -97,6 +97,11 @@ class Plan(BaseModel):
     parameters: int
     trainable_parameters: int
     seconds_per_step: float | None
+    steps: int | None
+    """Optimizer steps of the run, where that can be said without reading the data."""
+    seconds: float | None
+    """Of the whole run, evaluation and export not counted; at most, where its sequences are shorter."""
+    steps_basis: str
     tokens_per_step: int
     tokens_per_sec: float | None
     time_basis: str
@@ -143,9 +148,9 @@ def plan(
     return result
 
 
-def _verdict_of(config: RunConfig, hardware: Hardware, shape: ModelShape) -> tuple[Verdict, str]:
+def _verdict_of(config: RunConfig, hardware: Hardware, shape: ModelShape) -> tuple[Verdict, int]:
     result = _measure(config, hardware, shape, None)
-    return result.verdict, result.reason
+    return result.verdict, max(phase.disk_bytes for phase in result.phases.values())
 
 
 def _measure(config: RunConfig, hardware: Hardware, shape: ModelShape, mean_length: float | None) -> Plan:
@@ -160,6 +165,8 @@ def _measure(config: RunConfig, hardware: Hardware, shape: ModelShape, mean_leng
     verdict, reason = _judge(phases, available, s)
     length = mean_length or config.model.max_seq_length
     timing: StepTime = step_time(shape, s, hardware, sequences=config.train.effective_batch_size, mean_length=length)
+    steps, steps_basis = steps_of_run(config, timing.seconds)
+    seconds = None if timing.seconds is None or steps is None else timing.seconds * steps
     return Plan(
         model=shape.name,
         hardware=hardware.name,
@@ -170,6 +177,9 @@ def _measure(config: RunConfig, hardware: Hardware, shape: ModelShape, mean_leng
         parameters=shape.parameters,
         trainable_parameters=trainable(shape, s),
         seconds_per_step=timing.seconds,
+        steps=steps,
+        seconds=seconds,
+        steps_basis=steps_basis,
         tokens_per_step=timing.tokens,
         tokens_per_sec=timing.tokens_per_sec,
         time_basis=timing.basis,
@@ -188,9 +198,9 @@ def _notes(config: RunConfig, shape: ModelShape, s: Situation, mean_length: floa
             f"answers badly beyond them; set at most {made_for:,}"
         )
     if mean_length is None:
-        notes.append(f"every sequence taken as {config.model.max_seq_length:,} tokens; shorter ones need less of both")
+        notes.append(f"every sequence is taken as {longest:,} tokens long; shorter ones need less memory and time")
     if config.lora.train_tokens == "auto":
-        notes.append("rows of tokens that an added chat template needs would be trained besides (hidden size each)")
+        notes.append("where a chat template brings new tokens, their embedding rows are trained too (hidden size each)")
     if shape.experts and s.quantization == "nf4":
         notes.append(
             "experts count as NF4, as in Unsloth's 4-bit checkpoints; plain bitsandbytes leaves them in 16 bit"

@@ -82,6 +82,7 @@ def trainable(shape: ModelShape, s: Situation) -> int:
 def weight_terms(shape: ModelShape, s: Situation) -> list[Term]:
     """Base weights by role: what is quantised, and what stays in 16 bit (embeddings, head, norms, routers, biases)."""
     packed = sum(w.parameters for w in shape.of("linear", "expert"))
+    packed -= shape.kept_in_16_bit if s.quantization == "nf4" else 0
     rest = shape.parameters - packed
     terms = []
     if s.quantization == "nf4":
@@ -167,7 +168,7 @@ FUSED_ATTENTION = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
 FUSED_MLP = FUSED_ATTENTION | {"gemma", "gemma2", "gemma3_text"}
 FUSED_HEAD = FUSED_MLP | {"phi3", "gpt_oss"}
 KEEP_PROBABILITIES = 256
-"""Sequences up to this length keep their attention weights (fused.KEEP_PROBABILITIES)."""
+"""Sequences up to this length keep their attention weights where attention is not compiled (row_attention)."""
 
 
 def _fused_layer_bytes(shape: ModelShape, s: Situation) -> dict[str, float]:
@@ -184,9 +185,14 @@ def _fused_layer_bytes(shape: ModelShape, s: Situation) -> dict[str, float]:
     targets = {w.name for w in shape.lora_targets(s.lora[1])} if not s.full_finetuning else set()
     inputs, low = 0.0, len([w for w in shape.lora_targets(s.lora[1]) if w.name != "lm_head"]) * s.rank * c
     if shape.family in FUSED_ATTENTION:
-        # Rotated q, k and v as the products take them; cosines and sines once; short sequences' weights too.
+        # q, k and v; cosines and sines once. Compiled attention keeps a float32 a head and its output, which is the
+        # input of o; blocks of torch's products copy the output, and keep the weights of short sequences.
+        compiled = c == 2 and shape.head_dim % 16 == 0
         parts["attention"] = (q + 2 * k) * c + 2 * shape.head_dim * c / shape.layers
-        parts["attention"] += shape.heads * s.longest * c if s.longest <= KEEP_PROBABILITIES else 0
+        if compiled:
+            parts["attention"] += 4 * shape.heads + (q * c if "o_proj" not in targets else 0)
+        elif s.longest <= KEEP_PROBABILITIES:
+            parts["attention"] += shape.heads * s.longest * c
         inputs += h
     else:
         parts["attention"] = peft["attention"]
@@ -313,8 +319,10 @@ CUDA_SLACK = 0.05
 HEAP_FRAGMENTATION = {"off": 0.75, "recompute": 0.5, "offload": 0.5}
 """Resident but unused heap, as a share of what transformers' and peft's own modules save: fitted with glibc 2.36 (see
 docs/plan.md)."""
-FUSED_FRAGMENTATION = {"off": 0.1, "recompute": 0.0, "offload": 0.0}
+FUSED_FRAGMENTATION = {"off": 0.05, "recompute": 0.0, "offload": 0.0}
 """The same for fastft's fused layers, which make few temporaries between the tensors that they keep: fitted."""
+RECOMPUTING_HOLES = 8
+"""Layers' worth of what a layer saves that stay as holes where fused layers are recomputed: fitted to two runs."""
 TRAINER = int(0.14e9)  # trainer, data and code loaded on first use: fitted
 QUANTISING_HOLES = 0.85
 """16-bit weights are loaded, rounded and freed one by one: the share of them that stays resident (glibc)."""
@@ -345,6 +353,10 @@ def overhead_terms(s: Situation, moving: Iterable[Term], shape: ModelShape) -> l
         share, fused_share = HEAP_FRAGMENTATION[s.checkpointing], FUSED_FRAGMENTATION[s.checkpointing]
         size = (share * eager + fused_share * fused) * shape.layers * s.tokens
         formula = f"L x T x ({share} x {eager:,.0f} + {fused_share} x {fused:,.0f})"
+        if s.kernels == "fused" and s.checkpointing != "off":
+            saved = sum(layer_bytes_per_token(shape, replace(s, checkpointing="off")).values())
+            size += RECOMPUTING_HOLES * saved * s.tokens
+            formula += f" + {RECOMPUTING_HOLES} x T x {saved:,.0f}"
         source = "glibc keeps the holes that freed temporaries leave; measured (docs/plan.md)"
         fitted = "fitted to measured runs (docs/plan.md)"
         small = [w for w in shape.of("linear") if 2 * w.parameters // w.count < MMAP_LIMIT]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from fastft.config import RunConfig
+from fastft.config import MOVES_THE_BASE, RunConfig
+from fastft.errors import FastFTError
 from fastft.hardware import GIB, Choice, Hardware, compute_dtype, optimizer
 from fastft.plan.memory import (
     FUSED_HEAD,
@@ -35,15 +36,29 @@ class Resolved:
 
 def resolve(config: RunConfig, hardware: Hardware, shape: ModelShape) -> Resolved:
     """Return the situation that `fastft train` would be in. Raises FastFTError for what cannot be trained here."""
-    quantization = pick_quantization(config.model.quantization, shape, hardware)
+    quantization = pick_quantization(config.model.quantization, shape, hardware, lora_init=config.lora.init)
+    resolved = _resolve(config, hardware, shape, quantization)
+    if config.model.quantization != "auto" or quantization.value != "none" or hardware.kind != "cuda":
+        return resolved
+    if config.lora.init in MOVES_THE_BASE or config.model.dtype == "float32":
+        return resolved  # neither goes with quantised weights
+    peak, free = train_peak_bytes(shape, resolved.situation), hardware.vram_free_bytes
+    if peak <= (1 - MARGIN) * free:
+        return resolved
+    why = f"with 16-bit weights a step takes {peak / GIB:.1f} of {free / GIB:.1f} GiB"
+    return _resolve(config, hardware, shape, Choice("nf4", why))
+
+
+def _resolve(config: RunConfig, hardware: Hardware, shape: ModelShape, quantization: Choice[Any]) -> Resolved:
     dtype = compute_dtype(hardware, config.model.dtype)
-    longest = config.model.max_seq_length
-    tokens = config.lora.train_tokens
+    longest, batch = config.model.max_seq_length, config.train.effective_batch_size
+    tokens, asked = config.lora.train_tokens, config.train.micro_batch_tokens
     optimizer_choice = optimizer(hardware, config.train.optimizer)
     start = Situation(
         device=hardware.kind,
         kernels=_kernels(config, hardware),
-        tokens=longest,
+        # What an automatic choice must make room for: one sequence, or the row that was asked for.
+        tokens=longest if asked == "auto" else _row(asked, longest, batch),
         longest=longest,
         compute_bytes=4 if dtype.value == "float32" else 2,
         quantization=quantization.value,
@@ -65,13 +80,7 @@ def resolve(config: RunConfig, hardware: Hardware, shape: ModelShape) -> Resolve
         config.train.gradient_checkpointing, shape=shape, situation=start, hardware=hardware
     )
     start = replace(start, checkpointing=_how(checkpointing.value, start))
-    budget = pick_micro_batch_tokens(
-        config.train.micro_batch_tokens,
-        shape=shape,
-        situation=start,
-        hardware=hardware,
-        effective_batch_size=config.train.effective_batch_size,
-    )
+    budget = pick_micro_batch_tokens(asked, shape=shape, situation=start, hardware=hardware, effective_batch_size=batch)
     choices: dict[str, Choice[Any]] = {
         "quantization": quantization,
         "dtype": dtype,
@@ -79,7 +88,12 @@ def resolve(config: RunConfig, hardware: Hardware, shape: ModelShape) -> Resolve
         "gradient_checkpointing": checkpointing,
         "micro_batch_tokens": budget,
     }
-    return Resolved(replace(start, tokens=max(longest, budget.value)), choices)
+    return Resolved(replace(start, tokens=_row(budget.value, longest, batch)), choices)
+
+
+def _row(budget: int, longest: int, batch: int) -> int:
+    """Most tokens of one forward pass: a sequence is never cut, and a step has no more than its sequences."""
+    return min(max(longest, budget), longest * batch)
 
 
 # Unsloth's CPU path chunks the loss of these; elsewhere (softcaps, MoE heads) the logits stay whole.
@@ -112,14 +126,27 @@ def _how(checkpointing: bool, s: Situation) -> Literal["off", "recompute", "offl
     return "offload" if s.kernels == "unsloth" else "recompute"
 
 
-def pick_quantization(requested: str, shape: ModelShape, hardware: Hardware) -> Choice[Any]:
-    """Return none, nf4 or int8 and why: nf4 on a GPU whose memory 16-bit weights would fill to more than 60 %."""
+def pick_quantization(
+    requested: str, shape: ModelShape, hardware: Hardware, *, lora_init: str = "default"
+) -> Choice[Any]:
+    """Return none, nf4 or int8 and why: nf4 on a GPU whose memory 16-bit weights would fill to more than 60 %.
+
+    Raises FastFTError where `lora_init` has to change base weights that are stored in 4 bit.
+    """
+    moves = lora_init in MOVES_THE_BASE
+    if requested == "auto" and shape.stored == "nf4" and moves:
+        raise FastFTError(
+            f"lora.init {lora_init} changes the base weights, which {shape.name} stores in 4 bit; set lora.init: default, "
+            "or name the model's 16-bit checkpoint."
+        )
     if requested != "auto":
         return Choice(requested, "asked for")
     if shape.stored == "nf4":
         return Choice("nf4", "the checkpoint is stored in bitsandbytes 4 bit")
     if hardware.kind != "cuda":
         return Choice("none", "no NVIDIA GPU: 16-bit weights are faster than NF4")
+    if moves:
+        return Choice("none", f"lora.init {lora_init} changes the base weights, which NF4 cannot hold")
     weights, free = 2 * shape.parameters, hardware.vram_free_bytes
     numbers = f"16-bit weights take {weights / GIB:.1f} of {free / GIB:.1f} GiB"
     if weights > 0.6 * free:
@@ -173,9 +200,16 @@ def pick_micro_batch_tokens(
     longest = situation.longest
     whole = longest * effective_batch_size
     cap = min(whole, max(CPU_ROW, longest)) if hardware.kind == "cpu" else whole
-    allowed = (1 - MARGIN) * available_bytes(hardware)
+
+    def has_room(tokens: int) -> bool:
+        s = replace(situation, tokens=tokens)
+        if train_peak_bytes(shape, s) > (1 - MARGIN) * available_bytes(hardware):
+            return False
+        # Beside a GPU: the layer inputs that checkpointing offloads lie in RAM.
+        return s.device != "cuda" or _total(host_terms(shape, s, "train")) <= (1 - MARGIN) * hardware.ram_free_bytes
+
     fits = longest
-    while fits < cap and train_peak_bytes(shape, replace(situation, tokens=min(cap, 2 * fits))) <= allowed:
+    while fits < cap and has_room(min(cap, 2 * fits)):
         fits = min(cap, 2 * fits)
     peak = train_peak_bytes(shape, replace(situation, tokens=fits))
     numbers = f"{peak / GIB:.1f} of {available_bytes(hardware) / GIB:.1f} GiB"
@@ -186,12 +220,13 @@ def pick_micro_batch_tokens(
     low, high = fits, min(cap, 2 * fits)
     while high - low > 512:
         middle = (low + high) // 2
-        if train_peak_bytes(shape, replace(situation, tokens=middle)) <= allowed:
+        if has_room(middle):
             low = middle
         else:
             high = middle
     peak = train_peak_bytes(shape, replace(situation, tokens=low))
-    return Choice(low, f"the largest that fits: {peak / GIB:.1f} of {available_bytes(hardware) / GIB:.1f} GiB")
+    why = "the largest that fits" if has_room(low) else "one sequence, and that takes more than nine tenths"
+    return Choice(low, f"{why}: {peak / GIB:.1f} of {available_bytes(hardware) / GIB:.1f} GiB")
 
 
 def _total(terms: list[Term]) -> int:

@@ -25,6 +25,8 @@ from fastft.errors import FastFTError, did_you_mean
 
 Role = Literal["embedding", "head", "linear", "expert", "router", "norm", "other"]
 STORED_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1, "I8": 1, "F8_E4M3": 1, "BOOL": 1}
+STORED_16_BIT = frozenset({"BF16", "F16", "F32"})
+PACKED = frozenset({"U8", "I8", "I32", "F8_E4M3", "F8_E5M2"})  # bitsandbytes, MXFP4, GPTQ, AWQ, FP8
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class ModelShape:
     """How the checkpoint stores its weights: bfloat16, float16, float32, nf4 or mxfp4."""
     checkpoint_bytes: int = 0
     """Size of the safetensors files."""
+    kept_in_16_bit: int = 0
+    """Parameters of linear layers and experts that a 4-bit checkpoint does not quantise (its skipped modules)."""
     tokenizer_bytes: int = 0
     """Size of the tokenizer's files, where the model is a local folder."""
     local: bool = True
@@ -107,6 +111,8 @@ class ModelShape:
         if target_modules == "all-linear":
             return linear
         wanted = [target_modules] if isinstance(target_modules, str) else target_modules
+        if not wanted:
+            raise FastFTError("lora.target_modules is empty, so nothing would be trained; name some, or all-linear.")
         known = {w.name for w in linear} | {"lm_head"}
         wanted = [FUSED.get(n, n) if n not in known else n for n in wanted]
         missing = [n for n in wanted if n not in known]
@@ -132,6 +138,25 @@ FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | dic
     ("gate_proj", "up_proj"), "gate_up_proj"
 )
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token")
+OPTIONAL_NUMBERS = (
+    "num_key_value_heads", "head_dim", "moe_intermediate_size", "shared_expert_intermediate_size", "n_shared_experts",
+    "sliding_window", "max_position_embeddings", *EXPERTS, *EXPERTS_PER_TOKEN,
+)  # fmt: skip
+LARGEST = 100_000_000
+"""No size in a config.json of today is near it."""
+# What multimodal models leave out of their text_config: transformers' defaults for the family.
+_7B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}
+OMITTED: dict[str, dict[str, Any]] = {
+    "gemma3_text": {
+        "hidden_size": 2304, "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "head_dim": 256, "intermediate_size": 9216, "vocab_size": 262208,
+    },
+    "llama": _7B | {"intermediate_size": 11008},
+    "mistral": _7B | {"intermediate_size": 14336, "num_key_value_heads": 8},
+}  # fmt: skip
+_ATTENTION_LEAVES = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"})
 LLAMA_LIKE = frozenset({"llama", "mistral", "smollm3", "gemma", "granite"})
 KNOWN_FAMILIES = LLAMA_LIKE | {
     "qwen2",
@@ -144,27 +169,28 @@ KNOWN_FAMILIES = LLAMA_LIKE | {
     "qwen3_moe",
     "olmo2",
 }
-TIED_BY_DEFAULT = frozenset({"gemma", "gemma2", "gemma3_text"})
+TIED_BY_DEFAULT = frozenset({"gemma", "gemma2", "gemma3_text", "smollm3"})
 
 
 def shape_from_config(config: dict[str, Any], name: str = "model") -> ModelShape:
     """Return the shape that a config.json describes.
 
-    Raises FastFTError listing every field that is missing. An unknown family is taken for Llama-like, and
-    `notes` says so.
+    Raises FastFTError listing every field that is missing, or every value that cannot be. An unknown family is taken
+    for Llama-like, and `notes` says so.
     """
-    outer, config = config, {**config, **(config.get("text_config") or {})}
-    family = config.get("model_type") or ""
-    missing = [key for key in NEEDED if not isinstance(config.get(key), int)]
-    if missing or not family:
-        what = ", ".join(missing + ([] if family else ["model_type"]))
-        raise FastFTError(f"the config.json of {name} lacks {what}; without them nothing can be said about its size.")
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    experts = config.get("num_local_experts") or config.get("num_experts") or 0
+    outer = config
+    config = _language_model(config, name)
+    _check(config, name)
+    family, hidden, heads = config["model_type"], config["hidden_size"], config["num_attention_heads"]
+    experts = _first(config, EXPERTS)
     notes = []
     if family not in KNOWN_FAMILIES:
-        notes.append(f"{family} is not a family fastft knows: taken for a Llama-like decoder")
-    if outer is not config and outer.get("vision_config"):
+        like = f"a Llama-like decoder with {experts} experts" if experts else "a Llama-like decoder"
+        notes.append(f"{family} is not a family fastft knows: taken for {like}")
+    method = (config.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
+    if method not in {"bitsandbytes", "mxfp4"}:
+        notes.append(f"stored as {method}, which is not planned for: counted as the same model in 16 bit or NF4")
+    if outer.get("vision_config"):
         notes.append("only the language model is counted, not the vision tower")
     tied = config.get("tie_word_embeddings")
     shape = ModelShape(
@@ -182,14 +208,102 @@ def shape_from_config(config: dict[str, Any], name: str = "model") -> ModelShape
         tied=family in TIED_BY_DEFAULT if tied is None else bool(tied),
         weights=(),
         experts=experts,
-        experts_per_token=config.get("num_experts_per_tok") or config.get("experts_per_token") or 0,
+        experts_per_token=_first(config, EXPERTS_PER_TOKEN),
         sliding_window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
         max_positions=config.get("max_position_embeddings"),
         stored=_stored(config),
         notes=tuple(notes),
     )
     shape = replace(shape, weights=tuple(_decoder_weights(shape, config)))
+    if shape.stored == "nf4":
+        shape = replace(shape, kept_in_16_bit=_kept_in_16_bit(shape.weights, _skipped_modules(config)))
     return replace(shape, checkpoint_bytes=_stored_size(shape))
+
+
+def _language_model(config: Any, name: str) -> dict[str, Any]:
+    """The config of the decoder: of a multimodal model its text_config, with the defaults that it leaves out."""
+    if not isinstance(config, dict):
+        raise FastFTError(f"the config.json of {name} is not a JSON object. Download the model again.")
+    text = config.get("text_config")
+    if text is None:
+        return config
+    if not isinstance(text, dict):
+        raise FastFTError(f"the config.json of {name}: text_config is not a JSON object. Download the model again.")
+    family = text.get("model_type", config.get("model_type"))
+    return {**OMITTED.get(family if isinstance(family, str) else "", {}), **config, **text}
+
+
+def _first(config: dict[str, Any], keys: tuple[str, ...]) -> int:
+    return next((config[key] for key in keys if config.get(key)), 0)
+
+
+def _check(config: dict[str, Any], name: str) -> None:
+    """Raise FastFTError for what is missing, and else for every value that no model can have, all at once."""
+    missing = [key for key in (*NEEDED, "model_type") if config.get(key) is None]
+    missing += EXPERTS_PER_TOKEN[:1] if _any(config, EXPERTS) and not _any(config, EXPERTS_PER_TOKEN) else []
+    if missing:
+        what = ", ".join(missing)
+        raise FastFTError(f"the config.json of {name} lacks {what}; without them nothing can be said about its size.")
+    wrong = [
+        f"{key} is {config[key]!r}, not a whole number from {least} to {LARGEST:,}"
+        for key, least in [*((key, 1) for key in NEEDED), *((key, 0) for key in OPTIONAL_NUMBERS)]
+        if config.get(key) is not None and not _whole(config[key], least)
+    ]
+    kinds = {
+        "model_type": str,
+        "tie_word_embeddings": bool,
+        "dtype": str,
+        "torch_dtype": str,
+        "quantization_config": dict,
+    }
+    wrong += [
+        f"{key} is {config[key]!r}, not a {kind.__name__}"
+        for key, kind in kinds.items()
+        if config.get(key) is not None and not isinstance(config[key], kind)
+    ]
+    if not wrong:
+        wrong = _impossible(config)
+    if wrong:
+        raise FastFTError(f"the config.json of {name} is no model's: {'; '.join(wrong)}.")
+
+
+def _any(config: dict[str, Any], keys: tuple[str, ...]) -> bool:
+    return any(config.get(key) for key in keys)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST
+
+
+def _impossible(config: dict[str, Any]) -> list[str]:
+    """Heads that do not divide what they share, and more experts a token than there are."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    wrong, kv_heads = [], config.get("num_key_value_heads") or heads
+    if not config.get("head_dim") and hidden % heads:
+        wrong.append(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}, and there is no head_dim")
+    if heads % kv_heads:
+        wrong.append(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+    experts, chosen = _first(config, EXPERTS), _first(config, EXPERTS_PER_TOKEN)
+    if chosen > experts > 0:
+        wrong.append(f"{chosen} experts a token, but only {experts} in all")
+    return wrong
+
+
+def _skipped_modules(config: dict[str, Any]) -> list[str]:
+    """Modules that a bitsandbytes checkpoint keeps in 16 bit, as "model.layers.3.mlp" or "mlp.down_proj"."""
+    skipped = (config.get("quantization_config") or {}).get("llm_int8_skip_modules") or []
+    return [str(module) for module in skipped]
+
+
+def _kept_in_16_bit(weights: tuple[Weight, ...], skipped: list[str]) -> int:
+    """Parameters of the linear layers that are, or lie below, one of `skipped`."""
+    kept = 0
+    for weight in weights:
+        block = "self_attn" if weight.name in _ATTENTION_LEAVES else "mlp"
+        names = [f".model.layers.{number}.{block}.{weight.name}." for number in range(weight.count)]
+        hit = sum(any(f".{module.removeprefix('language_model.')}." in name for module in skipped) for name in names)
+        kept += hit * (weight.parameters // weight.count) if weight.role == "linear" else 0
+    return kept
 
 
 def _stored(config: dict[str, Any]) -> str:
@@ -223,15 +337,18 @@ def _decoder_weights(s: ModelShape, config: dict[str, Any]) -> list[Weight]:
         weights.append(Weight("qk_norms", (s.head_dim,), 2 * n, "norm"))
     if s.family == "olmo2":
         weights += [Weight("q_norm", (s.query_size,), n, "norm"), Weight("k_norm", (s.kv_size,), n, "norm")]
-    return weights + (_expert_weights(s, n) if s.experts else _mlp_weights(s, n))
+    if not s.experts:
+        return weights + _mlp_weights(s, n, s.intermediate)
+    shared = config.get("shared_expert_intermediate_size") or (config.get("n_shared_experts") or 0) * s.intermediate
+    return weights + _expert_weights(s, n) + (_mlp_weights(s, n, shared) if shared else [])
 
 
-def _mlp_weights(s: ModelShape, n: int) -> list[Weight]:
+def _mlp_weights(s: ModelShape, n: int, width: int) -> list[Weight]:
     if s.family == "phi3":
-        up = [Weight("gate_up_proj", (2 * s.intermediate, s.hidden), n, "linear")]
+        up = [Weight("gate_up_proj", (2 * width, s.hidden), n, "linear")]
     else:
-        up = [Weight(leaf, (s.intermediate, s.hidden), n, "linear") for leaf in ("gate_proj", "up_proj")]
-    return [*up, Weight("down_proj", (s.hidden, s.intermediate), n, "linear")]
+        up = [Weight(leaf, (width, s.hidden), n, "linear") for leaf in ("gate_proj", "up_proj")]
+    return [*up, Weight("down_proj", (s.hidden, width), n, "linear")]
 
 
 def _expert_weights(s: ModelShape, n: int) -> list[Weight]:
@@ -253,7 +370,7 @@ def _stored_size(s: ModelShape) -> int:
         packed = sum(w.parameters for w in s.of("expert"))
         return int(packed * 4.25 / 8) + 2 * (s.parameters - packed)
     if s.stored == "nf4":
-        packed = sum(w.parameters for w in s.of("linear", "expert"))
+        packed = sum(w.parameters for w in s.of("linear", "expert")) - s.kept_in_16_bit
         return int(packed * NF4_BITS / 8) + 2 * (s.parameters - packed)
     return s.parameters * (4 if s.stored == "float32" else 2)
 
@@ -271,18 +388,23 @@ def read_headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             raise FastFTError(f"{path} is not a safetensors file, or is cut off. Download it again.")
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+            return {k: (v["dtype"], tuple(map(int, v["shape"]))) for k, v in header.items() if k != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, or not of the format's form
             raise FastFTError(f"{path} has a damaged header: {error}. Download it again.") from error
-    return {k: (v["dtype"], tuple(v["shape"])) for k, v in header.items() if k != "__metadata__"}
 
 
 def with_headers(shape: ModelShape, tensors: dict[str, tuple[str, tuple[int, ...]]], size: int) -> ModelShape:
     """Return `shape` checked against the tensors that the checkpoint really has; these win where they differ.
 
-    For 4-bit checkpoints, whose headers hold packed bytes, the config's logical shapes stay.
+    For packed checkpoints, whose headers hold bytes and not weights, the config's logical shapes stay; which linear
+    layers a 4-bit one keeps in 16 bit is read from them.
     """
     shape = replace(shape, checkpoint_bytes=size)
-    if shape.stored in {"nf4", "mxfp4"} or any(dtype == "U8" for dtype, _ in tensors.values()):
+    if shape.stored == "nf4":
+        whole = {n: d for n, (dtype, d) in tensors.items() if n.endswith(".weight") and dtype in STORED_16_BIT}
+        kept = sum(math.prod(d) for n, d in whole.items() if _role(n, d) in {"linear", "expert"})
+        return replace(shape, kept_in_16_bit=min(kept, sum(w.parameters for w in shape.of("linear", "expert"))))
+    if shape.stored == "mxfp4" or any(dtype in PACKED for dtype, _ in tensors.values()):
         return shape
     real = {n: (d, s) for n, (d, s) in tensors.items() if not (shape.tied and n.endswith("lm_head.weight"))}
     shape = replace(shape, stored=_dtype_by_size(real))
@@ -335,6 +457,10 @@ def load_shape(name: str, revision: str | None = None) -> ModelShape:
         return _local_shape(folder)
     if name.lower() in KNOWN_MODELS:
         return known_shape(name)
+    if folder.exists():
+        raise FastFTError(f"model.name {name!r} is a file; give the folder that holds config.json, or a Hub id.")
+    if not re.fullmatch(r"([\w.-]+/)?[\w.-]+", name) or name.startswith("."):
+        raise FastFTError(f"model.name {name!r} is neither a folder that exists nor a Hub id (owner/name).")
     return _hub_shape(name, revision)
 
 
@@ -342,17 +468,41 @@ def _local_shape(folder: Path) -> ModelShape:
     path = folder / "config.json"
     if not path.is_file():
         raise FastFTError(f"{folder} has no config.json, so it is not a model folder.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FastFTError(f"{path} is not valid JSON: {error}. Download the model again.") from error
+    config = _read_config(path)
     tokenizer = sum(file.stat().st_size for file in folder.glob("*token*") if file.is_file())
     shape = replace(shape_from_config(config, folder.name), tokenizer_bytes=tokenizer)
-    files = sorted(folder.glob("*.safetensors"))
+    files = _weight_files(folder)
     if not files:
         return shape
     tensors = {k: v for file in files for k, v in read_headers(file).items()}
     return with_headers(shape, tensors, sum(file.stat().st_size for file in files))
+
+
+def _read_config(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FastFTError(f"{path} is not valid JSON: {error}. Download the model again.") from error
+    except OSError as error:
+        raise FastFTError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The model's safetensors files, and not what lies beside them (adapters, a second copy in another layout)."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [folder / name for name in names]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FastFTError(f"{index} is damaged: {error}. Download the model again.") from error
+        gone = [file.name for file in files if not file.is_file()]
+        if gone:
+            raise FastFTError(
+                f"{folder} lacks {len(gone)} of {len(files)} files: {', '.join(gone)}. Download it again."
+            )
+        return files
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 
 def _hub_shape(name: str, revision: str | None) -> ModelShape:
@@ -365,15 +515,13 @@ def _hub_shape(name: str, revision: str | None) -> ModelShape:
         RepositoryNotFoundError,
     )
 
-    cached = try_to_load_from_cache(name, "config.json", revision=revision) if "/" in name else None
-    if isinstance(cached, str) and any(Path(cached).parent.glob("*.safetensors")):
-        return replace(_local_shape(Path(cached).parent), name=name)
     try:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision) if "/" in name else None
+        if isinstance(cached, str) and any(Path(cached).parent.glob("*.safetensors")):
+            return replace(_local_shape(Path(cached).parent), name=name)
         _reach_hub()
         with hub.bounded_waits():
-            config = json.loads(
-                Path(hf_hub_download(name, "config.json", revision=revision)).read_text(encoding="utf-8")
-            )
+            config = _read_config(Path(hf_hub_download(name, "config.json", revision=revision)))
             metadata = get_safetensors_metadata(name, revision=revision)
     except (HFValidationError, RepositoryNotFoundError) as error:  # a gated repository is one that is not found
         raise hub.explain(error, f"model {name!r}") from error
@@ -401,10 +549,14 @@ def _hub_shape(name: str, revision: str | None) -> ModelShape:
 
 def _reach_hub(timeout: float = 3.0) -> None:
     """Raise OSError where the Hub's host does not answer; huggingface_hub would retry for half a minute."""
-    url = urllib.parse.urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    url = urllib.parse.urlparse(endpoint)
+    try:
+        port = url.port or (80 if url.scheme == "http" else 443)
+    except ValueError as error:
+        raise FastFTError(f"HF_ENDPOINT {endpoint!r} is no address: {error}. Unset it, or mend it.") from error
     if urllib.request.getproxies() or not url.hostname:
         return  # a proxy decides, and names may only resolve there
-    port = url.port or (80 if url.scheme == "http" else 443)
     socket.create_connection((url.hostname, port), timeout=timeout).close()
 
 
@@ -481,4 +633,9 @@ def known_shape(name: str) -> ModelShape:
 def _known_by_hub_id(name: str) -> ModelShape | None:
     last = re.sub(r"^meta-", "", name.lower().rsplit("/", 1)[-1])
     keys = [key for key in KNOWN_MODELS if last == key or last.startswith(key + "-")]
-    return known_shape(max(keys, key=len)) if keys else None
+    if not keys:
+        return None
+    config = KNOWN_MODELS[max(keys, key=len)]
+    if last.endswith("bnb-4bit"):
+        config = config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    return replace(shape_from_config(config, name), local=False)

@@ -5,17 +5,21 @@ Sizes are GiB (2^30 bytes) everywhere, as nvidia-smi, torch and the sizes of car
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastft.errors import FastFTError
 from fastft.hardware import GIB, Hardware, named_gpu
 from fastft.plan.memory import Situation, Term
 from fastft.plan.resolve import train_peak_bytes
 from fastft.plan.shape import ModelShape, known_shape
+from fastft.plan.time import spoken
 
 if TYPE_CHECKING:
     from fastft.plan import Plan
+    from fastft.plan.advise import Change
 
 COLOURS = (
     "#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#edc948", "#b07aa1", "#9c755f", "#bab0ac", "#1b9e77",
@@ -27,6 +31,8 @@ VERDICTS = {
     "does_not_fit": "[bold red]does not fit[/]",
 }
 BAR_WIDTH = 60
+WIDE = 52
+"""A column wider than this may wrap, or it would leave the last one no room in 80 columns."""
 
 
 def print_plan(plan: Plan, console: Any = None) -> None:
@@ -37,31 +43,58 @@ def print_plan(plan: Plan, console: Any = None) -> None:
 
     console = console or Console()
     console.print(f"{escape(plan.model)} on {escape(plan.hardware)}: {VERDICTS[plan.verdict]} ({plan.reason})")
-    table = Table("phase", *(_heading(plan, place) for place in ("vram", "ram", "disk")), box=None, pad_edge=False)
+    table = Table("phase", box=None, pad_edge=False)
+    places = ("vram", "ram", "disk") if plan.peak_vram_bytes else ("ram", "disk")
+    for place in places:
+        table.add_column(_heading(plan, place), justify="right")
     for name, phase in plan.phases.items():
-        table.add_row(name, *(_gib(size) for size in (phase.vram_bytes, phase.ram_bytes, phase.disk_bytes)))
+        table.add_row(name, *(_gib(getattr(phase, f"{place}_bytes")) for place in places))
     console.print(table)
     place = "vram" if plan.phases["train"].vram_bytes else "ram"
     terms = getattr(plan.phases["train"], f"{place}_terms")
     console.print(f"\ntraining step, {place.upper()}:")
-    console.print(_bar(terms, plan.available[place]))
-    for term, colour in zip(_by_size(terms), _colours(terms), strict=True):
-        console.print(f"  [{colour}]█[/] {_gib(term.bytes):>9}  {term.name}  [dim]{escape(term.formula)}[/]")
+    console.print(_bar(terms, plan.available[place], console.width), no_wrap=True)
+    rows = [(f"  [{c}]█[/]", _gib(t.bytes), t.name, f"[dim]{escape(t.formula)}[/]") for t, c in _coloured(terms)]
+    console.print(_aligned(rows))
     if plan.seconds_per_step is None:
         console.print(f"\ntime: unknown ({plan.time_basis})")
     else:
         speed = f"{plan.tokens_per_step:,} tokens, {plan.tokens_per_sec:,.0f} tokens/s"
-        console.print(f"\nabout {plan.seconds_per_step:.1f} s a step ({speed}): {escape(plan.time_basis)}")
-    for name, (value, reason) in plan.choices.items():
-        console.print(f"  {name}: {value} [dim]({escape(reason)})[/]")
+        console.print(f"\nabout {spoken(plan.seconds_per_step)} a step ({speed}): {escape(plan.time_basis)}")
+    if plan.seconds is not None:
+        steps = f"{plan.steps:,} step{'' if plan.steps == 1 else 's'} ({escape(plan.steps_basis)})"
+        console.print(f"the run: about {spoken(plan.seconds)} for {steps}; less where sequences are shorter")
+    choices = plan.choices.items()
+    console.print(
+        _aligned([(f"  {name}", str(value), f"[dim]{escape(reason)}[/]") for name, (value, reason) in choices])
+    )
     if plan.changes:
-        console.print("\nto make it fit, in this order:")
-    for number, change in enumerate(plan.changes, 1):
-        console.print(
-            f"  {number}. {change.key}: {escape(str(change.old))} -> {escape(str(change.new))}  [dim]{change.cost}[/]"
-        )
-    for note in plan.notes:
-        console.print(f"[dim]note: {escape(note)}[/]")
+        one = len(plan.changes) == 1
+        console.print(f"\nto make it fit{'' if one else ', in this order'}:")
+        console.print(_aligned([_change_row(number, change) for number, change in enumerate(plan.changes, 1)]))
+    if plan.notes:
+        console.print(_aligned([("[dim]note:[/]", f"[dim]{escape(note)}[/]") for note in plan.notes]))
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> Any:
+    """Rows in columns; the last column wraps within itself, so that a narrow terminal stays readable."""
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 1))
+    for number, cells in enumerate(zip(*rows, strict=True)):
+        sizes = number == 1 and len(rows[0]) == 4
+        narrow = number < len(rows[0]) - 1 and max(map(len, cells)) <= WIDE
+        grid.add_column(no_wrap=narrow, justify="right" if sizes else "left")
+    for row in rows:
+        grid.add_row(*row)
+    return grid
+
+
+def _change_row(number: int, change: Change) -> tuple[str, ...]:
+    from rich.markup import escape
+
+    new = "none" if change.new is None else change.new
+    return (f"  {number}.", escape(f"{change.key}: {change.old} -> {new}"), f"[dim]{escape(change.cost)}[/]")
 
 
 def _heading(plan: Plan, place: str) -> str:
@@ -76,19 +109,21 @@ def _by_size(terms: list[Term]) -> list[Term]:
     return sorted((t for t in terms if t.bytes), key=lambda t: -t.bytes)
 
 
-def _colours(terms: list[Term]) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(len(_by_size(terms)))]
+def _coloured(terms: list[Term]) -> list[tuple[Term, str]]:
+    return [(term, COLOURS[i % len(COLOURS)]) for i, term in enumerate(_by_size(terms))]
 
 
-def _bar(terms: list[Term], available: int) -> str:
-    """One line: a block a term, scaled to what is free; `|` marks the end of the free memory."""
+def _bar(terms: list[Term], available: int, columns: int) -> str:
+    """One line: a block a term, scaled to what is free; `|` marks the end of what is drawn."""
     total = sum(t.bytes for t in terms)
-    scale = BAR_WIDTH / max(total, available, 1)
+    says = f"| {total / GIB:.1f} of {available / GIB:.1f} GiB free"
+    width = max(10, min(BAR_WIDTH, columns - len(says) - 2))
+    scale = width / max(total, available, 1)
     line, used = "", 0.0
-    for term, colour in zip(_by_size(terms), _colours(terms), strict=True):
+    for term, colour in _coloured(terms):
         start, used = round(used), used + term.bytes * scale
         line += f"[{colour}]{'█' * (round(used) - start)}[/]"
-    return f"  {line}{'·' * (BAR_WIDTH - round(used))}| {total / GIB:.1f} of {available / GIB:.1f} GiB free"
+    return f"  {line}{'·' * (width - round(used))}{says}"
 
 
 def plot_plan(plan: Plan, path: Path) -> Path:
@@ -116,8 +151,11 @@ def plot_plan(plan: Plan, path: Path) -> Path:
     axes.set_title(f"{plan.model} on {plan.hardware}: {plan.verdict.replace('_', ' ')}")
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     axes.legend(handles.values(), handles.keys(), fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        raise FastFTError(f"{path} cannot be written: {error.strerror}. Name another file.") from error
     return path
 
 

@@ -55,7 +55,9 @@ def accumulate(model, segments, budget, padded, fused=None):
             stack.enter_context(padding_free(model))
         if fused is not None:
             stack.enter_context(fused.active())
-        for batch in micro_batches(segments, budget, padded=padded, pad_token_id=0, device="cpu"):
+        for batch in micro_batches(
+            segments, budget, rows="padded" if padded else "varlen", pad_token_id=0, device="cpu"
+        ):
             loss = model(**batch.inputs, num_items_in_batch=supervised, use_cache=False).loss
             loss.backward()
             total += loss.item()

@@ -15,6 +15,8 @@ FAULTY = {
     "other-rank": "OtherRank",
     "drops": "DropsEveryThird",
     "counts-padding": "CountsPadding",
+    "never-updates": "NeverUpdates",
+    "stops-early": "StopsEarly",
     "raises": "Raises",
     "aborts": "Aborts",
     "allocates": "Allocates",
@@ -94,6 +96,7 @@ def test_the_honest_arm_passes(planted):
         ("other-rank", {"trainable parameters", "gradient cosine"}),
         ("drops", {"tokens seen", "gradient cosine"}),
         ("counts-padding", {"tokens claimed"}),
+        ("never-updates", {"adapter change"}),
     ],
 )
 def test_an_arm_that_does_less_fails_the_gate(planted, arm, caught_by):
@@ -104,7 +107,12 @@ def test_an_arm_that_does_less_fails_the_gate(planted, arm, caught_by):
 
 @pytest.mark.parametrize(
     ("arm", "status", "word"),
-    [("raises", "crashed", "planted"), ("aborts", "crashed", "exit code -6"), ("allocates", "oom", "memory")],
+    [
+        ("raises", "crashed", "planted"),
+        ("aborts", "crashed", "exit code -6"),
+        ("allocates", "oom", "memory"),
+        ("stops-early", "crashed", "after 1 of 3 steps"),
+    ],
 )
 def test_a_dead_arm_has_its_record(planted, arm, status, word):
     (record,) = [r for r in planted.records if r.arm == arm]
@@ -117,7 +125,7 @@ def test_a_dead_arm_has_its_record(planted, arm, status, word):
 def test_parity_fails_with_exit_1_and_json_only(outcome):
     home, done = outcome
     assert done.code == 1, done.err
-    passed = {"peft": True} | dict.fromkeys(("frozen", "other-rank", "drops", "counts-padding"), False)
+    passed = {"peft": True} | dict.fromkeys(("frozen", "other-rank", "drops", "counts-padding", "never-updates"), False)
     assert done.json["parity"] == {"defaults": passed}
     assert done.json["ratios"] == {"defaults": {}}
     assert "does not do the same work" in done.err

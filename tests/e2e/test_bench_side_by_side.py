@@ -15,7 +15,7 @@ pytest.importorskip("llama_cpp")
 
 @pytest.fixture
 def small_case(tmp_path):
-    """The smoke case with rows that K-quants can take and a vocabulary that holds the tokenizer's 2,400 tokens."""
+    """The smoke case with rows that K-quants can take and a vocabulary that holds the tokenizer's 1,920 tokens."""
     values = load_case("smoke").model_dump(mode="json")
     values["model"]["config"] |= {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 2432}
     path = tmp_path / "small.yaml"

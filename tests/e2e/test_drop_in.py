@@ -84,6 +84,7 @@ SIGNATURES = """
 import inspect, json
 from fastft import FastLanguageModel
 import fastft.engines.unsloth as engine
+import torch
 from fastft.engines import get_engine
 
 seen = {}
@@ -91,11 +92,11 @@ class Recorder:
     @staticmethod
     def from_pretrained(*args, **kwargs):
         seen["from_pretrained"] = kwargs
-        return type("M", (), {})(), None
+        return torch.nn.Module(), None
     @staticmethod
     def get_peft_model(model, *args, **kwargs):
         seen["get_peft_model"] = kwargs
-        return type("M", (), {})()
+        return torch.nn.Module()
 
 real = engine.UnslothFastLanguageModel
 keywords = {}

@@ -32,7 +32,7 @@ def loss_in_plain_peft(base, run):
     ).eval()
     rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     segments = segments_of([SimpleNamespace(**row, segments=[len(row["input_ids"])]) for row in rows])
-    (batch,) = micro_batches(segments, 10**6, padded=True, pad_token_id=0, device="cpu")
+    (batch,) = micro_batches(segments, 10**6, rows="padded", pad_token_id=0, device="cpu")
     with torch.no_grad():
         return model(**batch.inputs, num_items_in_batch=supervised_tokens(segments)).loss.item()
 

@@ -45,7 +45,7 @@ class Capped(StepTrainer):
             resource.setrlimit(resource.RLIMIT_AS, before)
 
 trainer = Capped(model, args, engine=engine, train_dataset=rows, eval_dataset=None, effective_batch_size=8,
-    policy=StepPolicy(100_000, False, 0), on_log=lambda r: losses.append(r["loss"]), on_note=notes.append,
+    policy=StepPolicy(100_000, "varlen", 0), on_log=lambda r: losses.append(r["loss"]), on_note=notes.append,
     save_extra=lambda p: None, fused=FusedLayers(model, torch.float32) if fused else None)
 ended = "done"
 try:

@@ -1,5 +1,6 @@
 """Killed at any step and started again, a float32 run has the loss trace of the run that never stopped."""
 
+import json
 import os
 import shutil
 import signal
@@ -154,3 +155,23 @@ def test_a_run_that_stopped_early_is_finished(write_config, checkpoint_of, tmp_p
     again = fastft("train", config, "--json")
     assert "this run is finished" in again.err
     assert again.json["steps"] == first.json["steps"] < 20
+
+
+def test_a_draw_of_the_held_out_samples_is_the_same_after_a_resume(checkpoint_of, write_config):
+    def held_out_losses(run):
+        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        return {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+
+    train = {"max_steps": 4, "save_steps": 2, "eval_steps": 2, "max_eval_samples": 7}
+    config = write_config(checkpoint_of("llama"), data={"eval_fraction": 0.3}, train=train)
+    whole = fastft("train", config, "--set", "project=whole")
+    assert whole.code == 0, whole.err
+    assert "the held-out loss is that of 7 of" in whole.err + whole.out
+    assert fastft("train", config, "--stop-after", "2").code == 0
+    assert fastft("train", config).code == 0
+    runs = config.parent / "runs"
+    assert sorted(held_out_losses(runs / "t")) == [2, 4]
+    assert held_out_losses(runs / "t") == pytest.approx(held_out_losses(runs / "whole"), abs=1e-6)
+    every = fastft("train", config, "--set", "project=every", "--set", "train.max_eval_samples=null")
+    assert "held-out loss is that of" not in every.err + every.out
+    assert held_out_losses(runs / "every") != pytest.approx(held_out_losses(runs / "whole"), abs=1e-3)

@@ -10,6 +10,7 @@ NOTEBOOK = """
 import sys, json
 from fastft import FastLanguageModel
 from fastft import FastSFTTrainer
+from fastft.sft import _segments
 import torch
 from datasets import Dataset
 from trl import SFTTrainer, SFTConfig
@@ -30,6 +31,10 @@ def losses(cls, **more):
         args=SFTConfig(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=6, learning_rate=5e-3, logging_steps=1,
             bf16=False, seed=3, output_dir=sys.argv[2], report_to="none", save_strategy="no", max_length=64,
             gradient_checkpointing=bool(what["checkpointing"])), **more)
+    if cls is not SFTTrainer:  # what decides about rows on a GPU
+        segments = [segment for batch in trainer.get_train_dataloader() for segment in _segments(batch)]
+        found = trainer._check_rows(segments, "varlen")
+        assert found.exact and found.leak > 0.01, found.reason
     if what["responses"]:
         from unsloth.chat_templates import train_on_responses_only
         trainer = train_on_responses_only(trainer, instruction_part="Count to", response_part=": ")
@@ -41,7 +46,7 @@ def losses(cls, **more):
 reference, norms, evaluated, _ = losses(SFTTrainer)
 fast, fast_norms, fast_evaluated, trainer = losses(FastSFTTrainer, micro_batch_tokens=48)
 print(json.dumps({"reference": reference, "fast": fast, "norms": norms, "fast_norms": fast_norms, "evaluated": [evaluated, fast_evaluated],
-    "layers": len(trainer._stepper.fused.forwards), "padded": trainer._stepper.policy.padded, "engine": trainer._stepper.engine.name}))
+    "layers": len(trainer._stepper.fused.forwards), "rows": trainer._stepper.policy.rows, "engine": trainer._stepper.engine.name}))
 """
 
 
@@ -51,7 +56,7 @@ def compare(base, folder, **what):
     )
     assert result["engine"] == "unsloth"
     assert result["layers"] > 4
-    assert not result["padded"]
+    assert result["rows"] == "varlen"
     assert len(result["fast"]) == 6
     assert result["reference"][-1] < result["reference"][0] - 0.1
     for reference, fast in zip(result["reference"], result["fast"], strict=True):
@@ -91,16 +96,23 @@ attempt(settings={"label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0})
 attempt(compute_loss_func=lambda *a, **k: 0)
 attempt(tokenizer=tokenizer)
 import torch
+from types import SimpleNamespace
+from fastft.sft import keep_batches_padded
+for asked in (None, True):
+    settings = SimpleNamespace(padding_free=asked)
+    keep_batches_padded(settings)
+    said.append(settings.padding_free)
 attempt(collator=lambda rows: {"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.ones(2, 4, dtype=torch.long), "weights": torch.ones(2)})
 print(json.dumps(said))
 """
 
 
 def test_what_it_would_ignore_is_refused(checkpoint_of, tmp_path):
-    plain, settings, loss, twice, collator = run_python(REFUSED, checkpoint_of("llama"), tmp_path)
+    plain, settings, loss, twice, left_open, asked_for, collator = run_python(REFUSED, checkpoint_of("llama"), tmp_path)
     assert plain == "trained"
     assert "label_smoothing_factor" in settings
     assert "neftune_noise_alpha" in settings
     assert "compute_loss_func" in loss
     assert "two names of one argument" in twice
+    assert (left_open, asked_for) == (False, True)  # Unsloth turns it on where it is None; True is refused
     assert "weights" in collator

@@ -48,9 +48,9 @@ def test_the_first_label_of_every_segment_is_masked():
 
 def test_a_padding_free_row_restarts_positions_and_marks_boundaries():
     segments = segments_of([sample([1, 2, 3]), sample([4, 5])])
-    (row,) = micro_batches(segments, 10, padded=False, pad_token_id=0, device="meta")
+    (row,) = micro_batches(segments, 10, rows="varlen", pad_token_id=0, device="meta")
     assert row.inputs["input_ids"].shape == (1, 5)
-    (row,) = micro_batches(segments, 10, padded=False, pad_token_id=0, device="cpu")
+    (row,) = micro_batches(segments, 10, rows="varlen", pad_token_id=0, device="cpu")
     assert row.inputs["input_ids"].tolist() == [[1, 2, 3, 4, 5, *[0] * 27]]  # a tail up to 32 on a CPU
     assert row.inputs["labels"].tolist() == [[IGNORE, 2, 3, IGNORE, 5, *[IGNORE] * 27]]
     assert row.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1, *range(27)]]
@@ -60,7 +60,7 @@ def test_a_padding_free_row_restarts_positions_and_marks_boundaries():
 
 def test_a_padded_batch_hides_its_padding():
     segments = segments_of([sample([1, 2, 3]), sample([4, 5])])
-    (batch,) = micro_batches(segments, 10, padded=True, pad_token_id=9, device="cpu")
+    (batch,) = micro_batches(segments, 10, rows="padded", pad_token_id=9, device="cpu")
     assert batch.inputs["input_ids"].tolist() == [[1, 2, 3], [4, 5, 9]]
     assert batch.inputs["labels"].tolist() == [[IGNORE, 2, 3], [IGNORE, 5, IGNORE]]
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]

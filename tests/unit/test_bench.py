@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import yaml
 
 from fastft.bench import runner
 from fastft.bench.case import Lengths, known_cases, load_case
@@ -50,6 +52,10 @@ def test_unknown_names_list_the_known_ones(tmp_path):
     bad.write_text("name: x\nstep: 3\n", encoding="utf-8")
     with pytest.raises(FastFTError, match=r"title: Field required.*step: Extra inputs"):
         load_case(str(bad))
+    folder = bad.with_name("folder.yaml")
+    folder.mkdir()
+    with pytest.raises(FastFTError, match="is a folder"):
+        load_case(str(folder))
     with pytest.raises(FastFTError, match="unknown arm of case smoke"):
         runner.run_case(load_case("smoke"), arms=["nobody"])
 
@@ -140,3 +146,34 @@ def test_a_worker_that_never_ends_is_ended(tmp_path):
 def test_the_runner_imports_no_torch():
     code = "import sys, fastft.bench.runner, fastft.bench.command; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"name": "../../evil"}, "name"),
+        ({"seed": -1}, "seed"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"learning_rate": 1e30}, "learning_rate"),
+        ({"tolerances": {"loss": float("nan")}}, "tolerances.loss"),
+        ({"lengths": {"median": 60, "sigma": float("inf")}}, "lengths.sigma"),
+        ({"environment": {"A=B": "1"}}, "'A=B'"),
+    ],
+)
+def test_values_that_would_end_a_run_half_way_are_refused(tmp_path, changes, named):
+    values = load_case("smoke").model_dump(mode="json", exclude_none=True)
+    if "environment" in changes:
+        values["tables"]["defaults"]["arms"]["fastft"] |= changes
+    else:
+        values |= changes
+    path = tmp_path / "case.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(FastFTError, match=re.escape(named)):
+        load_case(str(path))
+
+
+def test_a_sequence_always_has_a_token_that_carries_loss():
+    case = load_case("smoke")
+    lengths = case.lengths.model_copy(update={"prompt_share": 0.999})
+    drawn = draw(case, lengths, 4, 1000)
+    assert all((labels != -100).sum() >= 1 for labels in drawn.labels)

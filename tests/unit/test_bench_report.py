@@ -343,6 +343,16 @@ def test_a_result_of_an_earlier_version_of_the_case_says_so(folder):
     assert "(the case has changed since)" in report(folder)[1]
 
 
+def test_a_result_whose_arms_inherited_a_setting_says_so(folder):
+    write_case(folder, made_up_case())
+    result = made_up_result()
+    result.write(folder / "results" / "a.json")
+    assert "every arm of this measurement had OMP" in report(folder)[1]
+    result.records[0].environment = {"OMP_NUM_THREADS": "2"}
+    result.write(folder / "results" / "a.json")
+    assert "every arm of this measurement had" not in report(folder)[1]
+
+
 def test_a_part_of_the_case_is_not_called_an_earlier_version(folder):
     case = made_up_case()
     write_case(folder, case)

@@ -13,6 +13,7 @@ from fastft.doctor import (
     TESTED,
     Check,
     Report,
+    check_cuda,
     check_hub,
     check_kernels,
     check_llama_cpp,
@@ -22,6 +23,7 @@ from fastft.doctor import (
     check_surroundings,
     check_unsloth,
     doctor,
+    torch_cuda,
 )
 from fastft.hardware import GIB, named_gpu, probe
 
@@ -106,6 +108,30 @@ def test_hub_that_answers_and_hub_that_does_not(monkeypatch):
     assert unreachable.fix
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert check_hub().status == "note"
+
+
+@pytest.mark.parametrize("endpoint", ["http://a b", "nonsense", "http://127.0.0.1:notaport", ""])
+def test_an_endpoint_that_is_no_address_is_a_finding(endpoint, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    assert check_hub(timeout=1).status == "warning"
+
+
+def test_a_driver_too_old_for_torch_blocks():
+    (good,) = check_cuda((12, 4), (12, 8))  # one major version: the minor ones go together
+    assert good.status == "ok"
+    (old,) = check_cuda((11, 8), (12, 8))
+    assert old.status == "blocking"
+    assert "12.8" in old.detail
+    assert "11.8" in old.detail
+    assert "whl/cu118" in (old.fix or "")
+    assert not list(check_cuda(None, (12, 8)))
+
+
+def test_the_cuda_of_torch_is_read_from_its_files():
+    torch = pytest.importorskip("torch")
+    cuda = torch_cuda()
+    assert (".".join(map(str, cuda)) if cuda else None) == torch.version.cuda
 
 
 def test_llama_cpp_without_the_gpu_gives_the_cmake_line():

@@ -74,6 +74,11 @@ def test_what_people_type():
     assert gpu_key("T4") == "t4"
     assert gpu_key("rtx 4090") == gpu_key("RTX_4090") == gpu_key("GeForce RTX 4090") == "rtx4090"
     assert gpu_key("a100") == "a100-40"
+    assert gpu_key("4090") == "rtx4090"
+    assert gpu_key("a100-80gb") == gpu_key("A100 80 GB") == gpu_key("A100-SXM4-80GB") == "a100-80"
+    assert gpu_key("RTX 3060 12GB") == "rtx3060"
+    assert gpu_key("RTX 3060 8GB") is None  # another card
+    assert gpu_key("V100 32GB") is None
     with pytest.raises(FastFTError, match=r"unknown GPU 'rtx309O'.*did you mean 'rtx3090'.*Known: .*t4"):
         named_gpu("rtx309O")
 
