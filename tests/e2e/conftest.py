@@ -1,6 +1,7 @@
 """What the end-to-end tests share: small checkpoints, a small dataset, and fastft run as a user runs it."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -32,11 +33,10 @@ def fastft(*arguments, timeout=300, env=None):
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
-def run_python(code, *arguments, timeout=300):
-    """Run a script in a process of its own and return its last line as JSON."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=timeout
-    )
+def run_python(code, *arguments, timeout=300, env=None):
+    """Run a script in a process of its own and return its last line as JSON; `env` is added to this one's."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
