@@ -1,5 +1,5 @@
 // Causal attention of each sequence of a padding-free row over itself, forward and backward, in bfloat16 on processors
-// with AVX512-BF16. Tiles of keys and queries stay in the cache and scores are never written to memory, as in
+// with AVX512-BF16 or AMX. Tiles of keys and queries stay in the cache and scores are never written to memory, as in
 // FlashAttention-2 (arXiv 2307.08691); sums are float32. Built together with kernels.cpp by native.py; row_attention.py
 // holds the same computation in torch, which serves every other type and processor.
 //
@@ -14,7 +14,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <vector>
 
 namespace {
@@ -22,6 +21,7 @@ namespace {
 const float LOG2E = 1.44269504088896341f;
 const int64_t KEYS = 64;     // keys of a tile, which is what one panel holds
 const int64_t ROWS = 96;     // at most so many rows (queries times heads of a group) of a tile, where the group allows
+const int64_t COLUMN_STEP = WORD_STEP > 8 ? 2 * WORD_STEP : 16;  // of scores: they are the next product's summed index
 const int64_t PART = 128;    // sequences longer than this are shared by several threads in the backward
 
 // 2^x: the nearest whole n, and a polynomial of degree 5 for the rest in [-1/2, 1/2] (Taylor's, relative error below 3e-6,
@@ -70,13 +70,6 @@ inline void rotate_back(const float* x, const bf16* cos, const bf16* sin, bf16* 
     }
 }
 
-// rows (KEYS, dim) -> panel (dim / 2, KEYS): one column a row, words along dim.
-void columns_of(const bf16* rows, word* panel, int64_t dim) {
-    const word* words = (const word*)rows;
-    for (int64_t d = 0; d < dim / 2; d++)
-        for (int64_t j = 0; j < KEYS; j++) panel[d * KEYS + j] = words[j * (dim / 2) + d];
-}
-
 // --- what both directions share
 
 struct Row {
@@ -91,11 +84,11 @@ struct Row {
     int64_t heads() const { return kv * group; }
     const bf16* cos_at(int64_t t) const { return cos ? cos + t * dim : nullptr; }
     const bf16* sin_at(int64_t t) const { return sin ? sin + t * dim : nullptr; }
-    // Queries of a tile: a multiple of 12, since tiles of registers have 6 rows.
-    int64_t queries() const {
-        const int64_t fitting = ROWS / group / 12 * 12;
-        return fitting < 12 ? 12 : (fitting > 48 ? 48 : fitting);
+    int64_t queries() const {  // of a tile
+        const int64_t fitting = ROWS / group / ROW_STEP * ROW_STEP;
+        return std::min(std::max(fitting, ROW_STEP), 4 * ROW_STEP);
     }
+    int64_t most_rows() const { return rounded_up(queries() * group, COLUMN_STEP); }  // of a tile, padding included
     int64_t tiles(int64_t s) const { return (length(s) + queries() - 1) / queries(); }
 };
 
@@ -126,14 +119,14 @@ void panel_rows(const Row& row, const bf16* x, bool rotated, int64_t s, int64_t 
     }
 }
 
-// One tile of queries: rows (count, dim) of all heads of a group, padded to an even count with zeros.
+// One tile of queries: rows (count, dim) of all heads of a group, padded with zeros to a multiple of COLUMN_STEP.
 struct Queries {
-    int64_t s, head, first, positions, rows, even;
+    int64_t s, head, first, positions, rows, padded;
 
     Queries(const Row& row, int64_t s, int64_t head, int64_t tile) : s(s), head(head), first(tile * row.queries()) {
         positions = row.length(s) - first < row.queries() ? row.length(s) - first : row.queries();
         rows = positions * row.group;
-        even = rows + rows % 2;
+        padded = rounded_up(rows, COLUMN_STEP);
     }
     int64_t token(const Row& row, int64_t r) const { return row.start(s) + first + r / row.group; }
     int64_t offset(const Row& row, int64_t r) const {  // of row r in (T, heads, dim), in heads
@@ -145,17 +138,17 @@ struct Queries {
             rotate(x + offset(row, r) * row.dim, rotated ? row.cos_at(t) : nullptr, row.sin_at(t), out + r * row.dim,
                    row.dim);
         }
-        if (even > rows) std::memset(out + rows * row.dim, 0, row.dim * sizeof(bf16));
+        std::memset(out + rows * row.dim, 0, (padded - rows) * row.dim * sizeof(bf16));
     }
     int64_t first_panel(const Row& row) const {
         const int64_t key = first - row.window + 1;
         return key > 0 ? key / KEYS : 0;
     }
     int64_t last_panel() const { return (first + positions - 1) / KEYS; }
-    // Columns of a panel that any row attends to, a multiple of 16.
+    // Keys of a panel that any row attends to, rounded up.
     int64_t columns(int64_t panel) const {
         const int64_t end = first + positions - panel * KEYS;
-        return end >= KEYS ? KEYS : (end + 15) / 16 * 16;
+        return end >= KEYS ? KEYS : rounded_up(end, COLUMN_STEP);
     }
 };
 
@@ -170,21 +163,18 @@ struct Span {
     }
 };
 
-inline __mmask16 lanes(const Span& span, int64_t first) {  // those of columns first .. first + 15
-    const int64_t a = span.from - first, b = span.to - first;
-    const uint32_t below = b <= 0 ? 0u : (b >= 16 ? 0xffffu : (1u << b) - 1u);
-    const uint32_t skipped = a <= 0 ? 0u : (a >= 16 ? 0xffffu : (1u << a) - 1u);
-    return (__mmask16)(below & ~skipped);
+inline __mmask16 lanes(int64_t from, int64_t to, int64_t first) {  // those in [from, to) of first .. first + 15
+    return (__mmask16)(first_lanes(to - first) & ~first_lanes(from - first));
 }
 
 // --- forward
 
 struct ForwardScratch {
-    std::vector<bf16> q, p;
-    std::vector<float> scores, sums, top, total;
+    Buffer<bf16> q, p;
+    Buffer<float> scores, sums, top, total;
 
     ForwardScratch(const Row& row) {
-        const int64_t rows = row.queries() * row.group + 1;
+        const int64_t rows = row.most_rows();
         q.resize(rows * row.dim);
         p.resize(rows * KEYS);
         scores.resize(rows * KEYS);
@@ -206,12 +196,12 @@ inline void soften(const float* scores, int64_t columns, const Span& span, float
     __m512 x[KEYS / 16], most = _mm512_set1_ps(*top);
     for (int64_t v = 0; v < columns / 16; v++) {
         x[v] = _mm512_mul_ps(_mm512_loadu_ps(scores + 16 * v), factor);
-        most = _mm512_mask_max_ps(most, lanes(span, 16 * v), most, x[v]);
+        most = _mm512_mask_max_ps(most, lanes(span.from, span.to, 16 * v), most, x[v]);
     }
     const float highest = _mm512_reduce_max_ps(most);
     __m512 sum = _mm512_setzero_ps();
     for (int64_t v = 0; v < columns / 16; v++) {
-        const __m512 e = _mm512_maskz_mov_ps(lanes(span, 16 * v), exp2_16(_mm512_sub_ps(x[v], _mm512_set1_ps(highest))));
+        const __m512 e = _mm512_maskz_mov_ps(lanes(span.from, span.to, 16 * v), exp2_16(_mm512_sub_ps(x[v], _mm512_set1_ps(highest))));
         sum = _mm512_add_ps(sum, e);
         _mm256_storeu_si256((__m256i*)(p + 16 * v), (__m256i)_mm512_cvtneps_pbh(e));
     }
@@ -233,13 +223,13 @@ void forward_tile(const Row& row, const Panels& panels, const word* keys, const 
     std::fill(own.top.begin(), own.top.end(), -INFINITY);
     for (int64_t panel = at.first_panel(row); panel <= at.last_panel(); panel++) {
         const int64_t columns = at.columns(panel), where = panels.at(at.s, at.head, panel);
-        product(at.rows, columns, dim / 2, (const word*)own.q.data(), dim / 2, 1, keys + where, KEYS, own.scores.data(),
+        product(at.padded, columns, {(const word*)own.q.data(), dim / 2, keys + where, KEYS, dim / 2}, own.scores.data(),
                 KEYS, false);
         for (int64_t r = 0; r < at.rows; r++)
             soften(own.scores.data() + r * KEYS, columns, Span(row, at.first + r / row.group, panel), row.scale * LOG2E,
                    own.p.data() + r * KEYS, &own.top[r], &own.total[r], own.sums.data() + r * dim, dim);
-        product(at.rows, dim, columns / 2, (const word*)own.p.data(), KEYS / 2, 1, values + where, dim,
-                own.sums.data(), dim, true);
+        product(at.padded, dim, {(const word*)own.p.data(), KEYS / 2, values + where, dim, columns / 2}, own.sums.data(),
+                dim, true);
     }
     for (int64_t r = 0; r < at.rows; r++) {
         const int64_t offset = at.offset(row, r);
@@ -253,8 +243,7 @@ void forward_tile(const Row& row, const Panels& panels, const word* keys, const 
 
 void forward(const Row& row, bf16* out, float* lse, int threads) {
     const Panels panels(row);
-    const std::unique_ptr<word[]> keys(new word[row.kv * panels.all * panels.size]);
-    const std::unique_ptr<word[]> values(new word[row.kv * panels.all * panels.size]);
+    Buffer<word> keys(row.kv * panels.all * panels.size), values(row.kv * panels.all * panels.size);
     struct Task {
         int64_t s, head, tile;
     };
@@ -266,43 +255,41 @@ void forward(const Row& row, bf16* out, float* lse, int threads) {
         }
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<bf16> rows(KEYS * row.dim);
+        const TileRegisters registers;
+        Buffer<bf16> rows(KEYS * row.dim);
 #pragma omp for schedule(static)
         for (size_t i = 0; i < packing.size(); i++) {
             const Task& t = packing[i];
             panel_rows(row, row.k, true, t.s, t.head, t.tile, rows.data());
-            columns_of(rows.data(), keys.get() + panels.at(t.s, t.head, t.tile), row.dim);
+            transposed((const word*)rows.data(), row.dim / 2, KEYS, row.dim / 2, keys.data() + panels.at(t.s, t.head, t.tile), KEYS);
             panel_rows(row, row.v, false, t.s, t.head, t.tile, rows.data());
-            pairs_of(rows.data(), row.dim, KEYS, row.dim, values.get() + panels.at(t.s, t.head, t.tile), row.dim);
+            pairs_of(rows.data(), row.dim, KEYS, row.dim, values.data() + panels.at(t.s, t.head, t.tile), row.dim);
         }
         ForwardScratch own(row);
 #pragma omp for schedule(dynamic)
         for (size_t i = 0; i < tasks.size(); i++) {
             const Task& t = tasks[i];
-            forward_tile(row, panels, keys.get(), values.get(), Queries(row, t.s, t.head, t.tile), own, out, lse);
+            forward_tile(row, panels, keys.data(), values.data(), Queries(row, t.s, t.head, t.tile), own, out, lse);
         }
     }
 }
 
 // --- backward
 
+// Scores and what follows from them have one row a key here: so P and dS lie as the products need them.
 struct BackwardScratch {
-    std::vector<bf16> q, dout, ds;
-    std::vector<word> q_pairs, dout_pairs, p_pairs, ds_pairs;
-    std::vector<float> scores, dp, dq, delta, lse;
+    Buffer<bf16> q, dout, p, ds;
+    Buffer<word> q_columns, q_pairs, dout_columns, dout_pairs, ds_pairs;
+    Buffer<float> scores, dp, dq, delta, lse;
 
     BackwardScratch(const Row& row) {
-        const int64_t rows = row.queries() * row.group + 1;
-        q.resize(rows * row.dim);
-        dout.resize(rows * row.dim);
-        ds.resize(rows * KEYS);
-        q_pairs.resize(rows * row.dim);
-        dout_pairs.resize(rows * row.dim);
-        p_pairs.resize(rows * KEYS);
-        ds_pairs.resize(rows * KEYS);
-        scores.resize(rows * KEYS);
-        dp.resize(rows * KEYS);
-        dq.resize(rows * row.dim);
+        const int64_t rows = row.most_rows(), words = rows * row.dim / 2;
+        for (auto* x : {&q, &dout}) x->resize(rows * row.dim);
+        for (auto* x : {&q_columns, &q_pairs, &dout_columns, &dout_pairs}) x->resize(words);
+        for (auto* x : {&p, &ds}) x->resize(KEYS * rows);
+        for (auto* x : {&scores, &dp}) x->resize(KEYS * rows);
+        ds_pairs.resize(KEYS / 2 * rows);
+        dq.resize(2 * row.dim * rows);  // (dim, rows), and turned at the end
         delta.resize(rows);
         lse.resize(rows);
     }
@@ -314,29 +301,33 @@ struct Gradients {
     bf16 *dq, *dk, *dv;
 };
 
-// P and dS of one row and 16 columns; `keep`: the columns that it attends to.
+// P and dS of one key and 16 rows of queries; `keep`: those that attend to it.
 struct Slopes {
     __m256i p, ds;
 };
-inline Slopes slopes(const float* scores, const float* dp, __mmask16 keep, float scale, float lse, float delta) {
-    const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(scores), _mm512_set1_ps(scale * LOG2E), _mm512_set1_ps(lse));
+inline Slopes slopes(const float* scores, const float* dp, __mmask16 keep, float scale, const float* lse, const float* delta) {
+    const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(scores), _mm512_set1_ps(scale * LOG2E), _mm512_loadu_ps(lse));
     const __m512 p = _mm512_maskz_mov_ps(keep, exp2_16(x));
-    const __m512 change = _mm512_sub_ps(_mm512_loadu_ps(dp), _mm512_set1_ps(delta));
+    const __m512 change = _mm512_sub_ps(_mm512_loadu_ps(dp), _mm512_loadu_ps(delta));
     const __m512 ds = _mm512_maskz_mul_ps(keep, _mm512_mul_ps(p, change), _mm512_set1_ps(scale));
     return {(__m256i)_mm512_cvtneps_pbh(p), (__m256i)_mm512_cvtneps_pbh(ds)};
 }
-inline __m512i paired(__m256i low, __m256i high) {
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-}
 
-// Adds what one tile of queries gives to dk and dv (length, dim) of its sequence and head, and writes its dq.
-void backward_tile(const Row& row, const Panels& panels, const word* keys, const word* key_pairs, const word* values,
-                   const Gradients& io, const Queries& at, BackwardScratch& own, float* dk, float* dv) {
-    const int64_t dim = row.dim;
+// A sequence's keys and values, a panel at a time, as the backward's products need them.
+struct PackedKeys {
+    const word *keys, *keys_turned, *values;  // (KEYS, dim / 2), (dim, KEYS / 2), (KEYS, dim / 2)
+};
+
+// Adds what one tile of queries gives to dk and dv (panels of its sequence and head, dim), and writes its dq.
+void backward_tile(const Row& row, const Panels& panels, const PackedKeys& packed, const Gradients& io, const Queries& at,
+                   BackwardScratch& own, float* dk, float* dv) {
+    const int64_t dim = row.dim, wide = at.padded;
     at.gather(row, row.q, true, own.q.data());
     at.gather(row, io.dout, false, own.dout.data());
-    pairs_of(own.q.data(), dim, at.even, dim, own.q_pairs.data(), dim);
-    pairs_of(own.dout.data(), dim, at.even, dim, own.dout_pairs.data(), dim);
+    transposed((const word*)own.q.data(), dim / 2, wide, dim / 2, own.q_columns.data(), wide);
+    transposed((const word*)own.dout.data(), dim / 2, wide, dim / 2, own.dout_columns.data(), wide);
+    pairs_of(own.q.data(), dim, wide, dim, own.q_pairs.data(), dim);
+    pairs_of(own.dout.data(), dim, wide, dim, own.dout_pairs.data(), dim);
     for (int64_t r = 0; r < at.rows; r++) {
         const bf16 *out = io.out + at.offset(row, r) * dim, *dout = own.dout.data() + r * dim;
         float sum = 0;
@@ -345,38 +336,40 @@ void backward_tile(const Row& row, const Panels& panels, const word* keys, const
         own.delta[r] = sum;
         own.lse[r] = io.lse[at.offset(row, r)];
     }
-    std::fill(own.dq.begin(), own.dq.end(), 0.0f);
+    float* dq = own.dq.data();
+    std::fill(dq, dq + dim * wide, 0.0f);
     for (int64_t panel = at.first_panel(row); panel <= at.last_panel(); panel++) {
-        const int64_t columns = at.columns(panel), where = panels.at(at.s, at.head, panel);
-        const int64_t left = row.length(at.s) - panel * KEYS, count = columns < left ? columns : left;
-        product(at.rows, columns, dim / 2, (const word*)own.q.data(), dim / 2, 1, keys + where, KEYS, own.scores.data(),
-                KEYS, false);
-        product(at.rows, columns, dim / 2, (const word*)own.dout.data(), dim / 2, 1, values + where, KEYS, own.dp.data(),
-                KEYS, false);
-        for (int64_t r = 0; r < at.even; r += 2) {
-            // A row behind the last one is zero: q and dout are, and no key is allowed.
-            const Span low(row, at.first + r / row.group, panel);
-            const Span high(row, r + 1 < at.rows ? at.first + (r + 1) / row.group : -1, panel);
-            for (int64_t c = 0; c < columns; c += 16) {
-                const int64_t i = r * KEYS + c, j = i + KEYS;
-                const Slopes a = slopes(&own.scores[i], &own.dp[i], lanes(low, c), row.scale, own.lse[r], own.delta[r]);
-                const Slopes b = slopes(&own.scores[j], &own.dp[j], lanes(high, c), row.scale, own.lse[r + 1], own.delta[r + 1]);
+        const int64_t count = at.columns(panel), where = panels.at(at.s, at.head, panel);
+        product(count, wide, {packed.keys + where, dim / 2, own.q_columns.data(), wide, dim / 2}, own.scores.data(), wide, false);
+        product(count, wide, {packed.values + where, dim / 2, own.dout_columns.data(), wide, dim / 2}, own.dp.data(), wide, false);
+        for (int64_t j = 0; j < count; j += 2) {
+            // Rows of queries that attend to a key, [from, to); none to one behind the sequence's end.
+            const int64_t key = panel * KEYS + j - at.first;
+            const int64_t from = key * row.group, to = std::min(at.rows, (key + row.window) * row.group);
+            for (int64_t c = 0; c < wide; c += 16) {
+                const int64_t i = j * wide + c;
+                const float *lse = &own.lse[c], *delta = &own.delta[c];
+                const Slopes a = slopes(&own.scores[i], &own.dp[i], lanes(from, to, c), row.scale, lse, delta);
+                const Slopes b = slopes(&own.scores[i + wide], &own.dp[i + wide],
+                                        lanes(from + row.group, std::min(at.rows, to + row.group), c), row.scale, lse, delta);
+                _mm256_storeu_si256((__m256i*)&own.p[i], a.p);
+                _mm256_storeu_si256((__m256i*)&own.p[i + wide], b.p);
                 _mm256_storeu_si256((__m256i*)&own.ds[i], a.ds);
-                _mm256_storeu_si256((__m256i*)&own.ds[j], b.ds);
-                _mm512_storeu_si512(&own.p_pairs[r / 2 * KEYS + c], paired(a.p, b.p));
-                _mm512_storeu_si512(&own.ds_pairs[r / 2 * KEYS + c], paired(a.ds, b.ds));
+                _mm256_storeu_si256((__m256i*)&own.ds[i + wide], b.ds);
+                _mm512_storeu_si512(&own.ds_pairs[j / 2 * wide + c], paired(a.ds, b.ds));
             }
         }
-        product(count, dim, at.even / 2, own.p_pairs.data(), 1, KEYS, own.dout_pairs.data(), dim,
+        product(count, dim, {(const word*)own.p.data(), wide / 2, own.dout_pairs.data(), dim, wide / 2},
                 dv + panel * KEYS * dim, dim, true);
-        product(count, dim, at.even / 2, own.ds_pairs.data(), 1, KEYS, own.q_pairs.data(), dim, dk + panel * KEYS * dim,
-                dim, true);
-        product(at.rows, dim, columns / 2, (const word*)own.ds.data(), KEYS / 2, 1, key_pairs + where, dim,
-                own.dq.data(), dim, true);
+        product(count, dim, {(const word*)own.ds.data(), wide / 2, own.q_pairs.data(), dim, wide / 2},
+                dk + panel * KEYS * dim, dim, true);
+        product(dim, wide, {packed.keys_turned + where, KEYS / 2, own.ds_pairs.data(), wide, count / 2}, dq, wide, true);
     }
+    float* turned = dq + dim * wide;
+    transposed((const word*)dq, wide, dim, wide, (word*)turned, dim);
     for (int64_t r = 0; r < at.rows; r++) {
         const int64_t t = at.token(row, r);
-        rotate_back(own.dq.data() + r * dim, row.cos_at(t), row.sin_at(t), io.dq + at.offset(row, r) * dim, dim);
+        rotate_back(turned + r * dim, row.cos_at(t), row.sin_at(t), io.dq + at.offset(row, r) * dim, dim);
     }
 }
 
@@ -384,7 +377,7 @@ void backward(const Row& row, const Gradients& io, int threads) {
     const int64_t dim = row.dim;
     const Panels panels(row);
     const int64_t words = row.kv * panels.all * panels.size;
-    const std::unique_ptr<word[]> keys(new word[words]), key_pairs(new word[words]), values(new word[words]);
+    Buffer<word> keys(words), keys_turned(words), values(words);
     // A part is the tiles of queries of one sequence and head that one thread goes through, with sums of its own for
     // dk and dv, which the threads add up at the end.
     struct Part {
@@ -397,47 +390,48 @@ void backward(const Row& row, const Gradients& io, int threads) {
         for (int64_t head = 0; head < row.kv; head++) {
             const int64_t wanted = (row.length(s) + PART - 1) / PART, of = wanted < threads ? wanted : threads;
             first_part[s * row.kv + head] = (int64_t)parts.size();
-            for (int64_t i = 0; i < of; i++, size += 2 * row.length(s) * dim) parts.push_back({s, head, i, of, size});
+            for (int64_t i = 0; i < of; i++, size += 2 * row.panels(s) * KEYS * dim) parts.push_back({s, head, i, of, size});
         }
     std::vector<size_t> order(parts.size());
     for (size_t i = 0; i < order.size(); i++) order[i] = i;
     auto cost = [&](size_t i) { return row.length(parts[i].s) * row.length(parts[i].s) / parts[i].of; };
     std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return cost(a) > cost(b); });
-    const std::unique_ptr<float[]> sums(new float[size]);
+    Buffer<float> sums(size);
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<bf16> rows(KEYS * dim);
+        const TileRegisters registers;
+        Buffer<word> pairs(panels.size);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < row.sequences * row.kv; i++) {
             const int64_t s = i / row.kv, head = i % row.kv;
             for (int64_t panel = 0; panel < row.panels(s); panel++) {
                 const int64_t where = panels.at(s, head, panel);
-                panel_rows(row, row.k, true, s, head, panel, rows.data());
-                columns_of(rows.data(), keys.get() + where, dim);
-                pairs_of(rows.data(), dim, KEYS, dim, key_pairs.get() + where, dim);
-                panel_rows(row, row.v, false, s, head, panel, rows.data());
-                columns_of(rows.data(), values.get() + where, dim);
+                panel_rows(row, row.k, true, s, head, panel, (bf16*)(keys.data() + where));
+                pairs_of((bf16*)(keys.data() + where), dim, KEYS, dim, pairs.data(), dim);
+                transposed(pairs.data(), dim, KEYS / 2, dim, keys_turned.data() + where, KEYS / 2);
+                panel_rows(row, row.v, false, s, head, panel, (bf16*)(values.data() + where));
             }
         }
         BackwardScratch own(row);
 #pragma omp for schedule(dynamic)
         for (size_t i = 0; i < order.size(); i++) {
             const Part& part = parts[order[i]];
-            float *dk = sums.get() + part.sums, *dv = dk + row.length(part.s) * dim;
-            std::fill(dk, dv + row.length(part.s) * dim, 0.0f);
+            const int64_t half = row.panels(part.s) * KEYS * dim;
+            float *dk = sums.data() + part.sums, *dv = dk + half;
+            std::fill(dk, dv + half, 0.0f);
             for (int64_t tile = part.index; tile < row.tiles(part.s); tile += part.of)
-                backward_tile(row, panels, keys.get(), key_pairs.get(), values.get(), io,
+                backward_tile(row, panels, {keys.data(), keys_turned.data(), values.data()}, io,
                               Queries(row, part.s, part.head, tile), own, dk, dv);
         }
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < row.sequences * row.kv; i++) {
-            const int64_t s = i / row.kv, head = i % row.kv, length = row.length(s);
+            const int64_t s = i / row.kv, head = i % row.kv, length = row.length(s), half = row.panels(s) * KEYS * dim;
             const Part& first = parts[first_part[i]];
-            float *dk = sums.get() + first.sums, *dv = dk + length * dim;
+            float *dk = sums.data() + first.sums, *dv = dk + half;
             for (int64_t p = 1; p < first.of; p++) {
-                const float* more = sums.get() + parts[first_part[i] + p].sums;
+                const float* more = sums.data() + parts[first_part[i] + p].sums;
 #pragma omp simd
-                for (int64_t n = 0; n < 2 * length * dim; n++) dk[n] += more[n];
+                for (int64_t n = 0; n < 2 * half; n++) dk[n] += more[n];
             }
             for (int64_t j = 0; j < length; j++) {
                 const int64_t t = row.start(s) + j, to = (t * row.kv + head) * dim;

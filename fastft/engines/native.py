@@ -185,14 +185,21 @@ def _instructions(s: Sum) -> list[int]:
 
 
 def tiles_serve(dtype: torch.dtype) -> bool:
-    """Return whether the compiled products are the faster ones: AVX512-BF16, and no AMX, which oneDNN uses."""
-    return dtype == torch.bfloat16 and has_tiles() and "amx_bf16" not in _processor()
+    """Return whether the compiled products are the faster ones: not where oneDNN would use AMX and they could not."""
+    return dtype == torch.bfloat16 and has_tiles() and (has_amx() or "amx_bf16" not in _processor())
 
 
 def has_tiles() -> bool:
     """Return whether attention.cpp and products.cpp were built for this processor."""
     compiled = library()
     return compiled is not None and bool(compiled.has_tiles())
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Return whether they use AMX: built for it, and the system grants this process its registers."""
+    compiled = library()
+    return compiled is not None and bool(compiled.use_amx(ctypes.c_int(1)))
 
 
 # --- RMSNorm

@@ -1,8 +1,8 @@
-// Sums of matrix products in bfloat16 on processors with AVX512-BF16: C = bias + sum of A_i B_i, rounded once at the end.
+// Sums of matrix products in bfloat16 on processors with AVX512-BF16 or AMX: C = bias + sum of A_i B_i, rounded once at the end.
 // A LoRA layer is such a sum (x W^T + low B^T), and so is its input's gradient (dy W + dlow A): what is added never travels
 // through memory, and several sums are one parallel region. native.py's `multiply` holds the same in torch.
 //
-// A task is a panel of 64 columns and some hundred rows of one C. It packs its part of B into words, which then stay in the
+// A task is a panel of columns and some hundred rows of one C. It packs its part of B into words, which then stay in the
 // level-2 cache, and goes through its rows a few at a time.
 
 #include <cstdint>
@@ -14,12 +14,26 @@
 #include <algorithm>
 #include <vector>
 
+#ifdef FASTFT_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace {
 
+const int64_t DEPTH = 2048;      // of the summed index at a time, over all terms
+const int64_t MOST_TERMS = 16;   // at a time
+#ifdef FASTFT_AMX
+const int64_t COLUMNS = 128;
+const int64_t MOST_ROWS = 512;   // of C at a time, where its sums wait for more of the summed index
+const int64_t WHOLE_ROWS = 1536; // where they do not
+const int64_t TILE_ROWS = 32;
+#else
 const int64_t COLUMNS = 64;
-const int64_t DEPTH = 2048;      // of the summed index at a time, over all terms: 256 KB of packed B
-const int64_t MOST_ROWS = 480;   // of C at a time
-const int64_t TILE_ROWS = 24;    // tiles of registers have 6, 8 or 12 rows
+const int64_t MOST_ROWS = 480, WHOLE_ROWS = 480;
+const int64_t TILE_ROWS = 24;
+#endif
+const int64_t STEPS = DEPTH / 2 + MOST_TERMS * WORD_STEP;  // words of the summed index at a time, padding included
 
 // One product. A (rows, depth): word s of row r lies along a row, or, where `a_transposed`, A is held as (depth, rows).
 // B (depth, columns) is held so, or, where `b_transposed`, as (columns, depth). Strides are in elements.
@@ -38,44 +52,71 @@ struct Sum {
     const Term* terms;
 };
 
-// B's rows [from, from + depth) and columns [first, first + count) as (depth / 2, width) words, zero behind `count`.
-void pack(const Term& t, int64_t from, int64_t depth, int64_t first, int64_t count, int64_t width, word* out) {
-    if (count < width) std::memset(out, 0, (depth + 1) / 2 * width * sizeof(word));
-    if (!t.b_transposed) return pairs_of(t.b + from * t.b_stride + first, t.b_stride, depth, count, out, width);
-    const word* b = (const word*)(t.b + first * t.b_stride + from);
-    const int64_t words = depth / 2, stride = t.b_stride / 2;
-    int64_t d = 0;
-    for (; d + 16 <= words; d += 16)  // some words of all columns: the lines written stay in the cache
-        for (int64_t j = 0; j < count; j++)
-            for (int64_t i = 0; i < 16; i++) out[(d + i) * width + j] = b[j * stride + d + i];
-    for (; d < words; d++)
-        for (int64_t j = 0; j < count; j++) out[d * width + j] = b[j * stride + d];
-}
-
-// A stretch of a term's summed index, and where its packed words lie.
+// A stretch of a term's summed index; its packed B begins at word row `at`.
 struct Stretch {
     const Term* term;
     int64_t from, depth, at;
 
-    int64_t steps() const { return (depth + 1) / 2; }
+    int64_t steps() const { return rounded_up((depth + 1) / 2, WORD_STEP); }
 };
 
+// B's columns [first, first + count) of a stretch as panels of (steps, PANEL) words, zero behind `count` and `depth`.
+void pack_b(const Stretch& s, int64_t first, int64_t count, word* out) {
+    const Term& t = *s.term;
+    const int64_t words = (s.depth + 1) / 2, panel = s.steps() * PANEL, odd = count % PANEL;
+    if (odd) std::memset(out + count / PANEL * panel, 0, panel * sizeof(word));
+    if (t.b_transposed) {
+        const word* b = (const word*)(t.b + first * t.b_stride + s.from);
+        for (int64_t j = 0; j < count; j += PANEL)
+            transposed(b + j * t.b_stride / 2, t.b_stride / 2, std::min(PANEL, count - j), words, out + j / PANEL * panel, PANEL);
+    } else {
+        pairs_of(t.b + s.from * t.b_stride + first, t.b_stride, s.depth, count, out, PANEL, panel);
+    }
+    for (int64_t p = 0; p < count / PANEL; p++)
+        std::memset(out + p * panel + words * PANEL, 0, (s.steps() - words) * PANEL * sizeof(word));
+}
+
+// A's rows [row, row + count) of a stretch as (padded, steps) words, zero behind `count` and `depth`.
+void pack_a(const Stretch& s, int64_t row, int64_t count, int64_t padded, word* out) {
+    const Term& t = *s.term;
+    const int64_t steps = s.steps();
+    if (!t.a_transposed) {
+        std::memset(out, 0, padded * steps * sizeof(word));
+        for (int64_t r = 0; r < count; r++)
+            std::memcpy(out + r * steps, t.a + (row + r) * t.a_stride + s.from, s.depth * sizeof(bf16));
+        return;
+    }
+    for (int64_t r = 0; r < padded; r += 16)
+        for (int64_t w = 0; w < steps; w += 16) {
+            const __mmask16 rows = first_lanes(count - r);
+            __m512i x[16];
+            for (int64_t i = 0; i < 16; i++) {
+                const int64_t d = 2 * (w + i);
+                const bf16* low = t.a + (s.from + d) * t.a_stride + row + r;
+                const __m256i a = d < s.depth ? _mm256_maskz_loadu_epi16(rows, low) : _mm256_setzero_si256();
+                x[i] = paired(a, d + 1 < s.depth ? _mm256_maskz_loadu_epi16(rows, low + t.a_stride) : _mm256_setzero_si256());
+            }
+            transpose(x);
+            const __mmask16 here = first_lanes(steps - w);
+            for (int64_t i = 0; i < 16 && r + i < padded; i++) _mm512_mask_storeu_epi32(out + (r + i) * steps + w, here, x[i]);
+        }
+}
+
 struct Scratch {
-    std::vector<word> a, b;
-    std::vector<float> c;
+    Buffer<word> a, b;
+    Buffer<float> c;
     std::vector<Stretch> stretches;
 
-    // Half a word more for each term of odd depth.
-    Scratch() : b((DEPTH / 2 + 64) * COLUMNS), c(MOST_ROWS * COLUMNS) {}
+    Scratch() : a(STEPS * TILE_ROWS), b(STEPS * COLUMNS), c(MOST_ROWS * COLUMNS) {}
 
     // The next stretches of `sum`'s terms that fit into B; `term` and `from` say where to begin, and move on.
     void take(const Sum& sum, int64_t& term, int64_t& from) {
         stretches.clear();
-        for (int64_t left = DEPTH, at = 0; term < sum.count && left > 0 && stretches.size() < 64;) {
+        for (int64_t left = DEPTH, at = 0; term < sum.count && left > 0 && stretches.size() < (size_t)MOST_TERMS;) {
             const Term& t = sum.terms[term];
             const int64_t depth = std::min(left, t.depth - from);
             stretches.push_back({&t, from, depth, at});
-            at += stretches.back().steps() * COLUMNS;
+            at += stretches.back().steps();
             left -= depth + depth % 2;
             from += depth;
             if (from == t.depth) {
@@ -84,53 +125,63 @@ struct Scratch {
             }
         }
     }
+
+    // The stretches' factors for `count` rows: A as it lies, or packed where it is transposed or must be padded.
+    int64_t factors(int64_t row, int64_t count, int64_t padded, Factors* out) {
+        int64_t used = 0;
+        for (const Stretch& s : stretches) {
+            const Term& t = *s.term;
+            const word* place = b.data() + s.at * COLUMNS;
+            if (t.a_transposed || padded != count || 2 * s.steps() != s.depth) {
+                pack_a(s, row, count, padded, a.data() + used);
+                *out++ = {a.data() + used, s.steps(), place, PANEL, s.steps(), s.steps() * PANEL};
+                used += padded * s.steps();
+            } else {
+                *out++ = {(const word*)(t.a + row * t.a_stride + s.from), t.a_stride / 2, place, PANEL, s.steps(), s.steps() * PANEL};
+            }
+        }
+        return (int64_t)stretches.size();
+    }
 };
 
-// One part of a row of C, 16 columns or fewer. Masked stores are slow on Zen 4, so whole ones have none.
-inline void put(const Sum& sum, int64_t at, int64_t count, __m512 value) {
+// `count` columns of a row of C. Masked stores are slow on Zen 4, and half a line at a time on Sapphire Rapids.
+void put(const Sum& sum, int64_t at, int64_t count, const float* values) {
+    int64_t j = 0;
     if (sum.c_is_float) {
         float* to = (float*)sum.c + at;
-        if (count >= 16) return _mm512_storeu_ps(to, value);
-        _mm512_mask_storeu_ps(to, (__mmask16)((1u << count) - 1u), value);
-    } else {
-        bf16* to = (bf16*)sum.c + at;
-        const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(value);
-        if (count >= 16) return _mm256_storeu_si256((__m256i*)to, rounded);
-        _mm256_mask_storeu_epi16(to, (__mmask16)((1u << count) - 1u), rounded);
+        for (; j + 16 <= count; j += 16) _mm512_storeu_ps(to + j, _mm512_loadu_ps(values + j));
+        if (j < count) _mm512_mask_storeu_ps(to + j, first_lanes(count - j), _mm512_loadu_ps(values + j));
+        return;
     }
+    bf16* to = (bf16*)sum.c + at;
+    for (; j + 32 <= count; j += 32)
+        _mm512_storeu_si512(to + j, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(values + j + 16), _mm512_loadu_ps(values + j)));
+    for (; j < count; j += 16)
+        _mm256_mask_storeu_epi16(to + j, first_lanes(count - j), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(values + j)));
 }
 
 void task(const Sum& sum, int64_t first, int64_t row, int64_t rows, Scratch& own) {
-    const int64_t count = std::min(COLUMNS, sum.columns - first), width = (count + 15) / 16 * 16;
+    const int64_t count = std::min(COLUMNS, sum.columns - first), width = rounded_up(count, 16);
     float bias[COLUMNS] = {};
     for (int64_t j = 0; sum.bias && j < count; j++) bias[j] = load(sum.bias[first + j]);
     int64_t term = 0, from = 0;
     for (bool begun = false; term < sum.count; begun = true) {
         own.take(sum, term, from);
         const bool whole = !begun && term == sum.count;  // then a tile's sums are done at once, and its place is used again
-        for (const Stretch& s : own.stretches)
-            pack(*s.term, s.from, s.depth, first, count, width, own.b.data() + s.at);
+        for (const Stretch& s : own.stretches) pack_b(s, first, count, own.b.data() + s.at * COLUMNS);
         for (int64_t r = 0; r < rows; r += TILE_ROWS) {
-            const int64_t high = std::min(TILE_ROWS, rows - r);
+            const int64_t high = std::min(TILE_ROWS, rows - r), padded = amx_serves ? rounded_up(high, ROW_STEP) : high;
             float* c = own.c.data() + (whole ? 0 : r * COLUMNS);
-            if (!begun)
-                for (int64_t i = 0; i < high; i++) std::memcpy(c + i * COLUMNS, bias, sizeof(bias));
-            for (const Stretch& s : own.stretches) {
-                const Term& t = *s.term;
-                const word* b = own.b.data() + s.at;
-                if (t.a_transposed) {
-                    own.a.resize(std::max((int64_t)own.a.size(), s.steps() * TILE_ROWS));
-                    pairs_of(t.a + s.from * t.a_stride + row + r, t.a_stride, s.depth, high, own.a.data(), TILE_ROWS);
-                    product(high, width, s.steps(), own.a.data(), 1, TILE_ROWS, b, width, c, COLUMNS, true);
-                } else {
-                    const word* a = (const word*)(t.a + (row + r) * t.a_stride + s.from);
-                    product(high, width, s.steps(), a, t.a_stride / 2, 1, b, width, c, COLUMNS, true);
-                }
-            }
+            const bool biased = sum.bias && !begun;
+            for (int64_t i = 0; biased && i < padded; i++) std::memcpy(c + i * COLUMNS, bias, sizeof(bias));
+            Factors factors[MOST_TERMS];
+            const int64_t terms = own.factors(row + r, high, padded, factors);
+            const bool ready = term == sum.count && high == TILE_ROWS;
+            const char* to = (const char*)sum.c + ((row + r) * sum.c_stride + first) * (sum.c_is_float ? 4 : 2);
+            products(padded, width, factors, terms, c, COLUMNS, begun || biased,
+                     {ready && !sum.c_is_float ? to : nullptr, sum.c_stride * 2});
             if (term < sum.count) continue;
-            for (int64_t i = 0; i < high; i++)
-                for (int64_t j = 0; j < count; j += 16)
-                    put(sum, (row + r + i) * sum.c_stride + first + j, count - j, _mm512_loadu_ps(c + i * COLUMNS + j));
+            for (int64_t i = 0; i < high; i++) put(sum, (row + r + i) * sum.c_stride + first, count, c + i * COLUMNS);
         }
     }
 }
@@ -144,17 +195,21 @@ void multiply(const std::vector<Sum>& sums, int threads) {
     for (const Sum& s : sums) panels += (s.columns + COLUMNS - 1) / COLUMNS;
     for (size_t i = 0; i < sums.size(); i++) {
         const Sum& s = sums[i];
+        int64_t depth = 0;
+        for (int64_t n = 0; n < s.count; n++) depth += s.terms[n].depth + 1;
+        const int64_t most = depth > DEPTH || s.count > MOST_TERMS ? MOST_ROWS : WHOLE_ROWS;
         // Several tasks for each thread, so that none waits long for another.
-        const int64_t chunks = std::max((s.rows + MOST_ROWS - 1) / MOST_ROWS, (4 * threads + panels - 1) / panels);
-        const int64_t share = (s.rows + chunks - 1) / chunks, whole = (share + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
-        const int64_t rows = std::min(MOST_ROWS, std::max(2 * TILE_ROWS, whole));
+        const int64_t chunks = std::max((s.rows + most - 1) / most, (4 * threads + panels - 1) / panels);
+        const int64_t share = rounded_up((s.rows + chunks - 1) / chunks, TILE_ROWS);
+        const int64_t rows = std::min(most, std::max(2 * TILE_ROWS, share));
         for (int64_t first = 0; first < s.columns; first += COLUMNS)
             for (int64_t row = 0; row < s.rows; row += rows)
                 tasks.push_back({(int64_t)i, first, row, std::min(rows, s.rows - row)});
     }
 #pragma omp parallel num_threads(threads)
     {
-        static thread_local Scratch own;  // half a megabyte, kept: these calls are short and many
+        static thread_local Scratch own;  // about a megabyte, kept: these calls are short and many
+        const TileRegisters registers;
 #pragma omp for schedule(dynamic)
         for (size_t i = 0; i < tasks.size(); i++) {
             const Task& t = tasks[i];
@@ -184,8 +239,24 @@ extern "C" void multiply_bfloat16(const int64_t* program, int64_t count, int thr
 
 extern "C" int has_tiles() { return 1; }
 
+#ifdef FASTFT_AMX
+// The system must be asked once for each process before a tile register is touched.
+static bool granted() {
+    const long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+static const bool amx_granted = granted();
+#else
+static const bool amx_granted = false;
+#endif
+bool amx_serves = amx_granted;
+
+// Returns whether AMX is used from now on: where it is wanted and can be.
+extern "C" int use_amx(int wanted) { return amx_serves = wanted && amx_granted; }
+
 #else
 
 extern "C" int has_tiles() { return 0; }
+extern "C" int use_amx(int) { return 0; }
 
 #endif
