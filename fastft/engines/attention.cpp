@@ -85,8 +85,8 @@ struct Row {
     const bf16* cos_at(int64_t t) const { return cos ? cos + t * dim : nullptr; }
     const bf16* sin_at(int64_t t) const { return sin ? sin + t * dim : nullptr; }
     int64_t queries() const {  // of a tile
-        const int64_t fitting = ROWS / group / ROW_STEP * ROW_STEP;
-        return std::min(std::max(fitting, ROW_STEP), 4 * ROW_STEP);
+        const int64_t fitting = ROWS / group / 16 * 16;
+        return std::min<int64_t>(std::max<int64_t>(fitting, 16), 48);
     }
     int64_t most_rows() const { return rounded_up(queries() * group, COLUMN_STEP); }  // of a tile, padding included
     int64_t tiles(int64_t s) const { return (length(s) + queries() - 1) / queries(); }

@@ -21,14 +21,15 @@
 
 namespace {
 
-const int64_t DEPTH = 2048;      // of the summed index at a time, over all terms
 const int64_t MOST_TERMS = 16;   // at a time
 #ifdef FASTFT_AMX
+const int64_t DEPTH = 4096;      // of the summed index at a time, over all terms
 const int64_t COLUMNS = 128;
 const int64_t MOST_ROWS = 512;   // of C at a time, where its sums wait for more of the summed index
 const int64_t WHOLE_ROWS = 1536; // where they do not
 const int64_t TILE_ROWS = 32;
 #else
+const int64_t DEPTH = 2048;
 const int64_t COLUMNS = 64;
 const int64_t MOST_ROWS = 480, WHOLE_ROWS = 480;
 const int64_t TILE_ROWS = 24;
@@ -154,6 +155,7 @@ void put(const Sum& sum, int64_t at, int64_t count, const float* values) {
         return;
     }
     bf16* to = (bf16*)sum.c + at;
+#pragma GCC unroll 4
     for (; j + 32 <= count; j += 32)
         _mm512_storeu_si512(to + j, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(values + j + 16), _mm512_loadu_ps(values + j)));
     for (; j < count; j += 16)

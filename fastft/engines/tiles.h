@@ -33,7 +33,7 @@ namespace {
 const int64_t ROW_STEP = 16, WORD_STEP = 16;  // of A that go through one instruction
 const int64_t PANEL = 32;                     // columns of B that are gone through together
 #else
-const int64_t ROW_STEP = 12, WORD_STEP = 1;   // tiles of vector registers have 6, 8 or 12 rows
+const int64_t ROW_STEP = 1, WORD_STEP = 1;
 const int64_t PANEL = 64;
 #endif
 
@@ -157,14 +157,51 @@ struct TileRegisters {
 // Where B of a panel is more than this many words, it does not stay in the level-1 cache beside A, and is loaded past it.
 const int64_t STREAMED = 4096;
 
+// Words [from, to) of one term into the sums of 16 R rows and 16 V columns. FETCH: two lines of the destination a step.
+template <int R, int V, bool STREAM, bool FETCH>
+inline void add_tiles(const Factors& f, int64_t row, int64_t panel, int64_t from, int64_t to, const char* line, int64_t line_bytes) {
+    const word *a = f.a + row * f.a_row + from, *b = f.b + panel * f.b_panel + from * f.b_step;
+    const word* const end = a + (to - from);
+    const int64_t a_bytes = 4 * f.a_row, b_bytes = 4 * f.b_step;
+    for (; a < end; a += WORD_STEP, b += WORD_STEP * f.b_step) {
+        _tile_loadd(4, a, a_bytes);
+        if constexpr (STREAM) _tile_stream_loadd(6, b, b_bytes);
+        if constexpr (!STREAM) _tile_loadd(6, b, b_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (V == 2) {
+            if constexpr (STREAM) _tile_stream_loadd(7, b + 16, b_bytes);
+            if constexpr (!STREAM) _tile_loadd(7, b + 16, b_bytes);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if constexpr (R == 2) {
+            _tile_loadd(5, a + 16 * f.a_row, a_bytes);
+            _tile_dpbf16ps(2, 5, 6);
+        }
+        if constexpr (R == 2 && V == 2) _tile_dpbf16ps(3, 5, 7);
+        if constexpr (FETCH) {
+            __builtin_prefetch(line, 1);
+            __builtin_prefetch(line + line_bytes, 1);
+            line += 2 * line_bytes;
+        }
+    }
+}
+
+template <int R, int V, bool STREAM>
+inline void add_term(const Factors& f, int64_t row, int64_t panel, const Destination& to) {
+    int64_t fetched = 0;
+    if (to.c) {
+        fetched = f.steps < 8 * R * WORD_STEP ? f.steps : 8 * R * WORD_STEP;
+        add_tiles<R, V, STREAM, true>(f, row, panel, 0, fetched, to.c + row * to.row_bytes + 2 * PANEL * panel, to.row_bytes);
+    }
+    add_tiles<R, V, STREAM, false>(f, row, panel, fetched, f.steps, nullptr, 0);
+}
+
 // 16 R rows and 16 V columns (of one panel) of C; steps of all terms are multiples of WORD_STEP. The empty asm statements say
 // that memory is read and written, which GCC's own definitions of the loads do not.
 template <int R, int V>
 void tiles(const Factors* terms, int64_t count, int64_t row, int64_t panel, float* c, int64_t c_row, bool add,
            const Destination& to) {
     const int64_t c_bytes = 4 * c_row;
-    const char* next = to.c ? to.c + row * to.row_bytes + panel * PANEL * 2 : nullptr;
-    const char* end = next ? next + 16 * R * to.row_bytes : nullptr;
     asm volatile("" ::: "memory");
     if (add) {
         _tile_loadd(0, c, c_bytes);
@@ -178,30 +215,11 @@ void tiles(const Factors* terms, int64_t count, int64_t row, int64_t panel, floa
         if constexpr (R == 2 && V == 2) _tile_zero(3);
     }
     for (const Factors* f = terms; f < terms + count; f++) {
-        const word *a = f->a + row * f->a_row, *b = f->b + panel * f->b_panel;
-        const int64_t a_bytes = 4 * f->a_row, b_bytes = 4 * f->b_step;
-        const bool streamed = f->steps * PANEL > STREAMED;
-        for (int64_t s = 0; s < f->steps; s += WORD_STEP, a += WORD_STEP, b += WORD_STEP * f->b_step) {
-            _tile_loadd(4, a, a_bytes);
-            if (streamed)
-                _tile_stream_loadd(6, b, b_bytes);
-            else
-                _tile_loadd(6, b, b_bytes);
-            _tile_dpbf16ps(0, 4, 6);
-            if constexpr (V == 2) {
-                if (streamed)
-                    _tile_stream_loadd(7, b + 16, b_bytes);
-                else
-                    _tile_loadd(7, b + 16, b_bytes);
-                _tile_dpbf16ps(1, 4, 7);
-            }
-            if constexpr (R == 2) {
-                _tile_loadd(5, a + 16 * f->a_row, a_bytes);
-                _tile_dpbf16ps(2, 5, 6);
-            }
-            if constexpr (R == 2 && V == 2) _tile_dpbf16ps(3, 5, 7);
-            for (int i = 0; i < 2 && next < end; i++, next += to.row_bytes) __builtin_prefetch(next, 1);
-        }
+        const Destination fetched = f == terms ? to : Destination();
+        if (f->steps * PANEL > STREAMED)
+            add_term<R, V, true>(*f, row, panel, fetched);
+        else
+            add_term<R, V, false>(*f, row, panel, fetched);
     }
     _tile_stored(0, c, c_bytes);
     if constexpr (V == 2) _tile_stored(1, c + 16, c_bytes);

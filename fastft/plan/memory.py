@@ -276,7 +276,7 @@ def _listed(parts: dict[str, float]) -> str:
     return " + ".join(f"{name} {size:,.0f}" for name, size in parts.items() if size)
 
 
-HEAD_ROWS = 256  # logits at a time: fused.HEAD_ROWS
+HEAD_ROWS = 512  # logits at a time: fused.HEAD_ROWS
 CPU_CHUNK = 16 * 2**20  # logits at a time: UNSLOTH_CPU_CE_CHUNK_ELEMENTS
 GPU_LOSS_BUDGET = 4 * GIB  # or half of the free memory, where that is less
 

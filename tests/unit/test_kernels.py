@@ -22,6 +22,18 @@ def relative(a, b):
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
+@pytest.fixture(params=["AMX", "AVX512"])
+def registers(request):
+    """Both kinds of registers that compiled products can go through, on processors that have them."""
+    if request.param == "AMX" and not native.has_amx():
+        pytest.skip("no AMX on this processor, not granted by its system, or no compiler")
+    if request.param == "AVX512" and native.has_tiles():
+        native.library().use_amx(0)
+    yield request.param
+    if native.has_tiles():
+        native.library().use_amx(1)
+
+
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def both(request, monkeypatch):
     """A function that runs another with the compiled kernels and with torch's operations."""
@@ -44,6 +56,9 @@ def both(request, monkeypatch):
 
 
 SUMS = {  # rows, columns, depths of the terms, which of them hold A and B transposed, bias, float32 out
+    "whole tiles": (64, 256, [64, 32], "nt nn", False, False),
+    "a gradient of B, whole tiles": (32, 128, [96], "tn", False, True),
+    "rows and columns beside a tile": (49, 144, [96, 16], "nt nt", True, False),
     "a layer with LoRA and bias": (70, 130, [576, 16], "nt nt", True, False),
     "a gradient of the input": (70, 96, [130, 20, 48], "nn nn nn", False, False),
     "a gradient of A, odd depth": (16, 200, [301], "tn", False, True),
@@ -55,7 +70,7 @@ SUMS = {  # rows, columns, depths of the terms, which of them hold A and B trans
 
 
 @pytest.mark.parametrize("kind", SUMS)
-def test_sums_of_products(kind):
+def test_sums_of_products(kind, registers):
     rows, columns, depths, layouts, with_bias, wide = SUMS[kind]
     generator = torch.Generator().manual_seed(0)
 
@@ -182,18 +197,29 @@ ATTENTIONS = {  # lengths, heads of keys, queries for each, dim, window
     "many heads a key, odd": ([97, 3], 1, 13, 48, None),
     "heads of 128, a window of two": ([70, 200], 2, 4, 128, 2),
     "heads of 80": ([301], 1, 8, 80, 100),
+    "whole tiles": ([128, 64], 2, 4, 64, None),
 }
 
 
 @pytest.mark.parametrize("kind", ATTENTIONS)
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled layout", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])
-def test_attention_equals_sdpa_on_each_sequence(kind, dtype, compiled, monkeypatch):
-    lengths, kv, group, dim, window = ATTENTIONS[kind]
+def test_attention_in_blocks_equals_sdpa_on_each_sequence(kind, dtype, compiled, monkeypatch):
+    monkeypatch.setattr(native, "attends", lambda *_: False)
     if not compiled:
         monkeypatch.setattr(native, "library", lambda: None)
-    elif dtype == torch.bfloat16 and not native.attends(dtype, dim):
+    check_attention(kind, dtype)
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_compiled_attention_equals_sdpa_on_each_sequence(kind, registers):
+    if not native.attends(torch.bfloat16, ATTENTIONS[kind][3]):
         pytest.skip("no AVX512-BF16 on this processor, or no compiler")
+    check_attention(kind, torch.bfloat16)
+
+
+def check_attention(kind, dtype):
+    lengths, kv, group, dim, window = ATTENTIONS[kind]
     edges = [0, *itertools.accumulate(lengths)]
     generator = torch.Generator().manual_seed(0)
     numbers = [torch.randn(edges[-1], n * dim, generator=generator).to(dtype) for n in (kv * group, kv, kv)]
@@ -213,7 +239,7 @@ def test_attention_equals_sdpa_on_each_sequence(kind, dtype, compiled, monkeypat
         assert relative(a, b) < {torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
 
 
-def test_compiled_attention_keeps_what_is_not_a_number():
+def test_compiled_attention_keeps_what_is_not_a_number(registers):
     if not native.attends(torch.bfloat16, 32):
         pytest.skip("no AVX512-BF16 on this processor, or no compiler")
     q, k, v = (torch.ones(100, 32, dtype=torch.bfloat16) for _ in range(3))
