@@ -1,8 +1,8 @@
 """The compiled parts of a training step on the CPU: built once per machine, or plain torch where that fails.
 
 Each function below has a plain torch form, which says what it computes; `kernels.cpp` does the same in one pass over
-memory, `products.cpp` (AVX512-BF16) sums of matrix products, and `attention.cpp` (the same) attention as a whole, whose
-torch form is in row_attention.py. The library is built by the system's C++ compiler at first use (about five seconds) and
+memory, `products.cpp` (AVX512-BF16 or AMX) sums of matrix products, and `attention.cpp` (the same) attention as a whole,
+whose torch form is in row_attention.py. The library is built by the system's C++ compiler at first use (about five seconds) and
 kept in the user's cache folder. `FASTFT_NATIVE=0` keeps torch's operations.
 """
 

@@ -210,7 +210,7 @@ void multiply(const std::vector<Sum>& sums, int threads) {
     }
 #pragma omp parallel num_threads(threads)
     {
-        static thread_local Scratch own;  // about a megabyte, kept: these calls are short and many
+        static thread_local Scratch own;  // up to two megabytes, kept: these calls are short and many
         const TileRegisters registers;
 #pragma omp for schedule(dynamic)
         for (size_t i = 0; i < tasks.size(); i++) {

@@ -1,8 +1,8 @@
 """Causal attention of each sequence of a padding-free row over itself, with its own backward, on the CPU.
 
-Two ways to the same numbers. `_Compiled` runs attention.cpp: bfloat16 on processors with AVX512-BF16; it never writes scores
-to memory and sums in float32. `_Blocks` serves every other type and processor with torch's batched products on blocks of
-equal length, in which the heads that share a key are rows of one product.
+Two ways to the same numbers. `_Compiled` runs attention.cpp: bfloat16 on processors with AVX512-BF16 or AMX; it never writes
+scores to memory and sums in float32. `_Blocks` serves every other type and processor with torch's batched products on blocks
+of equal length, in which the heads that share a key are rows of one product.
 """
 
 from __future__ import annotations

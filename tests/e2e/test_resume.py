@@ -157,6 +157,7 @@ def test_a_run_that_stopped_early_is_finished(write_config, checkpoint_of, tmp_p
     assert again.json["steps"] == first.json["steps"] < 20
 
 
+@pytest.mark.long
 def test_a_draw_of_the_held_out_samples_is_the_same_after_a_resume(checkpoint_of, write_config):
     def held_out_losses(run):
         lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
