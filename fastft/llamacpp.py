@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastft.errors import FastFTError
+from fastft.hardware import cpu_flags
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +58,27 @@ def bindings() -> Any:
         _callbacks.append(capture)
         llama_cpp.llama_log_set(capture, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
+        _leave_amx_alone(llama_cpp)
     return llama_cpp
+
+
+def _leave_amx_alone(api: Any) -> None:
+    """Load models without llama.cpp's "extra buffers", its kernels for AMX among them, where the processor has AMX.
+
+    GCC 12 (Debian 12) drops most of the tile configuration that they load, since its intrinsic does not say that it reads 64
+    bytes; the first product of a quantised model then ends the process with SIGILL. A build does not say what compiled it.
+    """
+    if "amx_int8" not in cpu_flags():
+        return
+    low = api.llama_cpp  # where both the low-level functions and the class Llama look
+    original = low.llama_model_default_params
+
+    def without_extra_buffers() -> Any:
+        params = original()
+        params.use_extra_bufts = False
+        return params
+
+    low.llama_model_default_params = api.llama_model_default_params = without_extra_buffers
 
 
 @contextmanager

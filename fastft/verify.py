@@ -217,11 +217,12 @@ def run_module(module: str, job: dict[str, Any], folder: Path) -> tuple[int, str
 
 
 def ending(code: int) -> str:
-    """Return in words how a process ended: its signal (9 is mostly the out-of-memory killer), or its exit code."""
+    """Return in words how a process ended: its signal, and what that mostly means, or its exit code."""
     if code >= 0:
         return f"exit code {code}"
     name = signal.Signals(-code).name
-    return f"{name}, most likely out of memory" if name == "SIGKILL" else name
+    reasons = {"SIGKILL": "most likely out of memory", "SIGILL": "llama.cpp was built for another processor"}
+    return f"{name}, {reasons[name]}" if name in reasons else name
 
 
 def first_trouble(entry: dict[str, Any]) -> str:

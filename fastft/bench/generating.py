@@ -131,9 +131,11 @@ def _with_transformers(target: str, prompt: list[int], settings: dict[str, Any])
 
 def _with_llama_cpp(target: str, prompt: list[int], settings: dict[str, Any]) -> list[float]:
     """Return the seconds from the start to each new token."""
-    import llama_cpp
     import numpy as np
 
+    from fastft.llamacpp import bindings
+
+    llama_cpp = bindings()
     threads = settings["threads"]
     model = llama_cpp.Llama(
         target,

@@ -195,3 +195,23 @@ def wait_for(client, server):
 def test_the_server_refuses_what_is_no_adapter(gguf, tmp_path):
     with pytest.raises(FastFTError, match="a LoRA adapter in GGUF form is expected"):
         make_app(gguf, loras=[tmp_path / "none.gguf"], n_ctx=256)
+
+
+@pytest.mark.parametrize(("flags", "extra"), [({"avx2", "amx_int8"}, False), ({"avx2"}, True)])
+def test_models_are_loaded_without_kernels_for_amx(flags, extra):
+    """In a process of its own, since the bindings are prepared once; some builds of those kernels end the process."""
+    code = (
+        "import sys; from fastft import llamacpp; "
+        f"llamacpp.cpu_flags = lambda: {flags!r}; api = llamacpp.bindings(); "
+        "print(api.llama_model_default_params().use_extra_bufts, api.llama_cpp.llama_model_default_params().use_extra_bufts)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(extra)] * 2
+
+
+def test_a_quantised_model_answers(base, folder):
+    """The kernels of quantised types are others than those of f32, which the tests above go through."""
+    (entry,) = export_gguf(base, folder, ["q8_0"], name="small")
+    with open_gguf(entry["path"], n_ctx=256, exact=True) as model:
+        ids = model.tokens(TEXT)
+        assert kl(hf_logits(base, ids), np.concatenate(list(model.logits(ids)))) < 1e-2
