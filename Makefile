@@ -28,6 +28,7 @@ types: $(VENV)/.ready-dev
 setup: $(VENV)/.ready-dev
 
 # torch first and alone: an unpinned one would be dragged in with several GB of CUDA packages.
+# editable_mode=compat: with setuptools' default, Python started in the folder above the clone takes the clone for the package.
 # Unsloth with --no-deps: its metadata asks for torchvision and xformers, which have no CPU build.
 $(VENV)/.ready: pyproject.toml $(PINS)
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 with venv found; install one or set PYTHON=..." >&2; exit 1; }
@@ -37,7 +38,7 @@ $(VENV)/.ready: pyproject.toml $(PINS)
 	$(BIN)/pip install --quiet --no-deps -r requirements/unsloth.txt
 	@echo "building llama-cpp-python: about 4 minutes on 2 cores, once"
 	$(BIN)/pip install --quiet -r requirements/gguf.txt
-	$(BIN)/pip install --quiet --no-deps --editable .
+	$(BIN)/pip install --quiet --no-deps --config-settings editable_mode=compat --editable .
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready requirements/dev.txt

@@ -124,7 +124,7 @@ def judge_distance(measured: dict[str, float], file_type: str) -> Check:
     detail = (
         f"{file_type}: KL mean {kl:.3g} (pass up to {limits.kl_pass:g}, fail above {limits.kl_fail:g}), "
         f"p99 {measured['kl_p99']:.3g}, top-1 agreement {measured['top1']:.2%}, "
-        f"perplexity x{measured['ppl_ratio']:.4f} over {n} positions"
+        f"perplexity x{measured['ppl_ratio']:.4f} over {n} positions (pass within x{math.exp(allowed(limits.kl_pass)):.4f})"
     )
     return Check("distance", verdict, detail)
 

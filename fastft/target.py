@@ -11,6 +11,9 @@ from fastft.errors import FastFTError
 from fastft.fingerprint import base_fingerprint, differences
 from fastft.run import RunFolder
 
+LEFT_BY_DATA = {".lock", "data.png"}
+"""What `fastft data`, or a `fastft train` that was refused, leaves in a run's folder."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -47,6 +50,8 @@ def resolve(target: str | Path, *, base: str | None = None) -> Target:
     if path.is_dir() or not path.exists():
         from fastft.model import check_checkpoint
 
+        if path.is_dir() and {p.name for p in path.iterdir()} <= LEFT_BY_DATA:
+            raise FastFTError(f"nothing was trained in {path} yet. Start with: fastft train run.yaml")
         if path.is_dir() and not (path / "config.json").is_file():
             found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
             raise FastFTError(

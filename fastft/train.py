@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from fastft.exactness import RowCheck
     from fastft.step import StepPolicy
 
+FEW_STEPS = 20
+"""Below so many a run mostly leaves the model as it was."""
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -265,6 +268,10 @@ class _Session:
         for name, choice in self.choices.items():
             self.report.choice(name, choice)
         self.report.note(f"{self.trainable:,} trainable parameters")
+        if self.config.train.max_steps is None and (steps := self._total_steps()) < FEW_STEPS:
+            self.report.note(
+                f"{steps} steps are few, the model will hardly change; a higher train.epochs makes more of them"
+            )
 
     def _choose_batching(self) -> None:
         from fastft.exactness import choose_rows
@@ -461,7 +468,8 @@ class _Session:
         settings = self.config.train
         if settings.warmup_steps is not None:
             return settings.warmup_steps
-        return math.ceil(settings.warmup_ratio * self._total_steps()) if settings.scheduler != "constant" else 0
+        steps = math.ceil(settings.warmup_ratio * self._total_steps()) if settings.scheduler != "constant" else 0
+        return steps if steps > 1 else 0  # the first of them has the rate 0: one alone would only waste a step
 
     def _optimizer_name(self) -> str:
         """Transformers' name of the optimizer; fused AdamW has kernels for CUDA and CPU, not for MPS."""

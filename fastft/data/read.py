@@ -136,7 +136,7 @@ def open_source(source: str, *, name: str | None = None, split: str = "train", s
         raise FastFTError(f"{source} is neither a file nor a folder (a pipe?). Write its content into a file first.")
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and kind_of(path) is None and not source.startswith("."):
         return _from_hub(source, name, split, streaming)
-    raise FastFTError(f"the data file {source} does not exist (looked in {path.absolute().parent}).")
+    raise FastFTError(f"the data file {source} does not exist (looked in {path.absolute().parent}). Set data.source.")
 
 
 def kind_of(path: Path) -> str | None:
@@ -223,7 +223,9 @@ def _split_of(path: Path) -> str:
 def _open_files(files: list[Path], name: str, said: Sequence[str] = ()) -> Source:
     for file in files:
         if file.stat().st_size == 0:
-            raise FastFTError(f"the data file {file} is empty (0 bytes).")
+            raise FastFTError(
+                f"the data file {file} is empty (0 bytes). It should hold one example a line; see docs/data.md."
+            )
     notices = list(said)
     kinds = []
     for file in files:
