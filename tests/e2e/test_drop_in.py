@@ -122,7 +122,7 @@ def test_every_keyword_of_unsloths_two_methods_is_passed_on():
     assert result["count"]["get_peft_model"] > 10
 
 
-@pytest.mark.parametrize("engine", ["unsloth", "stock"])
+@pytest.mark.parametrize("engine", ["unsloth", pytest.param("stock", marks=pytest.mark.long)])
 def test_nf4_trains_on_the_cpu_and_merges_onto_the_16_bit_base(engine, checkpoint_of, write_config, tmp_path):
     """Real bitsandbytes NF4; the merged folder loads in plain transformers and holds no quantised tensor."""
     base = checkpoint_of("qwen3", hidden_size=256)

@@ -281,7 +281,7 @@ def tiny(tmp_path, language, **more):
     } | more  # fmt: skip
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("language", ["en", pytest.param("ja", marks=pytest.mark.long)])
 def test_run_all(language, tmp_path):
     settings = tiny(tmp_path, language)
     secret = json.dumps({"HF_TOKEN": {"access": True, "payload": TOKEN}})

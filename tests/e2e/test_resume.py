@@ -128,6 +128,7 @@ def test_a_second_process_on_the_same_run_is_refused(fresh):
     assert f"is being trained by process {process.pid}" in second.err.replace("\n", " ")
 
 
+@pytest.mark.long
 def test_a_damaged_final_is_written_again_and_a_run_is_found_from_anywhere(fresh, uninterrupted, tmp_path, monkeypatch):
     config, run, _ = fresh
     shutil.copytree(uninterrupted[1], run)
@@ -146,6 +147,7 @@ def test_a_damaged_final_is_written_again_and_a_run_is_found_from_anywhere(fresh
     assert said.code == 0, said.err
 
 
+@pytest.mark.long
 def test_a_run_that_stopped_early_is_finished(write_config, checkpoint_of, tmp_path):
     train = {"max_steps": 20, "save_steps": 1, "eval_steps": 1, "early_stopping_patience": 1, "learning_rate": 0.5}
     config = write_config(checkpoint_of("qwen3"), train=train)

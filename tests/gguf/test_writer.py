@@ -144,7 +144,7 @@ def test_a_spm_tokenizer_without_its_model_file_has_scores_that_give_the_same_id
             assert model.tokens(text, parse_special=False) == tokenizer(text).input_ids
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.long)])
 def test_every_type_is_llama_cpps_byte_for_byte(family, tmp_path):
     shape = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 3}
     base = make_checkpoint(family, tmp_path / "base", dtype="bfloat16", **shape)
