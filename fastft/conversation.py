@@ -33,6 +33,7 @@ def converse(target: str, *, system: str | None, sampling: Sampling, compare: bo
         try:
             prompt = input("> ").strip()
         except EOFError:
+            print()  # the shell's prompt begins a line of its own
             return
         if not prompt:
             return
