@@ -221,7 +221,10 @@ def ending(code: int) -> str:
     if code >= 0:
         return f"exit code {code}"
     name = signal.Signals(-code).name
-    reasons = {"SIGKILL": "most likely out of memory", "SIGILL": "llama.cpp was built for another processor"}
+    reasons = {
+        "SIGKILL": "most likely out of memory",
+        "SIGILL": "llama-cpp-python does not suit this processor; build it again",
+    }
     return f"{name}, {reasons[name]}" if name in reasons else name
 
 
