@@ -1,7 +1,8 @@
 """fastft: Unsloth-first LoRA and QLoRA fine-tuning, from a dataset to a file that llama.cpp runs.
 
-The names below are loaded when they are first used (PEP 562); importing fastft imports nothing heavy.
-`fastft.FastLanguageModel` imports Unsloth at that moment, so read it before importing trl or transformers.
+The names below are loaded when they are first used (PEP 562); importing fastft imports nothing
+heavy. `fastft.FastLanguageModel` imports Unsloth at that moment, so read it before importing trl
+or transformers.
 """
 
 from __future__ import annotations
@@ -16,36 +17,36 @@ __version__ = "0.1.0"
 # name: module that defines it
 _PUBLIC = {
     "FastFTError": "fastft.errors",
-    "FastLanguageModel": "fastft.model",
-    "FastSFTTrainer": "fastft.sft",
+    "FastLanguageModel": "fastft.engines.loading",
+    "FastSFTTrainer": "fastft.training.sft",
     "RunConfig": "fastft.config",
-    "RunResult": "fastft.train",
-    "chat": "fastft.generate",
-    "export": "fastft.export",
-    "inspect_data": "fastft.inspect",
+    "RunResult": "fastft.training.train",
+    "chat": "fastft.inference.generate",
+    "export": "fastft.exporting",
+    "inspect_data": "fastft.data.inspect",
     "load_config": "fastft.config",
-    "plan": "fastft.plan",
+    "plan": "fastft.planning",
     "probe": "fastft.hardware",
-    "push": "fastft.export.hub",
-    "train": "fastft.train",
-    "verify": "fastft.verify",
+    "push": "fastft.exporting.push",
+    "train": "fastft.training.train",
+    "verify": "fastft.verification.verify",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
 if TYPE_CHECKING:
     from fastft.config import RunConfig, load_config
+    from fastft.data.inspect import inspect_data
+    from fastft.engines.loading import FastLanguageModel
     from fastft.errors import FastFTError
-    from fastft.export import export
-    from fastft.export.hub import push
-    from fastft.generate import chat
+    from fastft.exporting import export
+    from fastft.exporting.push import push
     from fastft.hardware import probe
-    from fastft.inspect import inspect_data
-    from fastft.model import FastLanguageModel
-    from fastft.plan import plan
-    from fastft.sft import FastSFTTrainer
-    from fastft.train import RunResult, train
-    from fastft.verify import verify
+    from fastft.inference.generate import chat
+    from fastft.planning import plan
+    from fastft.training.sft import FastSFTTrainer
+    from fastft.training.train import RunResult, train
+    from fastft.verification.verify import verify
 
 
 def __getattr__(name: str) -> Any:
@@ -63,7 +64,9 @@ def __dir__() -> list[str]:
 
 
 def _import_unsloth_first() -> None:
-    """Import Unsloth where this machine will use it, so that what is imported afterwards is patched."""
+    """Import Unsloth where this machine will use it, so that what is imported afterwards is
+    patched.
+    """
     if "fastft.engines.stock" in sys.modules:
         return  # the process is the stock engine's
     from fastft.engines import choose_engine
@@ -74,7 +77,9 @@ def _import_unsloth_first() -> None:
 
 
 class _Package(ModuleType):
-    """The package, in which a verb is the function even after the submodule of that name was imported."""
+    """The package, in which a verb is the function even after the submodule of that name was
+    imported.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _PUBLIC and isinstance(value, ModuleType):

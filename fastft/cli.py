@@ -1,7 +1,8 @@
 """The command line: one command a verb, each a few lines over the function of the same name.
 
-Exit codes: 0 done, 1 the answer is no, 2 the input is wrong, 3 could not finish, 130 interrupted. With --json,
-standard output carries one JSON object and nothing else; everything a person reads goes to standard error.
+Exit codes: 0 done, 1 the answer is no, 2 the input is wrong, 3 could not finish, 130 interrupted.
+With --json, standard output carries one JSON object and nothing else; everything a person reads
+goes to standard error.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from fastft.errors import FastFTError, InterruptedRunError
 
 app = typer.Typer(
     name="fastft",
-    help="Fine-tune language models with LoRA and QLoRA: exact, planned, resumable, with exports that carry a proof.",
+    help="Fine-tune language models with LoRA and QLoRA: exact, planned, resumable, with exports "
+    "that carry a proof.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,11 +37,19 @@ app = typer.Typer(
 )
 
 ConfigFile = Annotated[Path, typer.Argument(help="the run's YAML config (fastft init writes one)")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a setting: --set lora.r=32 (repeatable)")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="override a setting: --set lora.r=32 (repeatable)")
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run folder, an adapter folder or a model folder")]
-Base = Annotated[str | None, typer.Option("--base", help="base model of an adapter that does not name it")]
-Out = Annotated[Path | None, typer.Option("--out", help="where exports go (default: the run's export/)")]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="a run folder, an adapter folder or a model folder")
+]
+Base = Annotated[
+    str | None, typer.Option("--base", help="base model of an adapter that does not name it")
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="where exports go (default: the run's export/)")
+]
 
 
 def main() -> NoReturn:
@@ -47,15 +57,22 @@ def main() -> NoReturn:
     code = run(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # what torch and llama.cpp leave behind must neither hold up the shell nor crash on the way out
+    os._exit(
+        code
+        # what torch and llama.cpp leave behind must neither hold up the shell nor crash on the way
+        # out
+    )
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command; returns the exit code, with every error turned into one message on standard error."""
+    """Run one command; returns the exit code, with every error turned into one message on standard
+    error.
+    """
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     with _claimed_stdout() if "--json" in arguments else contextlib.nullcontext():
-        # Threads that spin while they wait for a core slow a shared machine down tenfold; must be set before torch loads.
+        # Threads that spin while they wait for a core slow a shared machine down tenfold; must be
+        # set before torch loads.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if not debug:
             _quiet_libraries()
@@ -68,11 +85,19 @@ def run(arguments: list[str]) -> int:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
-        except Exception as error:  # the last door: no traceback reaches a user who did not ask for it
-            if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's usage errors: wrong options
+        except (
+            Exception
+        ) as error:  # the last door: no traceback reaches a user who did not ask for it
+            if hasattr(error, "show") and hasattr(
+                error, "exit_code"
+            ):  # click's usage errors: wrong options
                 error.show()
                 return 2
-            _say(f"unexpected {type(error).__name__}: {error}. This is a bug of fastft; --debug shows where.", debug)
+            _say(
+                f"unexpected {type(error).__name__}: {error}. This is a bug of fastft; "
+                "--debug shows where.",
+                debug,
+            )
             return 3
 
 
@@ -81,9 +106,12 @@ def run(arguments: list[str]) -> int:
 
 @app.command()
 def quickstart(
-    out: Annotated[Path, typer.Option("--out", help="where the run goes")] = Path("runs"), as_json: Json = False
+    out: Annotated[Path, typer.Option("--out", help="where the run goes")] = Path("runs"),
+    as_json: Json = False,
 ) -> None:
-    """Train the embedded tiny model, compare before and after, export, verify, chat. No network, no GPU."""
+    """Train the embedded tiny model, compare before and after, export, verify, chat. No network,
+    no GPU.
+    """
     from fastft.quickstart.command import quickstart as run_quickstart
 
     _print(run_quickstart(out), as_json, text="")
@@ -92,13 +120,16 @@ def quickstart(
 @app.command()
 def init(
     gpu: Annotated[
-        str | None, typer.Option("--gpu", help="fit it to this card (t4, l4, a100 ...); default: this machine")
+        str | None,
+        typer.Option("--gpu", help="fit it to this card (t4, l4, a100 ...); default: this machine"),
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Hub id or folder of the base model")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Hub id or folder of the base model")
+    ] = None,
     data: Annotated[str, typer.Option("--data", help="file or Hub id of the data")] = "data.jsonl",
 ) -> None:
     """Print a commented config: fastft init --gpu t4 > run.yaml."""
-    from fastft.init import commented_config
+    from fastft.planning.init import commented_config
 
     sys.stdout.write(commented_config(gpu=gpu, model=model, data=data))
 
@@ -116,18 +147,19 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     stop_after: Annotated[
-        int | None, typer.Option("--stop-after", help="end after so many more steps; the schedule stays")
+        int | None,
+        typer.Option("--stop-after", help="end after so many more steps; the schedule stays"),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Train; the same command goes on after a stop."""
     from fastft.config import load_config
-    from fastft.train import train as run_train
+    from fastft.training.train import train as run_train
 
     settings = load_config(config, overrides)
     result = run_train(settings, stop_after=stop_after)
     if result.status == "done" and settings.export.to != ["adapter"]:
-        from fastft.export import export as run_export
+        from fastft.exporting import export as run_export
 
         run_export(result.run, settings.export.to)
     _print(result, as_json, text=f"{result.status}: {result.final or result.run}")
@@ -135,9 +167,11 @@ def train(
 
 @app.command()
 def data(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Show what will be trained on: formats, drops, lengths, a preview with the trained tokens in colour."""
+    """Show what will be trained on: formats, drops, lengths, a preview with the trained tokens in
+    colour.
+    """
     from fastft.config import load_config
-    from fastft.inspect import inspect_data
+    from fastft.data.inspect import inspect_data
 
     settings = load_config(config, overrides)
     report = inspect_data(settings, plot=settings.run_dir / "data.png" if not as_json else None)
@@ -146,7 +180,9 @@ def data(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
 
 @app.command()
 def chat(
-    target: Annotated[str, typer.Argument(metavar="RUN", help="a run, adapter or model folder, or a .gguf file")],
+    target: Annotated[
+        str, typer.Argument(metavar="RUN", help="a run, adapter or model folder, or a .gguf file")
+    ],
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="one question; without it, a conversation")
     ] = None,
@@ -155,19 +191,25 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
     top_p: Annotated[float, typer.Option(help="nucleus sampling")] = 1.0,
     seed: Annotated[int, typer.Option(help="seed of the sampling")] = 3407,
-    compare: Annotated[bool, typer.Option("--compare", help="the base model's answer beside the adapter's")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="the base model's answer beside the adapter's")
+    ] = False,
     base: Base = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
-    lora: Annotated[list[str] | None, typer.Option("--lora", help="adapter GGUF on a base GGUF (repeatable)")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option("--lora", help="adapter GGUF on a base GGUF (repeatable)")
+    ] = None,
     gpu_layers: Annotated[
         str, typer.Option("--gpu-layers", help="layers of a GGUF on the GPU: auto or a number")
     ] = "auto",
-    n_ctx: Annotated[int | None, typer.Option("--n-ctx", help="context of a GGUF in tokens")] = None,
+    n_ctx: Annotated[
+        int | None, typer.Option("--n-ctx", help="context of a GGUF in tokens")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Talk to a run, a model or a GGUF file."""
-    from fastft.conversation import converse, single
-    from fastft.generate import Sampling
+    from fastft.inference.conversation import converse, single
+    from fastft.inference.generate import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     keywords: dict[str, Any] = {"base": base, "dtype": dtype, "loras": lora, "n_ctx": n_ctx}
@@ -176,7 +218,15 @@ def chat(
         if as_json:
             raise FastFTError("--json needs --prompt.")
         return converse(target, system=system, sampling=sampling, compare=compare, **keywords)
-    result = single(target, prompt, system=system, sampling=sampling, compare=compare, show=not as_json, **keywords)
+    result = single(
+        target,
+        prompt,
+        system=system,
+        sampling=sampling,
+        compare=compare,
+        show=not as_json,
+        **keywords,
+    )
     _print(result, as_json, text="")
 
 
@@ -184,30 +234,51 @@ def chat(
 def export(
     run: RunArgument,
     to: Annotated[
-        str | None, typer.Option("--to", help="adapter, merged, gguf:TYPE, gguf-lora, ollama; comma-separated")
+        str | None,
+        typer.Option("--to", help="adapter, merged, gguf:TYPE, gguf-lora, ollama; comma-separated"),
     ] = None,
     out: Out = None,
     base: Base = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="of merged: auto, float32, bfloat16, float16")] = "auto",
-    certify: Annotated[bool, typer.Option("--verify/--no-verify", help="write the certificate")] = True,
-    imatrix: Annotated[str | None, typer.Option("--imatrix", help="auto: from the run's own data")] = None,
-    quant: Annotated[str | None, typer.Option("--quant", help="auto: the smallest GGUF type within --max-kl")] = None,
-    max_kl: Annotated[float, typer.Option("--max-kl", help="budget of --quant auto: mean KL, nats a token")] = 0.01,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="of merged: auto, float32, bfloat16, float16")
+    ] = "auto",
+    certify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="write the certificate")
+    ] = True,
+    imatrix: Annotated[
+        str | None, typer.Option("--imatrix", help="auto: from the run's own data")
+    ] = None,
+    quant: Annotated[
+        str | None, typer.Option("--quant", help="auto: the smallest GGUF type within --max-kl")
+    ] = None,
+    max_kl: Annotated[
+        float, typer.Option("--max-kl", help="budget of --quant auto: mean KL, nats a token")
+    ] = 0.01,
     as_json: Json = False,
 ) -> None:
     """Export a run as adapter, merged model, GGUF or Ollama model, with a certificate."""
-    from fastft.export import export as run_export
+    from fastft.exporting import export as run_export
 
-    targets = [part.strip() for part in (to or ("" if quant else "merged")).split(",") if part.strip()]
-    result = run_export(run, targets, out=out, base=base, dtype=dtype, imatrix=imatrix) if targets else {"files": []}
+    targets = [
+        part.strip() for part in (to or ("" if quant else "merged")).split(",") if part.strip()
+    ]
+    result = (
+        run_export(run, targets, out=out, base=base, dtype=dtype, imatrix=imatrix)
+        if targets
+        else {"files": []}
+    )
     if quant is not None:
-        from fastft.choose import choose_for_run
+        from fastft.verification.choose import choose_for_run
 
-        result["files"].append(choose_for_run(run, quant, max_kl=max_kl, out=out, base=base, imatrix=imatrix))
+        result["files"].append(
+            choose_for_run(run, quant, max_kl=max_kl, out=out, base=base, imatrix=imatrix)
+        )
     if certify:
-        from fastft.verify import verify as run_verify
+        from fastft.verification.verify import verify as run_verify
 
-        checked = run_verify(run, out=out, base=base, files=[entry["path"] for entry in result["files"]])
+        checked = run_verify(
+            run, out=out, base=base, files=[entry["path"] for entry in result["files"]]
+        )
         result["certificate"] = checked
         _print(result, as_json, text=_verdicts(checked))
         return _fail_unless_verified(checked)
@@ -217,7 +288,7 @@ def export(
 @app.command()
 def verify(run: RunArgument, out: Out = None, base: Base = None, as_json: Json = False) -> None:
     """Check every exported file against the trained model; exit 1 where one is not it."""
-    from fastft.verify import verify as run_verify
+    from fastft.verification.verify import verify as run_verify
 
     checked = run_verify(run, out=out, base=base)
     _print(checked, as_json, text=_verdicts(checked))
@@ -227,17 +298,22 @@ def verify(run: RunArgument, out: Out = None, base: Base = None, as_json: Json =
 @app.command()
 def push(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder or an adapter folder")],
-    repo: Annotated[str, typer.Option("--repo", help="user/name on the Hub; made where it is not there yet")],
+    repo: Annotated[
+        str, typer.Option("--repo", help="user/name on the Hub; made where it is not there yet")
+    ],
     private: Annotated[bool, typer.Option("--private", help="make it private")] = False,
     base_id: Annotated[
-        str | None, typer.Option("--base-id", help="the base's public name, where it was loaded from a folder")
+        str | None,
+        typer.Option("--base-id", help="the base's public name, where it was loaded from a folder"),
     ] = None,
-    include: Annotated[str, typer.Option("--include", help="exports to add: merged, gguf; comma-separated")] = "",
+    include: Annotated[
+        str, typer.Option("--include", help="exports to add: merged, gguf; comma-separated")
+    ] = "",
     out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Upload adapter, model card and certified exports to the Hub, in one commit."""
-    from fastft.export.hub import push as run_push
+    from fastft.exporting.push import push as run_push
 
     kinds = [part.strip() for part in include.split(",") if part.strip()]
     result = run_push(run, repo=repo, private=private, base_id=base_id, include=kinds, out=out)
@@ -249,15 +325,21 @@ def serve(
     file: Annotated[Path, typer.Argument(help="a .gguf file")],
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 8080,
-    lora: Annotated[list[str] | None, typer.Option("--lora", help="adapter GGUF on a base GGUF (repeatable)")] = None,
-    gpu_layers: Annotated[str, typer.Option("--gpu-layers", help="layers on the GPU: auto or a number")] = "auto",
+    lora: Annotated[
+        list[str] | None, typer.Option("--lora", help="adapter GGUF on a base GGUF (repeatable)")
+    ] = None,
+    gpu_layers: Annotated[
+        str, typer.Option("--gpu-layers", help="layers on the GPU: auto or a number")
+    ] = "auto",
     n_ctx: Annotated[int | None, typer.Option("--n-ctx", help="context in tokens")] = None,
 ) -> None:
     """Serve a GGUF file with an OpenAI-compatible API."""
-    from fastft.serve import serve as run_server
+    from fastft.inference.serve import serve as run_server
 
     print(f"serving {file} at http://{host}:{port}/v1 (Ctrl-C ends it)", file=sys.stderr)
-    run_server(file, host=host, port=port, loras=lora or [], gpu_layers=_layers(gpu_layers), n_ctx=n_ctx)
+    run_server(
+        file, host=host, port=port, loras=lora or [], gpu_layers=_layers(gpu_layers), n_ctx=n_ctx
+    )
 
 
 # --- know before you start
@@ -267,16 +349,23 @@ def serve(
 def plan(
     config: Annotated[Path | None, typer.Argument(help="the run's YAML config")] = None,
     overrides: Overrides = None,
-    gpu: Annotated[str | None, typer.Option("--gpu", help="plan for this card instead of this machine")] = None,
-    apply: Annotated[
-        Path | None, typer.Option("--apply", help="write the config with the changes that make it fit")
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="plan for this card instead of this machine")
     ] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="write the stacked bars as PNG")] = None,
-    table: Annotated[bool, typer.Option("--table", help="which model sizes fit which card")] = False,
+    apply: Annotated[
+        Path | None,
+        typer.Option("--apply", help="write the config with the changes that make it fit"),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="write the stacked bars as PNG")
+    ] = None,
+    table: Annotated[
+        bool, typer.Option("--table", help="which model sizes fit which card")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say beforehand whether it fits: VRAM, RAM, disk, time; exit 1 where it does not."""
-    from fastft.plan import command
+    from fastft.planning import command
 
     if table:
         rows = command.table()
@@ -296,8 +385,10 @@ def doctor(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check this machine: versions, GPU, memory, Hub, llama.cpp, Unsloth's patches; exit 1 where something blocks."""
-    from fastft.doctor import doctor as examine
+    """Check this machine: versions, GPU, memory, Hub, llama.cpp, Unsloth's patches; exit 1 where
+    something blocks.
+    """
+    from fastft.verification.doctor import doctor as examine
 
     report = examine(quick=quick)
     if not as_json:
@@ -315,7 +406,9 @@ app.add_typer(bench_app, name="bench")
 
 @contextlib.contextmanager
 def _claimed_stdout() -> Iterator[None]:
-    """Point file descriptor 1 at standard error, so that no library can spoil the JSON; keep the real one aside."""
+    """Point file descriptor 1 at standard error, so that no library can spoil the JSON; keep the
+    real one aside.
+    """
     global _answer
     sys.stdout.flush()
     real = os.dup(1)
@@ -389,14 +482,24 @@ def _quiet_libraries() -> None:
         os.environ.setdefault(variable, value)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # a log file needs no bars
-    for name in ("torch.utils._pytree", "bitsandbytes", "transformers", "datasets", "peft", "trl", "torchao"):
+    for name in (
+        "torch.utils._pytree",
+        "bitsandbytes",
+        "transformers",
+        "datasets",
+        "peft",
+        "trl",
+        "torchao",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks and the libraries' own messages")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="show tracebacks and the libraries' own messages")
+    ] = False,
 ) -> None:
     if version:
         print(__version__)

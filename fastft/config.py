@@ -1,7 +1,7 @@
 """RunConfig: everything that decides a run, declared once.
 
-The CLI, the docs, `fastft init` and the JSON Schema derive from the fields below. An unknown key is an
-error that names the nearest known one; all problems are collected and reported together.
+The CLI, the docs, `fastft init` and the JSON Schema derive from the fields below. An unknown key
+is an error that names the nearest known one; all problems are collected and reported together.
 """
 
 from __future__ import annotations
@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fastft.errors import FastFTError, did_you_mean
 
@@ -35,7 +43,9 @@ MaybeSteps = Annotated[int | None, BeforeValidator(_none_words)]
 class Section(BaseModel):
     """A part of the config: unknown keys are errors, numbers may not be strings, nothing is NaN."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, validate_assignment=True, protected_namespaces=()
+    )
 
 
 class ModelConfig(Section):
@@ -45,15 +55,21 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="branch, tag or commit on the Hub")
     quantization: Literal["auto", "nf4", "int8", "none"] = Field(
         "auto",
-        description="auto: nf4 on a GPU where 16-bit weights would not fit or the checkpoint is 4-bit, else none",
+        description="auto: nf4 on a GPU where 16-bit weights would not fit or the checkpoint is 4-bit, "
+        "else none",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="compute type; auto: bfloat16 where the hardware has it, else float16 (GPU) or float32 (CPU)",
+        description="compute type; auto: bfloat16 where the hardware has it, else float16 (GPU) or "
+        "float32 (CPU)",
     )
     max_seq_length: int = Field(2048, ge=8, description="longest sequence in tokens")
-    engine: Literal["auto", "unsloth", "stock"] = Field("auto", description="auto: unsloth, with a reason where not")
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the checkpoint")
+    engine: Literal["auto", "unsloth", "stock"] = Field(
+        "auto", description="auto: unsloth, with a reason where not"
+    )
+    trust_remote_code: bool = Field(
+        False, description="run Python code that comes with the checkpoint"
+    )
 
     @field_validator("name")
     @classmethod
@@ -67,25 +83,38 @@ class DataConfig(Section):
     source: str = Field(description="file, folder, or Hub dataset id")
     name: str | None = Field(None, description="configuration of a Hub dataset")
     split: str = Field("train", description="split of a Hub dataset or a saved dataset folder")
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text"] = Field(
-        "auto", description="auto: detected from the columns, and said"
-    )
+    format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text"
+    ] = Field("auto", description="auto: detected from the columns, and said")
     columns: dict[str, str] = Field(
         default_factory=dict, description="what the format calls a column: what your file calls it"
     )
     chat_template: str | None = Field(
         None,
-        description="a named template (chatml, llama3, alpaca, alpaca_ja ...), or a file; null: the tokenizer's own",
+        description="a named template (chatml, llama3, alpaca, alpaca_ja ...), or a file; null: the "
+        "tokenizer's own",
     )
-    train_on: Literal["responses", "everything"] = Field("responses", description="tokens that carry loss")
+    train_on: Literal["responses", "everything"] = Field(
+        "responses", description="tokens that carry loss"
+    )
     long_text: Literal["split", "truncate", "drop"] = Field(
-        "split", description="plain text: documents joined by EOS and cut to max_seq_length, or truncated, or dropped"
+        "split",
+        description="plain text: documents joined by EOS and cut to max_seq_length, or truncated, or "
+        "dropped",
     )
-    over_long: Literal["truncate", "drop"] = Field("truncate", description="conversations above max_seq_length")
-    eval_source: str | None = Field(None, description="own evaluation file; null: eval_fraction of the source")
-    eval_fraction: float = Field(0.05, ge=0, lt=1, description="share held out, by a hash of the content")
+    over_long: Literal["truncate", "drop"] = Field(
+        "truncate", description="conversations above max_seq_length"
+    )
+    eval_source: str | None = Field(
+        None, description="own evaluation file; null: eval_fraction of the source"
+    )
+    eval_fraction: float = Field(
+        0.05, ge=0, lt=1, description="share held out, by a hash of the content"
+    )
     streaming: bool = Field(False, description="read the source in passes instead of loading it")
-    strict: bool = Field(False, description="a row that cannot be used is an error instead of being counted")
+    strict: bool = Field(
+        False, description="a row that cannot be used is an error instead of being counted"
+    )
 
 
 # These start from the base's own weights and take what they start with out of the base.
@@ -106,17 +135,25 @@ class LoraConfig(Section):
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) (arXiv 2312.03732)")
     use_dora: bool = Field(False, description="weight-decomposed LoRA (arXiv 2402.09353)")
     train_tokens: Literal["auto"] | list[str] = Field(
-        "auto", description="tokens whose embedding rows are trained; auto: those that an added chat template needs"
+        "auto",
+        description="tokens whose embedding rows are trained; auto: those that an added chat template "
+        "needs",
     )
 
 
 class TrainConfig(Section):
-    """One optimizer step is `effective_batch_size` sequences; how they are cut into micro-batches changes nothing."""
+    """One optimizer step is `effective_batch_size` sequences; how they are cut into micro-batches
+    changes nothing.
+    """
 
     effective_batch_size: int = Field(8, ge=1, description="sequences an optimizer step")
     epochs: float = Field(1, gt=0, description="passes over the data")
-    max_steps: MaybeSteps = Field(None, description="stop after so many optimizer steps; overrides epochs")
-    max_minutes: float | None = Field(None, description="stop cleanly with a checkpoint after so many minutes")
+    max_steps: MaybeSteps = Field(
+        None, description="stop after so many optimizer steps; overrides epochs"
+    )
+    max_minutes: float | None = Field(
+        None, description="stop cleanly with a checkpoint after so many minutes"
+    )
     learning_rate: float = Field(2e-4, gt=0, lt=1, description="peak learning rate")
     scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field("cosine")
     warmup_steps: MaybeSteps = Field(None, description="overrides warmup_ratio")
@@ -129,10 +166,13 @@ class TrainConfig(Section):
     seed: int = Field(3407, ge=0, lt=2**32)
     logging_steps: int = Field(1, ge=1)
     save_steps: int = Field(50, ge=1)
-    save_total_limit: int = Field(2, ge=1, description="checkpoints kept (the best one is kept besides)")
+    save_total_limit: int = Field(
+        2, ge=1, description="checkpoints kept (the best one is kept besides)"
+    )
     eval_steps: int = Field(50, ge=1)
     max_eval_samples: MaybeSteps = Field(
-        500, description="held-out samples that each evaluation measures, always the same ones; null: all"
+        500,
+        description="held-out samples that each evaluation measures, always the same ones; null: all",
     )
     early_stopping_patience: MaybeSteps = Field(
         None, description="stop after so many evaluations without a better loss"
@@ -142,12 +182,17 @@ class TrainConfig(Section):
     )
     padding_free: Literal["auto"] | bool = Field(
         "auto",
-        description="auto: rows without padding where that is exact (CPU: known families, GPU: checked at the start)",
+        description="auto: rows without padding where that is exact (CPU: known families, GPU: checked "
+        "at the start)",
     )
     fused_layers: Literal["auto"] | bool = Field(
-        "auto", description="auto: fastft's own LoRA, MLP, attention and loss on a CPU; off: transformers' and peft's"
+        "auto",
+        description="auto: fastft's own LoRA, MLP, attention and loss on a CPU; off: transformers' and "
+        "peft's",
     )
-    gradient_checkpointing: Literal["auto"] | bool = Field("auto", description="auto: off where memory allows")
+    gradient_checkpointing: Literal["auto"] | bool = Field(
+        "auto", description="auto: off where memory allows"
+    )
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
 
 
@@ -158,7 +203,8 @@ class ExportConfig(Section):
     """What `fastft train` exports when it is done."""
 
     to: list[str] = Field(
-        default_factory=lambda: ["adapter"], description="adapter, merged, gguf:TYPE, gguf-lora, ollama"
+        default_factory=lambda: ["adapter"],
+        description="adapter, merged, gguf:TYPE, gguf-lora, ollama",
     )
 
     @field_validator("to")
@@ -167,7 +213,8 @@ class ExportConfig(Section):
         for target in value:
             if target not in EXPORT_KINDS and not re.fullmatch(r"gguf:[a-z0-9_]+", target):
                 raise ValueError(
-                    f"unknown export target {target!r}{did_you_mean(target, (*EXPORT_KINDS, 'gguf:q4_k_m'))}; "
+                    "unknown export target "
+                    f"{target!r}{did_you_mean(target, (*EXPORT_KINDS, 'gguf:q4_k_m'))}; "
                     f"known: {', '.join(EXPORT_KINDS)}, gguf:TYPE"
                 )
         return value
@@ -183,7 +230,8 @@ class RunConfig(Section):
     lora: LoraConfig = Field(default_factory=LoraConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     mirror: str | None = Field(
-        None, description="folder (Google Drive) that receives verified copies of checkpoints and final/"
+        None,
+        description="folder (Google Drive) that receives verified copies of checkpoints and final/",
     )
     export: ExportConfig = Field(default_factory=ExportConfig)
 
@@ -191,29 +239,42 @@ class RunConfig(Section):
     @classmethod
     def _one_folder(cls, value: str) -> str:
         if not re.fullmatch(r"[^/\\\0]+", value) or value in {".", ".."}:
-            raise ValueError(f"{value!r} is not a folder name; put the parent folder into output_dir")
+            raise ValueError(
+                f"{value!r} is not a folder name; put the parent folder into output_dir"
+            )
         if not value.isprintable():
-            raise ValueError(f"{value!r} holds control characters; use letters, digits, spaces, '-' and '_'")
+            raise ValueError(
+                f"{value!r} holds control characters; use letters, digits, spaces, '-' and '_'"
+            )
         if len(value.encode()) > 200:
-            raise ValueError(f"is {len(value.encode())} bytes long; file systems take 255, so 200 at most")
+            raise ValueError(
+                f"is {len(value.encode())} bytes long; file systems take 255, so 200 at most"
+            )
         return value
 
     @model_validator(mode="after")
     def _combinations(self) -> RunConfig:
         problems = []
-        if self.model.quantization != "none" and self.model.dtype == "float32" and self.model.quantization != "auto":
+        if (
+            self.model.quantization != "none"
+            and self.model.dtype == "float32"
+            and self.model.quantization != "auto"
+        ):
             problems.append(
-                f"model.dtype float32 with model.quantization {self.model.quantization}: quantised weights compute in "
+                f"model.dtype float32 with model.quantization {self.model.quantization}: "
+                "quantised weights compute in "
                 "16 bit; set quantization: none or dtype: auto"
             )
         if self.lora.init in MOVES_THE_BASE and self.model.quantization in {"nf4", "int8"}:
             problems.append(
-                f"lora.init {self.lora.init} changes the base weights, which {self.model.quantization} cannot hold; "
+                f"lora.init {self.lora.init} changes the base weights, which "
+                f"{self.model.quantization} cannot hold; "
                 "set model.quantization: none, or lora.init: default"
             )
         if self.lora.init == "orthogonal" and self.lora.r % 2:
             problems.append(
-                f"lora.init orthogonal needs an even rank, lora.r is {self.lora.r}; set lora.r: {self.lora.r + 1}"
+                f"lora.init orthogonal needs an even rank, lora.r is {self.lora.r}; set "
+                f"lora.r: {self.lora.r + 1}"
             )
         if (
             self.train.early_stopping_patience is not None
@@ -221,9 +282,16 @@ class RunConfig(Section):
             and self.data.eval_fraction == 0
         ):
             problems.append(
-                "train.early_stopping_patience needs held-out data; set data.eval_fraction above 0 or data.eval_source"
+                "train.early_stopping_patience needs held-out data; set data.eval_fraction "
+                "above 0 or data.eval_source"
             )
-        for key in ("max_steps", "warmup_steps", "early_stopping_patience", "max_eval_samples", "max_minutes"):
+        for key in (
+            "max_steps",
+            "warmup_steps",
+            "early_stopping_patience",
+            "max_eval_samples",
+            "max_minutes",
+        ):
             value = getattr(self.train, key)
             if value is not None and value < (0 if key == "warmup_steps" else 1e-9):
                 problems.append(f"train.{key} is {value}; it must be positive, or null")
@@ -240,8 +308,8 @@ class RunConfig(Section):
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Return the config in the YAML file `path` with `--set a.b=c` `overrides` applied.
 
-    Raises FastFTError naming every problem at once: unknown keys (with the nearest known one), wrong
-    types, impossible combinations.
+    Raises FastFTError naming every problem at once: unknown keys (with the nearest known one),
+    wrong types, impossible combinations.
     """
     path = Path(path)
     if not path.is_file():
@@ -254,7 +322,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
 
 class _NoDuplicates(yaml.SafeLoader):
-    """SafeLoader that refuses a key that stands twice, of which YAML would keep the last without a word."""
+    """SafeLoader that refuses a key that stands twice, of which YAML would keep the last without a
+    word.
+    """
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}
@@ -262,23 +332,34 @@ class _NoDuplicates(yaml.SafeLoader):
             first = seen.setdefault(key.value, key.start_mark.line + 1)
             if first != key.start_mark.line + 1:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice, first on line {first}", key.start_mark
+                    None,
+                    None,
+                    f"the key {key.value!r} stands twice, first on line {first}",
+                    key.start_mark,
                 )
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file; raises FastFTError where it is not text, not YAML or not a mapping."""
+    """Return the mapping in a YAML file; raises FastFTError where it is not text, not YAML or not
+    a mapping.
+    """
     try:
         values = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_NoDuplicates)
     except UnicodeDecodeError as error:
-        raise FastFTError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+        raise FastFTError(
+            f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8."
+        ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise FastFTError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}.") from error
+        raise FastFTError(
+            f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}."
+        ) from error
     if not isinstance(values, dict):
-        raise FastFTError(f"{path} is empty or not a mapping. Write a config with: fastft init > {path}")
+        raise FastFTError(
+            f"{path} is empty or not a mapping. Write a config with: fastft init > {path}"
+        )
     return values
 
 
@@ -300,7 +381,9 @@ def dump_config(config: RunConfig) -> str:
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
-        raise FastFTError(f"--set {override!r}: write it as --set section.key=value, for example --set lora.r=32")
+        raise FastFTError(
+            f"--set {override!r}: write it as --set section.key=value, for example --set lora.r=32"
+        )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -320,10 +403,14 @@ def _explain(item: Any) -> list[str]:
     """Turn one pydantic error into lines a person can act on."""
     path = [str(part) for part in item["loc"]]
     # Union members put their own names into the location; keep what the user wrote.
-    dotted = ".".join(part for part in path if part.isidentifier() and not part.startswith("literal"))
+    dotted = ".".join(
+        part for part in path if part.isidentifier() and not part.startswith("literal")
+    )
     if item["type"] == "extra_forbidden":
         known = _known_keys(path[:-1])
-        everywhere = {f"{s}.{k}" for s, f in RunConfig.model_fields.items() for k in _known_keys([s])} | set(known)
+        everywhere = {
+            f"{s}.{k}" for s, f in RunConfig.model_fields.items() for k in _known_keys([s])
+        } | set(known)
         near = did_you_mean(path[-1], known) or did_you_mean(dotted, everywhere)
         elsewhere = [full for full in sorted(everywhere) if full.split(".")[-1] == path[-1]]
         if not near and elsewhere:
@@ -343,7 +430,12 @@ def _known_keys(path: list[str]) -> list[str]:
         field = node.model_fields.get(part)
         annotation = field.annotation if field else None
         node = next(
-            (a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)), None
+            (
+                a
+                for a in (annotation, *get_args(annotation))
+                if isinstance(a, type) and issubclass(a, BaseModel)
+            ),
+            None,
         )
         if node is None:
             return []

@@ -1,6 +1,7 @@
 """The errors that fastft raises on purpose, and the exit code each one ends the command with.
 
-A message says what is wrong, the numbers, and the fix. Anything that is not a FastFTError is our bug.
+A message says what is wrong, the numbers, and the fix. Anything that is not a FastFTError is our
+bug.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ class FastFTError(Exception):
 
 
 class AnswerIsNoError(FastFTError):
-    """The command ran and the answer is no: does not fit, does not verify, parity fails. Exit code 1."""
+    """The command ran and the answer is no: does not fit, does not verify, parity fails. Exit code
+    1.
+    """
 
     exit_code = 1
 
 
 class CouldNotFinishError(FastFTError):
-    """Out of memory, NaN, disk full, network: the work stopped, what was saved is whole. Exit code 3."""
+    """Out of memory, NaN, disk full, network: the work stopped, what was saved is whole. Exit code
+    3.
+    """
 
     exit_code = 3
 
@@ -42,4 +47,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def one_of(kind: str, name: str, known: Iterable[str]) -> FastFTError:
     """Return the error for an unknown `name`: it lists the valid ones and the nearest."""
     names = sorted(known)
-    return FastFTError(f"unknown {kind} {name!r}{did_you_mean(name, names)}. Known: {', '.join(names)}.")
+    return FastFTError(
+        f"unknown {kind} {name!r}{did_you_mean(name, names)}. Known: {', '.join(names)}."
+    )

@@ -1,7 +1,8 @@
 """The few file operations that checkpoints and the mirror are made of.
 
-A mirror lies on a file system that nobody can trust (a network drive that fills, vanishes, cuts files short), so every
-touch of it goes through a `Files`: tests hand in one that fails in a chosen way.
+A mirror lies on a file system that nobody can trust (a network drive that fills, vanishes, cuts
+files short), so every touch of it goes through a `Files`: tests hand in one that fails in a chosen
+way.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-CHUNK_BYTES = 2**20  # so that a copy gives way to training, and a stall is seen, at least once a MiB
+CHUNK_BYTES = (
+    2**20
+)  # so that a copy gives way to training, and a stall is seen, at least once a MiB
 
 
 class Files:
@@ -22,7 +25,9 @@ class Files:
     def read(self, path: Path) -> Iterator[bytes]:
         """Yield the content of `path` in pieces of at most CHUNK_BYTES."""
         with path.open("rb", buffering=0) as file:
-            _forget_cached(file.fileno())  # what is read back shall come from the disk, where the system allows it
+            _forget_cached(
+                file.fileno()
+            )  # what is read back shall come from the disk, where the system allows it
             while chunk := file.read(CHUNK_BYTES):
                 yield chunk
 
@@ -33,7 +38,9 @@ class Files:
                 left = memoryview(chunk)
                 while left:
                     left = left[file.write(left) :]
-            with contextlib.suppress(OSError):  # not every network file system knows fsync; reading back decides
+            with contextlib.suppress(
+                OSError
+            ):  # not every network file system knows fsync; reading back decides
                 os.fsync(file.fileno())
 
     def rename(self, old: Path, new: Path) -> None:
@@ -48,7 +55,9 @@ class Files:
             path.unlink(missing_ok=True)
 
     def make_folder(self, path: Path) -> None:
-        """Make one folder; its parent must exist (a drive that is not mounted is not to be made up)."""
+        """Make one folder; its parent must exist (a drive that is not mounted is not to be made
+        up).
+        """
         path.mkdir(exist_ok=True)
 
     def names(self, folder: Path) -> list[str]:

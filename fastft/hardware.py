@@ -1,7 +1,8 @@
-"""What this machine has, what a named card has, and the small automatic choices that follow from it.
+"""What this machine has, what a named card has, and the small automatic choices that follow from
+it.
 
-`probe()` asks the driver (NVML), the kernel and the cgroup, never torch, so it answers in milliseconds.
-Every automatic choice is a `Choice(value, reason)`: callers print the reason once.
+`probe()` asks the driver (NVML), the kernel and the cgroup, never torch, so it answers in
+milliseconds. Every automatic choice is a `Choice(value, reason)`: callers print the reason once.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ class Choice(NamedTuple, Generic[T]):
 class Gpu:
     """A card as its maker describes it.
 
-    `vram_bytes` is what ``torch.cuda.get_device_properties`` reports where that is known (a few per cent
-    below the nominal size), `bandwidth` is bytes/s, `flops` dense 16-bit tensor FLOP/s with float32
-    accumulation (GeForce cards halve their rate there), `ram_bytes` and `disk_bytes` the host it is usually met in.
+    `vram_bytes` is what ``torch.cuda.get_device_properties`` reports where that is known (a few
+    per cent below the nominal size), `bandwidth` is bytes/s, `flops` dense 16-bit tensor FLOP/s
+    with float32 accumulation (GeForce cards halve their rate there), `ram_bytes` and `disk_bytes`
+    the host it is usually met in.
     """
 
     name: str
@@ -69,7 +71,10 @@ def _gpu(
     return Gpu(name, vram, gb_per_sec * 1e9, tflops * 1e12, capability, source, ram, disk, colab)
 
 
-_DATASHEET, _WHITEPAPER = "NVIDIA datasheet", "NVIDIA architecture whitepaper, FP16 tensor with FP32 accumulate"
+_DATASHEET, _WHITEPAPER = (
+    "NVIDIA datasheet",
+    "NVIDIA architecture whitepaper, FP16 tensor with FP32 accumulate",
+)
 # Colab's RAM and disk: what its runtimes of that type show; they change without notice.
 KNOWN_GPUS: dict[str, Gpu] = {
     "t4": _gpu("Tesla T4", 14.74, 320, 65, (7, 5), _DATASHEET, 12.67, 70, True),
@@ -97,19 +102,24 @@ KNOWN_GPUS: dict[str, Gpu] = {
     "rtx4090": _gpu("NVIDIA GeForce RTX 4090", 23.64, 1008, 165.2, (8, 9), _WHITEPAPER, 64),
     "rtx5090": _gpu("NVIDIA GeForce RTX 5090", 31.36, 1792, 209.5, (12, 0), _WHITEPAPER, 64),
 }
-# Names that leave the memory size open mean the smaller card: a plan for it holds on the larger one too.
+# Names that leave the memory size open mean the smaller card: a plan for it holds on the larger one
+# too.
 _ALIASES = {"a100": "a100-40", "v100": "v100-16", "rtx4060ti": "rtx4060ti-16", "h100-80": "h100"}
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """One machine. Sizes are bytes; `bandwidth` (bytes/s) and `flops` (FLOP/s) are None where nobody tabled them."""
+    """One machine. Sizes are bytes; `bandwidth` (bytes/s) and `flops` (FLOP/s) are None where
+    nobody tabled them.
+    """
 
     name: str
     kind: Literal["cuda", "mps", "cpu"]
     gpu_count: int
     vram_bytes: int
-    """Memory of one GPU as torch sees it; on Apple Silicon the share of RAM that the GPU may take; 0 on a CPU."""
+    """Memory of one GPU as torch sees it; on Apple Silicon the share of RAM that the GPU may take;
+    0 on a CPU.
+    """
     vram_free_bytes: int
     capability: tuple[int, int] | None
     bf16: bool
@@ -143,7 +153,9 @@ class Hardware:
 
 
 def probe(path: str | Path = ".") -> Hardware:
-    """Return this machine; `path` is where runs will be kept (its disk counts). Does not import torch."""
+    """Return this machine; `path` is where runs will be kept (its disk counts). Does not import
+    torch.
+    """
     ram, ram_free = _ram()
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
     cpu_bf16 = _cpu_bf16()
@@ -169,22 +181,32 @@ def probe(path: str | Path = ".") -> Hardware:
     cards = nvidia_gpus()
     if cards:
         reason = _torch_without_cuda()
-        return replace(cpu, notes=(f"{cards[0].name} is not used: {reason}",)) if reason else _with_gpu(cpu, cards)
+        return (
+            replace(cpu, notes=(f"{cards[0].name} is not used: {reason}",))
+            if reason
+            else _with_gpu(cpu, cards)
+        )
     if apple:
-        # Metal's recommendedMaxWorkingSetSize is about three quarters of the unified memory. No rate: nobody measured one.
+        # Metal's recommendedMaxWorkingSetSize is about three quarters of the unified memory. No
+        # rate: nobody measured one.
         share = ram * 3 // 4
         free = min(share, ram_free)
-        return replace(cpu, kind="mps", gpu_count=1, vram_bytes=share, vram_free_bytes=free, flops=None)
+        return replace(
+            cpu, kind="mps", gpu_count=1, vram_bytes=share, vram_free_bytes=free, flops=None
+        )
     return cpu
 
 
-# Matmul FLOP/s of one core, bfloat16 with AVX512-BF16 (425e9 measured on a 2-core EPYC) and float32 AVX2
-# at about 3 GHz (2 FMA ports x 8 lanes x 2). A guess for any other CPU, and called one in the plan.
+# Matmul FLOP/s of one core, bfloat16 with AVX512-BF16 (425e9 measured on a 2-core EPYC) and float32
+# AVX2 at about 3 GHz (2 FMA ports x 8 lanes x 2). A guess for any other CPU, and called one in the
+# plan.
 _FLOPS_PER_CORE = {True: 425e9, False: 96e9}
 
 
 def cpu_only(cores: int, *, bf16: bool) -> Hardware:
-    """Return this machine as if it had no GPU and a CPU of so many cores, which multiply bfloat16 natively or not."""
+    """Return this machine as if it had no GPU and a CPU of so many cores, which multiply bfloat16
+    natively or not.
+    """
     return replace(
         probe(),
         kind="cpu",
@@ -202,9 +224,11 @@ def cpu_only(cores: int, *, bf16: bool) -> Hardware:
 
 
 def named_gpu(name: str) -> Hardware:
-    """Return a machine with the card `name` of KNOWN_GPUS, as it is usually met (a Colab runtime for t4, l4, a100).
+    """Return a machine with the card `name` of KNOWN_GPUS, as it is usually met (a Colab runtime
+    for t4, l4, a100).
 
-    RAM and disk of that host are assumed, and `notes` says so. Raises FastFTError listing the known cards.
+    RAM and disk of that host are assumed, and `notes` says so. Raises FastFTError listing the
+    known cards.
     """
     key = gpu_key(name)
     if key is None:
@@ -229,7 +253,8 @@ def named_gpu(name: str) -> Hardware:
         flops=gpu.flops,
         disk_assumed_bytes=gpu.disk_bytes,
         notes=(
-            f"assumed: {where} with {gpu.ram_bytes / GIB:.1f} GiB RAM and {gpu.disk_bytes / GIB:.0f} GiB free disk",
+            f"assumed: {where} with {gpu.ram_bytes / GIB:.1f} GiB RAM and "
+            f"{gpu.disk_bytes / GIB:.0f} GiB free disk",
         ),
     )
 
@@ -245,8 +270,13 @@ def gpu_key(name: str, vram_bytes: int | None = None) -> str | None:
     size = re.search(r"(\d+) ?gb\b", name.lower())
     if vram_bytes is None and size:
         vram_bytes = int(size[1]) * GIB
-    # Driver names carry more ("NVIDIA A100-SXM4-80GB"): take the longest key whose model part is in the name.
-    fits = [key for key in KNOWN_GPUS if re.search(rf"(?<![a-z0-9]){key.split('-')[0]}(?![a-z0-9])", _spaced(name))]
+    # Driver names carry more ("NVIDIA A100-SXM4-80GB"): take the longest key whose model part is in
+    # the name.
+    fits = [
+        key
+        for key in KNOWN_GPUS
+        if re.search(rf"(?<![a-z0-9]){key.split('-')[0]}(?![a-z0-9])", _spaced(name))
+    ]
     if vram_bytes is None:
         return max(fits, key=len) if len(fits) == 1 else None
     close = [key for key in fits if abs(KNOWN_GPUS[key].vram_bytes / vram_bytes - 1) < 0.15]
@@ -255,7 +285,9 @@ def gpu_key(name: str, vram_bytes: int | None = None) -> str | None:
 
 def _spaced(name: str) -> str:
     """Lower-case driver name with 'RTX 3060' and 'Ti' joined, other words kept apart."""
-    text = re.sub(r"\b(rtx)\s+(a?)(\d+)", lambda m: f"{'' if m[2] else m[1]}{m[2]}{m[3]}", name.lower())
+    text = re.sub(
+        r"\b(rtx)\s+(a?)(\d+)", lambda m: f"{'' if m[2] else m[1]}{m[2]}{m[3]}", name.lower()
+    )
     return re.sub(r"(\d)\s+(ti|super)\b", r"\1\2", text)
 
 
@@ -272,11 +304,17 @@ class NvidiaCard(NamedTuple):
 
 
 class _NvmlMemory(ctypes.Structure):
-    _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
+    _fields_ = [
+        ("total", ctypes.c_ulonglong),
+        ("free", ctypes.c_ulonglong),
+        ("used", ctypes.c_ulonglong),
+    ]
 
 
 def nvidia_gpus() -> list[NvidiaCard]:
-    """Return the NVIDIA cards that CUDA_VISIBLE_DEVICES leaves visible, from NVML, without a CUDA context."""
+    """Return the NVIDIA cards that CUDA_VISIBLE_DEVICES leaves visible, from NVML, without a CUDA
+    context.
+    """
     nvml = _load_nvml()
     if nvml is None or nvml.nvmlInit_v2() != 0:
         return []
@@ -284,7 +322,9 @@ def nvidia_gpus() -> list[NvidiaCard]:
         count = ctypes.c_uint()
         nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
         cards = [_read_card(nvml, index) for index in range(count.value)]
-        return [cards[index] for index in _visible(os.environ.get("CUDA_VISIBLE_DEVICES"), len(cards))]
+        return [
+            cards[index] for index in _visible(os.environ.get("CUDA_VISIBLE_DEVICES"), len(cards))
+        ]
     finally:
         nvml.nvmlShutdown()
 
@@ -312,27 +352,33 @@ def _read_card(nvml: ctypes.CDLL, index: int) -> NvidiaCard:
     driver = ctypes.create_string_buffer(96)
     nvml.nvmlSystemGetDriverVersion(driver, 96)
     capability = (major.value, minor.value)
-    return NvidiaCard(name, memory.total, memory.free, capability, driver.value.decode(), _driver_cuda(nvml))
+    return NvidiaCard(
+        name, memory.total, memory.free, capability, driver.value.decode(), _driver_cuda(nvml)
+    )
 
 
 def _driver_cuda(nvml: ctypes.CDLL) -> tuple[int, int] | None:
     number = ctypes.c_int()
-    if not hasattr(nvml, "nvmlSystemGetCudaDriverVersion_v2") or nvml.nvmlSystemGetCudaDriverVersion_v2(
-        ctypes.byref(number)
-    ):
+    if not hasattr(
+        nvml, "nvmlSystemGetCudaDriverVersion_v2"
+    ) or nvml.nvmlSystemGetCudaDriverVersion_v2(ctypes.byref(number)):
         return None
     return number.value // 1000, number.value % 1000 // 10  # 12080 is 12.8
 
 
 def _visible(variable: str | None, count: int) -> list[int]:
-    """Indices that CUDA_VISIBLE_DEVICES leaves; as CUDA does, the list ends at the first invalid entry."""
+    """Indices that CUDA_VISIBLE_DEVICES leaves; as CUDA does, the list ends at the first invalid
+    entry.
+    """
     if variable is None:
         return list(range(count))
     if not variable.strip() or variable.strip() == "-1":
         return []
     parts = [part.strip() for part in variable.split(",")]
     if not parts[0].lstrip("-").isdigit():
-        return list(range(min(count, len(parts))))  # UUIDs: which cards is not known here, how many is
+        return list(
+            range(min(count, len(parts)))
+        )  # UUIDs: which cards is not known here, how many is
     chosen = []
     for part in parts:
         if not part.isdigit() or int(part) >= count:
@@ -345,7 +391,8 @@ def _with_gpu(cpu: Hardware, cards: list[NvidiaCard]) -> Hardware:
     card = cards[0]
     key = gpu_key(card.name, card.total_bytes)
     known = KNOWN_GPUS[key] if key else None
-    # NVML counts memory that the driver reserves (ECC, page tables); torch sees what the table says.
+    # NVML counts memory that the driver reserves (ECC, page tables); torch sees what the table
+    # says.
     vram = min(card.total_bytes, known.vram_bytes) if known else int(card.total_bytes * 0.98)
     return replace(
         cpu,
@@ -358,12 +405,16 @@ def _with_gpu(cpu: Hardware, cards: list[NvidiaCard]) -> Hardware:
         bf16=card.capability >= (8, 0),
         bandwidth=known.bandwidth if known else None,
         flops=known.flops if known else None,
-        notes=() if known else (f"{card.name} is not in the table of known cards: no time estimate",),
+        notes=()
+        if known
+        else (f"{card.name} is not in the table of known cards: no time estimate",),
     )
 
 
 def _torch_without_cuda() -> str | None:
-    """Return why torch cannot use an NVIDIA card, or None. Reads the version's local part, does not import."""
+    """Return why torch cannot use an NVIDIA card, or None. Reads the version's local part, does
+    not import.
+    """
     torch = sys.modules.get("torch")
     if torch is not None and not torch.cuda.is_available():
         return f"torch {torch.__version__} does not see it"
@@ -384,8 +435,12 @@ def _ram() -> tuple[int, int]:
     return total, free
 
 
-def _cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:
-    """Return (limit, used without the page cache) for each cgroup that bounds this process (v1 and v2)."""
+def _cgroup_memory(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> list[tuple[int, int]]:
+    """Return (limit, used without the page cache) for each cgroup that bounds this process (v1 and
+    v2).
+    """
     bounds = []
     for folder, limit_file, used_file in _cgroup_folders(root, own, "memory"):
         limit, used = _read_int(folder / limit_file), _read_int(folder / used_file)
@@ -393,7 +448,11 @@ def _cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
             continue
         stat = folder / "memory.stat"
         # File pages are given back under pressure, so they are not "used".
-        cache = re.search(r"^(?:total_)?inactive_file (\d+)", stat.read_text(), re.M) if stat.is_file() else None
+        cache = (
+            re.search(r"^(?:total_)?inactive_file (\d+)", stat.read_text(), re.M)
+            if stat.is_file()
+            else None
+        )
         bounds.append((limit, max(0, (used or 0) - (int(cache[1]) if cache else 0))))
     return bounds
 
@@ -424,7 +483,9 @@ def _read_int(path: Path) -> int | None:
 
 
 def _usable_cores() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     quota = Path("/sys/fs/cgroup/cpu.max")
     if quota.is_file():
         allowed, period = quota.read_text().split()
@@ -434,9 +495,15 @@ def _usable_cores() -> int:
 
 
 def cpu_flags() -> frozenset[str]:
-    """Return the feature flags of the first CPU as the kernel names them (empty where there is no /proc)."""
+    """Return the feature flags of the first CPU as the kernel names them (empty where there is no
+    /proc).
+    """
     info = Path("/proc/cpuinfo")
-    match = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", info.read_text(), re.M) if info.is_file() else None
+    match = (
+        re.search(r"^(?:flags|Features)\s*:\s*(.*)$", info.read_text(), re.M)
+        if info.is_file()
+        else None
+    )
     return frozenset(match[1].split()) if match else frozenset()
 
 
@@ -450,20 +517,26 @@ def _cpu_name() -> str:
     if sys.platform == "darwin":
         return _sysctl("machdep.cpu.brand_string") or "Apple"
     info = Path("/proc/cpuinfo")
-    match = re.search(r"^model name\s*:\s*(.*)$", info.read_text(), re.M) if info.is_file() else None
+    match = (
+        re.search(r"^model name\s*:\s*(.*)$", info.read_text(), re.M) if info.is_file() else None
+    )
     return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def _sysctl(key: str) -> str | None:
     try:
-        return subprocess.run(["sysctl", "-n", key], capture_output=True, text=True, timeout=5).stdout.strip()
+        return subprocess.run(
+            ["sysctl", "-n", key], capture_output=True, text=True, timeout=5
+        ).stdout.strip()
     except OSError:
         return None
 
 
 def is_colab() -> bool:
     """Whether this process runs in Google Colab."""
-    return "COLAB_RELEASE_TAG" in os.environ or (importlib.util.find_spec("google") is not None and _has_colab())
+    return "COLAB_RELEASE_TAG" in os.environ or (
+        importlib.util.find_spec("google") is not None and _has_colab()
+    )
 
 
 def _has_colab() -> bool:
@@ -483,25 +556,41 @@ def _disk_free(path: str | Path) -> int:
 
 
 def compute_dtype(hardware: Hardware, requested: str = "auto") -> Choice[str]:
-    """Return float32, bfloat16 or float16 and why. Raises FastFTError for float16 on a CPU, which cannot train so."""
+    """Return float32, bfloat16 or float16 and why. Raises FastFTError for float16 on a CPU, which
+    cannot train so.
+    """
     if requested == "float16" and hardware.kind == "cpu":
         raise FastFTError(
-            "model.dtype float16 does not train on a CPU (no loss scaling there); set model.dtype: auto, which "
+            "model.dtype float16 does not train on a CPU (no loss scaling there); set "
+            "model.dtype: auto, which "
             f"is {compute_dtype(hardware).value} here."
         )
     if requested != "auto":
         slow = requested == "bfloat16" and not hardware.bf16
-        return Choice(requested, "asked for" + (f", although {hardware.name} only emulates bfloat16" if slow else ""))
+        return Choice(
+            requested,
+            "asked for" + (f", although {hardware.name} only emulates bfloat16" if slow else ""),
+        )
     if hardware.kind == "cuda":
         major, minor = hardware.capability or (0, 0)
         if hardware.bf16:
-            return Choice("bfloat16", f"{hardware.name} is SM {major}{minor}, which multiplies bfloat16 natively")
-        return Choice("float16", f"{hardware.name} is SM {major}{minor}, older than Ampere (SM 80): no bfloat16")
+            return Choice(
+                "bfloat16",
+                f"{hardware.name} is SM {major}{minor}, which multiplies bfloat16 natively",
+            )
+        return Choice(
+            "float16",
+            f"{hardware.name} is SM {major}{minor}, older than Ampere (SM 80): no bfloat16",
+        )
     if hardware.kind == "mps":
-        return Choice("float32", "MPS has no loss scaling for float16, and bfloat16 only on some chips")
+        return Choice(
+            "float32", "MPS has no loss scaling for float16, and bfloat16 only on some chips"
+        )
     if hardware.bf16:
         return Choice("bfloat16", f"{hardware.name} multiplies bfloat16 natively")
-    return Choice("float32", f"{hardware.name} has no bfloat16 instructions (AVX512-BF16, AMX or Arm BF16)")
+    return Choice(
+        "float32", f"{hardware.name} has no bfloat16 instructions (AVX512-BF16, AMX or Arm BF16)"
+    )
 
 
 def optimizer(hardware: Hardware, requested: str = "auto") -> Choice[Any]:

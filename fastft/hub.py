@@ -1,7 +1,8 @@
-"""What the Hub's answers mean: each error of huggingface_hub and httpx as one clear message, with the right exit code.
+"""What the Hub's answers mean: each error of huggingface_hub and httpx as one clear message, with
+the right exit code.
 
-The user's own (exit code 2): no such repository, gated, no valid token, no right to write. Not the user's (exit code 3,
-safe to try again): too many requests, the Hub's own errors, the network.
+The user's own (exit code 2): no such repository, gated, no valid token, no right to write. Not the
+user's (exit code 3, safe to try again): too many requests, the Hub's own errors, the network.
 """
 
 from __future__ import annotations
@@ -28,40 +29,67 @@ def is_offline() -> bool:
 
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """Turn what a call of huggingface_hub raises into the FastFTError about `what` ("model 'a/b'")."""
+    """Turn what a call of huggingface_hub raises into the FastFTError about `what` ("model
+    'a/b'").
+    """
     import httpx
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     try:
         with bounded_waits():
             yield
-    except (HfHubHTTPError, httpx.HTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+    except (
+        HfHubHTTPError,
+        httpx.HTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    ) as error:
         raise explain(error, what) from error
 
 
 def explain(error: BaseException, what: str) -> FastFTError:
-    """Return the FastFTError for `error`, which huggingface_hub, httpx or datasets raised about `what`."""
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    """Return the FastFTError for `error`, which huggingface_hub, httpx or datasets raised about
+    `what`.
+    """
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     cause = root(error)
     if isinstance(error, HFValidationError):
         return FastFTError(f"{what} is neither a folder nor a Hub id (owner/name).")
     if is_offline():
-        return FastFTError(f"{what} is not in the local cache, and HF_HUB_OFFLINE is set. Unset it, or give a folder.")
+        return FastFTError(
+            f"{what} is not in the local cache, and HF_HUB_OFFLINE is set. Unset it, or give "
+            "a folder."
+        )
     code = status(error)
     if isinstance(cause, GatedRepoError):
         return gated(what)
     if isinstance(cause, RevisionNotFoundError):
-        return FastFTError(f"{what} has no such revision. Name a branch, a tag or a full commit of it.")
+        return FastFTError(
+            f"{what} has no such revision. Name a branch, a tag or a full commit of it."
+        )
     if isinstance(cause, RepositoryNotFoundError) and (code == 404 or not token_is_known()):
         return not_found(what)
     if code == 401:
         return FastFTError(
-            f"{what}: the Hub does not accept the token (401); it is wrong or has expired. Again {SIGN_IN}."
+            f"{what}: the Hub does not accept the token (401); it is wrong or has expired. "
+            f"Again {SIGN_IN}."
         )
     if code == 403:
         return FastFTError(
-            f"{what}: the token may not do this (403). Use a token with write access to that account, made at "
+            f"{what}: the token may not do this (403). Use a token with write access to that "
+            "account, made at "
             "huggingface.co/settings/tokens."
         )
     return _not_the_users(error, what, code)
@@ -75,7 +103,11 @@ def gated(what: str) -> FastFTError:
 
 def not_found(what: str) -> FastFTError:
     """Return the error for what is not there, or is hidden from whoever asks."""
-    how = "with this token" if token_is_known() else f"without signing in; for a private one {SIGN_IN}"
+    how = (
+        "with this token"
+        if token_is_known()
+        else f"without signing in; for a private one {SIGN_IN}"
+    )
     return FastFTError(f"there is no {what} on the Hub that can be seen {how}. Check the spelling.")
 
 
@@ -84,16 +116,23 @@ def _not_the_users(error: BaseException, what: str, code: int | None) -> FastFTE
     if code == 429:
         wait = retry_after(error)
         when = f"in {wait:,.0f} s" if wait is not None else "in some minutes"
-        return CouldNotFinishError(f"{what}: the Hub allows no more requests for now (429). Try again {when}.")
+        return CouldNotFinishError(
+            f"{what}: the Hub allows no more requests for now (429). Try again {when}."
+        )
     if code in {408, 409, 412} or (code is not None and code >= 500):
-        return CouldNotFinishError(f"{what}: the Hub could not do it ({code}). Try again in some minutes.")
+        return CouldNotFinishError(
+            f"{what}: the Hub could not do it ({code}). Try again in some minutes."
+        )
     if code is not None:
         return FastFTError(f"{what}: the Hub refused the request ({code}): {_first_line(error)}.")
     if isinstance(error, OSError) and error.errno is not None:  # the disk, say
-        return CouldNotFinishError(f"{what}: {error.strerror or error} ({error.filename or 'while it was loaded'}).")
+        return CouldNotFinishError(
+            f"{what}: {error.strerror or error} ({error.filename or 'while it was loaded'})."
+        )
     why = type(root(error)).__name__
     return CouldNotFinishError(
-        f"{what}: the Hub at {endpoint()} cannot be reached, or the connection broke ({why}). Check the network and try again."
+        f"{what}: the Hub at {endpoint()} cannot be reached, or the connection broke ({why}). "
+        "Check the network and try again."
     )
 
 
@@ -115,7 +154,9 @@ def retry_after(error: BaseException) -> float | None:
 
 
 def token_is_known() -> bool:
-    """Return whether a token is at hand (HF_TOKEN, or `hf auth login`); the token itself is nobody's business."""
+    """Return whether a token is at hand (HF_TOKEN, or `hf auth login`); the token itself is
+    nobody's business.
+    """
     from huggingface_hub import get_token
 
     return get_token() is not None
@@ -123,7 +164,8 @@ def token_is_known() -> bool:
 
 @contextmanager
 def bounded_waits() -> Iterator[None]:
-    """Within it huggingface_hub's client gives up a silent connection and never sleeps longer than LONGEST_WAIT.
+    """Within it huggingface_hub's client gives up a silent connection and never sleeps longer than
+    LONGEST_WAIT.
 
     By default it has no timeout at all, and sleeps as long as a Retry-After says.
     """
@@ -152,7 +194,9 @@ def bounded_waits() -> Iterator[None]:
 
 
 def root(error: BaseException) -> BaseException:
-    """Return the error of the request itself: huggingface_hub and datasets wrap it in others; `error` where there is none."""
+    """Return the error of the request itself: huggingface_hub and datasets wrap it in others;
+    `error` where there is none.
+    """
     import httpx
 
     waiting: list[BaseException | None] = [error]
@@ -160,7 +204,9 @@ def root(error: BaseException) -> BaseException:
         if isinstance(seen, httpx.HTTPError):  # HfHubHTTPError, with the answer, is one too
             return seen
         if seen is not None:
-            waiting += [inner for inner in (seen.__cause__, seen.__context__) if inner not in waiting]
+            waiting += [
+                inner for inner in (seen.__cause__, seen.__context__) if inner not in waiting
+            ]
     return error
 
 

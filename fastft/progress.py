@@ -1,4 +1,6 @@
-"""What a person sees while fastft works: on standard error, so that standard output stays the answer's."""
+"""What a person sees while fastft works: on standard error, so that standard output stays the
+answer's.
+"""
 
 from __future__ import annotations
 
@@ -50,16 +52,24 @@ class Reporter:
         """Print one line on the data; `fastft data` prints the whole report."""
         share = report.trained_tokens / max(report.tokens, 1)
         self.note(
-            f"data: {report.rows_used:,} of {report.rows_total:,} rows ({report.format}), {report.tokens:,} tokens, "
+            f"data: {report.rows_used:,} of {report.rows_total:,} rows ({report.format}), "
+            f"{report.tokens:,} tokens, "
             f"{share:.0%} of them trained"
         )
         if report.leakage:
             self.warn(
-                f"{report.leakage:,} held-out rows also stand in the training rows: the held-out loss is too good"
+                f"{report.leakage:,} held-out rows also stand in the training rows: the "
+                "held-out loss is too good"
             )
         for reason, drop in report.dropped.items():
-            count, lines = (drop["count"], drop["lines"]) if isinstance(drop, dict) else (drop.count, drop.lines)
-            self.warn(f"{count:,} rows not used: {reason} (first lines: {', '.join(map(str, lines[:5]))})")
+            count, lines = (
+                (drop["count"], drop["lines"])
+                if isinstance(drop, dict)
+                else (drop.count, drop.lines)
+            )
+            self.warn(
+                f"{count:,} rows not used: {reason} (first lines: {', '.join(map(str, lines[:5]))})"
+            )
 
     @contextlib.contextmanager
     def training(self, total_steps: int) -> Iterator[None]:
@@ -84,7 +94,11 @@ class Reporter:
             yield lambda done, total: None
             return
         with Progress(
-            TextColumn(f"[bold]{what}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=self.console
+            TextColumn(f"[bold]{what}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            console=self.console,
         ) as bar:
             task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -94,7 +108,9 @@ class Reporter:
         if "eval_loss" in record:
             return self.note(f"step {record['step']}: held-out loss {record['eval_loss']:.4f}")
         memory = record["peak_memory_bytes"] / 2**30
-        numbers = f"loss {record['loss']:.4f}  {record['tokens_per_sec']:,.0f} tok/s  {memory:.1f} GiB"
+        numbers = (
+            f"loss {record['loss']:.4f}  {record['tokens_per_sec']:,.0f} tok/s  {memory:.1f} GiB"
+        )
         if self._bar is not None:
             return self._bar.update(self._task, completed=record["step"], numbers=numbers)
         if time.monotonic() - self._last_line > 5:  # a log file does not need every step
@@ -109,7 +125,15 @@ class Reporter:
         table = Table("held-out prompt", "before", "after", "reference", show_lines=True)
         for old, new in zip(before, after, strict=False):
             table.add_row(
-                *(_short(t) for t in (new["prompt"][-1]["content"], old["answer"], new["answer"], new["reference"]))
+                *(
+                    _short(t)
+                    for t in (
+                        new["prompt"][-1]["content"],
+                        old["answer"],
+                        new["answer"],
+                        new["reference"],
+                    )
+                )
             )
         self.console.print(table)
 

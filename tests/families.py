@@ -92,15 +92,36 @@ class Family:
 TIED = {"tie_word_embeddings": True}
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("llama", "llama3", BOS_CHATML, "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"),
+    "llama": Family(
+        "llama", "llama3", BOS_CHATML, "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
+    ),
     "mistral": Family(
-        "mistral", "spm", INST, "<s>", "</s>", "<unk>", specials=("[INST]", "[/INST]"), config={"sliding_window": 16}
+        "mistral",
+        "spm",
+        INST,
+        "<s>",
+        "</s>",
+        "<unk>",
+        specials=("[INST]", "[/INST]"),
+        config={"sliding_window": 16},
     ),
     "qwen2": Family(
-        "qwen2", "qwen2", CHATML, None, "<|im_end|>", "<|endoftext|>", config={"tie_word_embeddings": True}
+        "qwen2",
+        "qwen2",
+        CHATML,
+        None,
+        "<|im_end|>",
+        "<|endoftext|>",
+        config={"tie_word_embeddings": True},
     ),
     "qwen3": Family(
-        "qwen3", "qwen2", CHATML, None, "<|im_end|>", "<|endoftext|>", config={"tie_word_embeddings": True}
+        "qwen3",
+        "qwen2",
+        CHATML,
+        None,
+        "<|im_end|>",
+        "<|endoftext|>",
+        config={"tie_word_embeddings": True},
     ),
     "gemma2": Family(
         "gemma2",
@@ -161,7 +182,11 @@ NEWEST: dict[str, Family] = {
         None,
         "<|im_end|>",
         "<|endoftext|>",
-        config={"no_rope_layers": [1, 0], "no_rope_layer_interval": 2, "layer_types": ["full_attention"] * 2},
+        config={
+            "no_rope_layers": [1, 0],
+            "no_rope_layer_interval": 2,
+            "layer_types": ["full_attention"] * 2,
+        },
     ),
     "qwen3.5": Family(
         "qwen3_5_text",
@@ -176,7 +201,11 @@ NEWEST: dict[str, Family] = {
             "linear_value_head_dim": 16,
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 4,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            },
         },
     ),
     "gemma4": Family(
@@ -229,7 +258,11 @@ def make_checkpoint(
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         _randomise(model)
     ends = [tok.eos_token_id]
-    ends += [tok.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<end_of_turn>") if t in tok.get_vocab()]
+    ends += [
+        tok.convert_tokens_to_ids(t)
+        for t in ("<|im_end|>", "<end_of_turn>")
+        if t in tok.get_vocab()
+    ]
     model.generation_config = GenerationConfig(
         bos_token_id=tok.bos_token_id, eos_token_id=sorted(set(ends)), pad_token_id=tok.pad_token_id
     )
@@ -275,7 +308,9 @@ def _randomise(model: Any) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if id(weight) in embeddings:
-                weight.normal_(std=0.15 if tied else 0.3)  # tied and larger, a model only repeats its input
+                weight.normal_(
+                    std=0.15 if tied else 0.3
+                )  # tied and larger, a model only repeats its input
             elif weight.ndim >= 2:
                 fan_in = weight.shape[-2] if "experts" in name else weight[0].numel()
                 weight.normal_(std=fan_in**-0.5)
@@ -294,7 +329,9 @@ def make_tokenizer(spec: Family, folder: Path, kind: str, tokenizer_model: bool 
         names["bos_token"] = spec.bos
     if kind in {"spm", "gemma"}:
         names["unk_token"] = "<unk>"
-    fast = PreTrainedTokenizerFast(tokenizer_object=raw, clean_up_tokenization_spaces=False, **names)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=raw, clean_up_tokenization_spaces=False, **names
+    )
     fast.chat_template = spec.chat_template
     fast.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
@@ -303,19 +340,32 @@ def make_tokenizer(spec: Family, folder: Path, kind: str, tokenizer_model: bool 
     saved |= {
         "tokenizer_class": "PreTrainedTokenizerFast",
         # as published models have it; transformers 5 no longer writes it
-        "added_tokens_decoder": {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in added},
+        "added_tokens_decoder": {
+            str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in added
+        },
     }
     path.write_text(json.dumps(saved, indent=2), encoding="utf-8")
     return AutoTokenizer.from_pretrained(folder)
 
 
 def _special_names(spec: Family) -> list[str]:
-    return list(dict.fromkeys(name for name in (spec.pad, spec.bos, spec.eos, *spec.specials) if name))
+    return list(
+        dict.fromkeys(name for name in (spec.pad, spec.bos, spec.eos, *spec.specials) if name)
+    )
 
 
 def _byte_level(spec: Family, kind: str, folder: Path | None) -> Any:
     """A byte-level BPE of 448 tokens and the special ones, like Llama 3, Qwen 2 or GPT-4o."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
     from tokenizers.trainers import BpeTrainer
 
     split = {"llama3": LLAMA3_SPLIT, "qwen2": QWEN2_SPLIT, "gpt4o": GPT4O_SPLIT}[kind]
@@ -330,8 +380,12 @@ def _byte_level(spec: Family, kind: str, folder: Path | None) -> Any:
     )
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator(SENTENCES, BpeTrainer(vocab_size=448, initial_alphabet=alphabet, show_progress=False))
-    raw.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in _special_names(spec)])
+    raw.train_from_iterator(
+        SENTENCES, BpeTrainer(vocab_size=448, initial_alphabet=alphabet, show_progress=False)
+    )
+    raw.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in _special_names(spec)]
+    )
     if spec.bos:
         raw.post_processor = processors.TemplateProcessing(
             single=f"{spec.bos} $A",
@@ -344,7 +398,15 @@ def _byte_level(spec: Family, kind: str, folder: Path | None) -> Any:
 def _sentencepiece(spec: Family, kind: str, folder: Path | None) -> Any:
     """A SentencePiece BPE with byte fall-back, like Llama 2 and Mistral ("spm") or Gemma ("gemma")."""
     import sentencepiece
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
 
     gemma = kind == "gemma"
     written = io.BytesIO()
@@ -362,7 +424,14 @@ def _sentencepiece(spec: Family, kind: str, folder: Path | None) -> Any:
         allow_whitespace_only_pieces=True,
         minloglevel=2,
         **(
-            {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "bos_piece": "<bos>", "eos_piece": "<eos>"}
+            {
+                "pad_id": 0,
+                "eos_id": 1,
+                "bos_id": 2,
+                "unk_id": 3,
+                "bos_piece": "<bos>",
+                "eos_piece": "<eos>",
+            }
             | {"user_defined_symbols": list(spec.specials)}
             if gemma
             else {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
@@ -371,7 +440,14 @@ def _sentencepiece(spec: Family, kind: str, folder: Path | None) -> Any:
     model = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
     vocab = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
     raw = Tokenizer(
-        models.BPE(vocab, _merges(model, vocab), unk_token="<unk>", fuse_unk=True, byte_fallback=True, dropout=None)
+        models.BPE(
+            vocab,
+            _merges(model, vocab),
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+            dropout=None,
+        )
     )
     spaces = normalizers.Replace(" ", "▁")
     raw.normalizer = spaces if gemma else normalizers.Sequence([normalizers.Prepend("▁"), spaces])
@@ -381,7 +457,9 @@ def _sentencepiece(spec: Family, kind: str, folder: Path | None) -> Any:
     else:
         steps.append(decoders.Strip(" ", 1, 0))
     raw.decoder = decoders.Sequence(steps)
-    raw.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in _special_names(spec)])
+    raw.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in _special_names(spec)]
+    )
     if spec.bos:
         raw.post_processor = processors.TemplateProcessing(
             single=f"{spec.bos} $A",
@@ -401,5 +479,8 @@ def _merges(model: Any, vocab: dict[str, int]) -> list[tuple[str, str]]:
             continue
         splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
         known = [pair for pair in splits if pair[0] in vocab and pair[1] in vocab]
-        merges += [(model.get_score(index), *pair) for pair in sorted(known, key=lambda p: (vocab[p[0]], vocab[p[1]]))]
+        merges += [
+            (model.get_score(index), *pair)
+            for pair in sorted(known, key=lambda p: (vocab[p[0]], vocab[p[1]]))
+        ]
     return [(left, right) for _, left, right in sorted(merges, key=lambda m: -m[0])]

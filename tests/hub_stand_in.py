@@ -68,11 +68,15 @@ class HubStandIn:
 
     def add(self, name, files, *, kind="models", **more):
         """Put a repository there: {path: bytes}."""
-        self.repos[kind, name] = Repo(kind, dict(files), [("initial commit", sorted(files))], **more)
+        self.repos[kind, name] = Repo(
+            kind, dict(files), [("initial commit", sorted(files))], **more
+        )
 
     def fail(self, pattern, how, *, times=1, **headers):
         """Let the next `times` requests that match `pattern` ("PUT /lfs/...") fail."""
-        self.faults.append(Fault(pattern, str(how), times, {k.replace("_", "-"): v for k, v in headers.items()}))
+        self.faults.append(
+            Fault(pattern, str(how), times, {k.replace("_", "-"): v for k, v in headers.items()})
+        )
 
     def reset(self) -> None:
         """Forget faults and requests, and everything that was pushed."""
@@ -108,7 +112,9 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._break()
         self.body = self._read_body()
         if fault is not None and fault.how != "lose":
-            return self._send(int(fault.how), {"error": f"made to fail with {fault.how}"}, **fault.headers)
+            return self._send(
+                int(fault.how), {"error": f"made to fail with {fault.how}"}, **fault.headers
+            )
         self.lose = fault is not None
         for pattern, method in ROUTES:
             found = re.fullmatch(pattern, line)
@@ -183,7 +189,9 @@ class _Handler(BaseHTTPRequestHandler):
     def whoami(self):
         if self._token() != TOKEN:
             return self._send(
-                401, {"error": "Invalid credentials"}, X_Error_Message="Invalid credentials in Authorization header"
+                401,
+                {"error": "Invalid credentials"},
+                X_Error_Message="Invalid credentials in Authorization header",
             )
         self._send(200, {"type": "user", "name": "me", "auth": {"type": "access_token"}})
 
@@ -205,7 +213,9 @@ class _Handler(BaseHTTPRequestHandler):
         if repo is None:
             return
         folder = (folder or "").strip("/")
-        inside = [path for path in sorted(repo.files) if not folder or path.startswith(folder + "/")]
+        inside = [
+            path for path in sorted(repo.files) if not folder or path.startswith(folder + "/")
+        ]
         if folder and not inside:
             return self._send(404, {"error": "not found"}, X_Error_Code="EntryNotFound")
         self._send(200, [_entry(path, repo.files[path]) for path in inside])
@@ -230,7 +240,12 @@ class _Handler(BaseHTTPRequestHandler):
             )
         content = repo.files.get(path)
         if content is None:
-            return self._send(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", X_Repo_Commit=repo.sha)
+            return self._send(
+                404,
+                {"error": "Entry not found"},
+                X_Error_Code="EntryNotFound",
+                X_Repo_Commit=repo.sha,
+            )
         headers = {
             "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
             "X_Repo_Commit": repo.sha,
@@ -262,7 +277,11 @@ class _Handler(BaseHTTPRequestHandler):
             )
         if ("models", name) in self.hub.repos:
             return self._send(
-                409, {"error": "You already created this model repo", "url": f"{self.hub.endpoint}/{name}"}
+                409,
+                {
+                    "error": "You already created this model repo",
+                    "url": f"{self.hub.endpoint}/{name}",
+                },
             )
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         self.hub.repos["models", name] = Repo("models", private=private)
@@ -279,9 +298,20 @@ class _Handler(BaseHTTPRequestHandler):
         for file in json.loads(self.body)["files"]:
             large = file["path"].endswith((".safetensors", ".gguf")) or file["size"] > 10_000_000
             known = repo.files.get(file["path"])
-            oid = None if known is None else hashlib.sha256(known).hexdigest() if large else _git_oid(known)
+            oid = (
+                None
+                if known is None
+                else hashlib.sha256(known).hexdigest()
+                if large
+                else _git_oid(known)
+            )
             answer.append(
-                {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": oid}
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if large else "regular",
+                    "shouldIgnore": False,
+                    "oid": oid,
+                }
             )
         self._send(200, {"files": answer})
 
@@ -290,9 +320,15 @@ class _Handler(BaseHTTPRequestHandler):
         for wanted in json.loads(self.body)["objects"]:
             entry = {"oid": wanted["oid"], "size": wanted["size"]}
             if wanted["oid"] not in self.hub.blobs:
-                entry["actions"] = {"upload": {"href": f"{self.hub.endpoint}/lfs/{wanted['oid']}", "header": {}}}
+                entry["actions"] = {
+                    "upload": {"href": f"{self.hub.endpoint}/lfs/{wanted['oid']}", "header": {}}
+                }
             objects.append(entry)
-        self._send(200, {"transfer": "basic", "objects": objects}, Content_Type="application/vnd.git-lfs+json")
+        self._send(
+            200,
+            {"transfer": "basic", "objects": objects},
+            Content_Type="application/vnd.git-lfs+json",
+        )
 
     def lfs_put(self, oid):
         if hashlib.sha256(self.body).hexdigest() != oid:
@@ -313,11 +349,18 @@ class _Handler(BaseHTTPRequestHandler):
             elif line["key"] == "lfsFile" and value["oid"] in self.hub.blobs:
                 files[value["path"]] = self.hub.blobs[value["oid"]]
             else:
-                return self._send(400, {"error": f"cannot commit {line['key']} {value.get('path')}"})
+                return self._send(
+                    400, {"error": f"cannot commit {line['key']} {value.get('path')}"}
+                )
         repo.files.update(files)
         repo.commits.append((lines[0]["value"]["summary"], sorted(files)))
         self._send(
-            200, {"success": True, "commitOid": repo.sha, "commitUrl": f"{self.hub.endpoint}/{name}/commit/{repo.sha}"}
+            200,
+            {
+                "success": True,
+                "commitOid": repo.sha,
+                "commitUrl": f"{self.hub.endpoint}/{name}/commit/{repo.sha}",
+            },
         )
 
 
@@ -328,7 +371,11 @@ def _git_oid(content: bytes) -> str:
 def _entry(path: str, content: bytes) -> dict:
     entry = {"type": "file", "path": path, "size": len(content), "oid": _git_oid(content)}
     if path.endswith((".safetensors", ".gguf", ".parquet")):
-        entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+        entry["lfs"] = {
+            "oid": hashlib.sha256(content).hexdigest(),
+            "size": len(content),
+            "pointerSize": 134,
+        }
     return entry
 
 
@@ -339,11 +386,17 @@ ROUTES = [
     (r"POST /api/validate-yaml", "validate_yaml"),
     (rf"GET /api/(?P<kind>models|datasets)/{_NAME}", "info"),
     (rf"GET /api/(?P<kind>models|datasets)/{_NAME}/revision/(?P<revision>[^/]+)", "info"),
-    (rf"GET /api/(?P<kind>models|datasets)/{_NAME}/tree/(?P<revision>[^/]+)(?P<folder>/.*)?", "tree"),
+    (
+        rf"GET /api/(?P<kind>models|datasets)/{_NAME}/tree/(?P<revision>[^/]+)(?P<folder>/.*)?",
+        "tree",
+    ),
     (rf"POST /api/(?P<kind>models|datasets)/{_NAME}/paths-info/(?P<revision>[^/]+)", "paths_info"),
     (rf"POST /api/(?P<kind>models|datasets)/{_NAME}/preupload/(?P<revision>[^/]+)", "preupload"),
     (rf"POST /api/(?P<kind>models|datasets)/{_NAME}/commit/(?P<revision>[^/]+)", "commit"),
     (rf"POST /{_NAME}\.git/info/lfs/objects/batch", "lfs_batch"),
     (r"PUT /lfs/(?P<oid>[0-9a-f]{64})", "lfs_put"),
-    (rf"(?:GET|HEAD) /(?P<kind>datasets/)?{_NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+    (
+        rf"(?:GET|HEAD) /(?P<kind>datasets/)?{_NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)",
+        "resolve",
+    ),
 ]

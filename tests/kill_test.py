@@ -26,8 +26,8 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from fastft import checkpoint
-from fastft.model import check_whole
+from fastft.engines.loading import check_whole
+from fastft.runs import checkpoint
 from tests.families import make_checkpoint
 
 STEPS = 24
@@ -42,7 +42,9 @@ def main():
     arguments = parser.parse_args()
     seed = random.randrange(10**6) if arguments.seed is None else arguments.seed
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(survive(arguments.folder or Path(folder), arguments.kills, seed), indent=1))
+        print(
+            json.dumps(survive(arguments.folder or Path(folder), arguments.kills, seed), indent=1)
+        )
 
 
 def survive(folder, kills, seed, say=print):
@@ -74,11 +76,22 @@ def survive(folder, kills, seed, say=print):
             if wiped:
                 shutil.rmtree(work / "runs")
             counts["local disk emptied"] += wiped
-            say(f"{done}: killed during {moment}, after step {at}{', local disk emptied' if wiped else ''}")
-        assert outcome(work / "runs" / "t") == expected, f"run {runs} differs from the undisturbed one"
-        say(f"run {runs} finished: loss trace, adapter and merged weights equal the undisturbed run's")
+            say(
+                f"{done}: killed during {moment}, after step {at}{', local disk emptied' if wiped else ''}"
+            )
+        assert outcome(work / "runs" / "t") == expected, (
+            f"run {runs} differs from the undisturbed one"
+        )
+        say(
+            f"run {runs} finished: loss trace, adapter and merged weights equal the undisturbed run's"
+        )
         shutil.rmtree(work)
-    return {"seed": seed, "kills": done, "runs": runs, "seconds": round(time.monotonic() - began)} | dict(counts)
+    return {
+        "seed": seed,
+        "kills": done,
+        "runs": runs,
+        "seconds": round(time.monotonic() - began),
+    } | dict(counts)
 
 
 def prepare(folder):
@@ -88,14 +101,29 @@ def prepare(folder):
     numbers = random.Random(0)
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as out:
         for i in range(80):
-            question = "What is " + " ".join(str(numbers.randint(0, 99)) for _ in range(numbers.randint(1, 12))) + "?"
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": f"The answer is {i}."}]
+            question = (
+                "What is "
+                + " ".join(str(numbers.randint(0, 99)) for _ in range(numbers.randint(1, 12)))
+                + "?"
+            )
+            turns = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": f"The answer is {i}."},
+            ]
             out.write(json.dumps({"messages": turns}) + "\n")
     return {
         "project": "t",
-        "model": {"name": str(folder / "base"), "max_seq_length": 64, "engine": "stock", "dtype": "float32"},
+        "model": {
+            "name": str(folder / "base"),
+            "max_seq_length": 64,
+            "engine": "stock",
+            "dtype": "float32",
+        },
         "data": {"source": str(folder / "rows.jsonl")},
-        "lora": {"dropout": 0.1, "r": 64},  # a larger rank: checkpoints take longer to write and to copy
+        "lora": {
+            "dropout": 0.1,
+            "r": 64,
+        },  # a larger rank: checkpoints take longer to write and to copy
         "train": {"max_steps": STEPS, "save_steps": 2, "eval_steps": 8, "learning_rate": 3e-3},
         "export": {"to": ["adapter", "merged"]},
     }
@@ -105,7 +133,10 @@ def start(config, work, mirror=True):
     work.mkdir(parents=True, exist_ok=True)
     runs = work / "runs" if mirror else work
     (work / "drive").mkdir(exist_ok=True)
-    values = config | {"output_dir": str(runs), "mirror": str(work / "drive" / "fastft") if mirror else None}
+    values = config | {
+        "output_dir": str(runs),
+        "mirror": str(work / "drive" / "fastft") if mirror else None,
+    }
     path = work / "run.yaml"
     path.write_text(yaml.safe_dump(values))
     with (work / "output.txt").open("w") as output:
@@ -114,7 +145,8 @@ def start(config, work, mirror=True):
             stdout=output,
             stderr=output,
             cwd=work,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
+            env=os.environ
+            | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
         )
 
 
@@ -130,7 +162,11 @@ def one_process(config, work, moment, chance):
     at, skip, wait = first + chance.randint(1, 7), chance.randint(0, 3), chance.random() * 0.02
     process = start(config, work)
     seen = 0
-    watched = {"checkpoint": run / "checkpoints", "mirror": drive / "checkpoints", "export": run / "export"}.get(moment)
+    watched = {
+        "checkpoint": run / "checkpoints",
+        "mirror": drive / "checkpoints",
+        "export": run / "export",
+    }.get(moment)
     was_there = False
     while process.poll() is None:
         if moment == "step":
@@ -150,7 +186,9 @@ def one_process(config, work, moment, chance):
     process.wait()
     if process.returncode == -signal.SIGKILL:
         return True
-    assert process.returncode == 0, f"the restart failed:\n{(work / 'output.txt').read_text()[-3000:]}"
+    assert process.returncode == 0, (
+        f"the restart failed:\n{(work / 'output.txt').read_text()[-3000:]}"
+    )
     return False
 
 
@@ -194,7 +232,10 @@ def outcome(run):
         "losses": [(line["step"], line["loss"]) for line in lines if "loss" in line],
         "eval_losses": [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line],
         "adapter": digest(run / "final" / "adapter_model.safetensors"),
-        "merged": {path.name: digest(path) for path in sorted((run / "export" / "merged").glob("*.safetensors"))},
+        "merged": {
+            path.name: digest(path)
+            for path in sorted((run / "export" / "merged").glob("*.safetensors"))
+        },
     }
 
 

@@ -57,13 +57,27 @@ def vocabulary(name: str) -> Path:
 
 def _download(folder: Path) -> Path:
     # pip asks the archive for its metadata, which needs the build tools but builds nothing.
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "llama-cpp-python"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--no-binary",
+        "llama-cpp-python",
+    ]
     done = subprocess.run(
-        [*command, "-d", str(folder), f"llama-cpp-python=={VERSION}"], capture_output=True, text=True, check=False
+        [*command, "-d", str(folder), f"llama-cpp-python=={VERSION}"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     archives = list(folder.glob("llama_cpp_python-*.tar.gz"))
     if done.returncode or not archives:
-        raise RuntimeError(f"could not fetch the llama-cpp-python {VERSION} source archive:\n{done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"could not fetch the llama-cpp-python {VERSION} source archive:\n{done.stderr[-2000:]}"
+        )
     return archives[0]
 
 

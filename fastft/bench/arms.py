@@ -1,8 +1,10 @@
-"""The arms: five ways to train the same adapter on the same sequences. One process runs one of them.
+"""The arms: five ways to train the same adapter on the same sequences. One process runs one of
+them.
 
-An arm loads the model with LoRA and trains with the settings of the case; everything that is measured is measured
-outside (witness.py, worker.py). Settings are split as their libraries split them: `model` goes to loading, `training`
-to TrainingArguments or SFTConfig, `train` to fastft's own config. Imports are inside: Unsloth must come first.
+An arm loads the model with LoRA and trains with the settings of the case; everything that is
+measured is measured outside (witness.py, worker.py). Settings are split as their libraries split
+them: `model` goes to loading, `training` to TrainingArguments or SFTConfig, `train` to fastft's
+own config. Imports are inside: Unsloth must come first.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ class Arm(Protocol):
         ...
 
     def train(self, job: Job, witness: Any) -> int | None:
-        """Train every step of the workload in order, with `witness` as a callback; return the tokens it claims, or None."""
+        """Train every step of the workload in order, with `witness` as a callback; return the
+        tokens it claims, or None.
+        """
         ...
 
 
@@ -92,14 +96,20 @@ class PeftArm:
         return self.model
 
     def train(self, job: Job, witness: Any) -> int | None:
-        """Train with transformers.Trainer and the seq2seq collator, which pads to the longest of a batch."""
+        """Train with transformers.Trainer and the seq2seq collator, which pads to the longest of a
+        batch.
+        """
         from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
         arguments = TrainingArguments(**_common_arguments(job))
         collator = DataCollatorForSeq2Seq(self.tokenizer, padding=True)
         dataset = _dataset(job.workload)
         trainer = Trainer(
-            model=self.model, args=arguments, train_dataset=dataset, data_collator=collator, callbacks=[witness]
+            model=self.model,
+            args=arguments,
+            train_dataset=dataset,
+            data_collator=collator,
+            callbacks=[witness],
         )
         trainer.train()
         return None
@@ -141,7 +151,9 @@ class TrlArm(PeftArm):
         except RuntimeError as error:
             if "active drivers" not in str(error):
                 raise
-            raise UnsupportedError(f"trl's SFTTrainer computes its loss in a Triton kernel: {error}") from error
+            raise UnsupportedError(
+                f"trl's SFTTrainer computes its loss in a Triton kernel: {error}"
+            ) from error
         return None
 
 
@@ -175,7 +187,15 @@ class UnslothArm:
             r=lora.r,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
-            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            target_modules=[
+                "q_proj",
+                "k_proj",
+                "v_proj",
+                "o_proj",
+                "gate_proj",
+                "up_proj",
+                "down_proj",
+            ],
             bias="none",
             use_gradient_checkpointing=checkpointing,
             random_state=job.case.seed,
@@ -240,19 +260,23 @@ def make_arm(name: str, implementation: str | None, settings: dict[str, Any]) ->
     unknown = sorted(set(settings) - arm.known)
     if unknown:
         raise FastFTError(
-            f"arm {name}: unknown settings {', '.join(unknown)}. It knows: {', '.join(sorted(arm.known))}."
+            f"arm {name}: unknown settings {', '.join(unknown)}. It knows: "
+            f"{', '.join(sorted(arm.known))}."
         )
     return arm
 
 
 def _common_arguments(job: Job) -> dict[str, Any]:
-    """Arguments that every Hugging Face trainer gets, with the case's settings of this arm over them."""
+    """Arguments that every Hugging Face trainer gets, with the case's settings of this arm over
+    them.
+    """
     work = job.workload
     values: dict[str, Any] = {
         "output_dir": str(job.work / "trainer"),
         "max_steps": work.steps,
         "learning_rate": job.case.learning_rate,
-        "lr_scheduler_type": "constant",  # the trace of losses is compared, so the schedule is everyone's
+        # the trace of losses is compared, so the schedule is everyone's
+        "lr_scheduler_type": "constant",
         "warmup_steps": 0,
         "logging_steps": 1,
         "save_strategy": "no",
@@ -271,7 +295,8 @@ def _common_arguments(job: Job) -> dict[str, Any]:
     product = values["per_device_train_batch_size"] * values.get("gradient_accumulation_steps", 1)
     if product != work.effective_batch_size:
         raise FastFTError(
-            f"arm {job.arm}: per_device_train_batch_size x gradient_accumulation_steps is {product}, the case's effective "
+            f"arm {job.arm}: per_device_train_batch_size x gradient_accumulation_steps is "
+            f"{product}, the case's effective "
             f"batch is {work.effective_batch_size}. Make them equal."
         )
     return values
@@ -310,7 +335,13 @@ def _without_network() -> None:
 
 
 def forbid_flash_attention_2() -> None:
-    """Let Unsloth take, on a newer card, the path of one without FlashAttention 2 (T4). Call it after the import."""
-    for module in [m for name, m in sys.modules.items() if name.startswith(("unsloth.models.", "unsloth.utils."))]:
+    """Let Unsloth take, on a newer card, the path of one without FlashAttention 2 (T4). Call it
+    after the import.
+    """
+    for module in [
+        m
+        for name, m in sys.modules.items()
+        if name.startswith(("unsloth.models.", "unsloth.utils."))
+    ]:
         if hasattr(module, "HAS_FLASH_ATTENTION"):
             module.HAS_FLASH_ATTENTION = False  # type: ignore[attr-defined]

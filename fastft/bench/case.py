@@ -1,4 +1,6 @@
-"""A benchmark case: what is trained, on what lengths, by whom, with which settings. Cases are YAML files."""
+"""A benchmark case: what is trained, on what lengths, by whom, with which settings. Cases are YAML
+files.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fastft.config import read_yaml
 from fastft.errors import FastFTError, one_of
 
-CASES = Path(__file__).parent / "cases"  # a link to benchmarks/cases, so that an installed fastft has them too
+CASES = Path(__file__).parent / "cases"
 
 ARMS = ("peft", "trl", "unsloth", "liger", "fastft")
-TUNING = ("OMP_", "GOMP_", "KMP_", "MKL_", "MALLOC_", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""Beginnings of the environment variables that tune speed or memory: an arm gets them only from its case."""
+TUNING = (
+    "OMP_",
+    "GOMP_",
+    "KMP_",
+    "MKL_",
+    "MALLOC_",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)
+"""Beginnings of the environment variables that tune speed or memory: an arm gets them only from
+its case.
+"""
 
 
 class _Model(BaseModel):
@@ -24,13 +36,17 @@ class _Model(BaseModel):
 
 
 class ModelSpec(_Model):
-    """A family and its dimensions (random weights, nothing is downloaded), or a real model's id or folder."""
+    """A family and its dimensions (random weights, nothing is downloaded), or a real model's id or
+    folder.
+    """
 
     id: str | None = None
     family: str | None = None
     """transformers' model_type: llama, qwen3, gemma3_text ..."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, vocab_size ..."""
+    """hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
+    vocab_size ...
+    """
 
     @model_validator(mode="after")
     def _one_of_both(self) -> ModelSpec:
@@ -80,9 +96,13 @@ class ArmSettings(_Model):
     @field_validator("environment")
     @classmethod
     def _can_be_set(cls, value: dict[str, str]) -> dict[str, str]:
-        bad = [name for name, text in value.items() if not name or "=" in name or "\0" in name + text]
+        bad = [
+            name for name, text in value.items() if not name or "=" in name or "\0" in name + text
+        ]
         if bad:
-            raise ValueError(f"no such environment variable can be set: {', '.join(map(repr, bad))}")
+            raise ValueError(
+                f"no such environment variable can be set: {', '.join(map(repr, bad))}"
+            )
         return value
 
 
@@ -113,7 +133,9 @@ class Case(_Model):
     title: str
     device: Literal["cpu", "cuda"]
     card: str | None = None
-    """The card it is meant for (t4, l4, a100, h200); on a larger one it runs under the memory cap and is labelled so."""
+    """The card it is meant for (t4, l4, a100, h200); on a larger one it runs under the memory cap
+    and is labelled so.
+    """
     memory_cap_gb: float | None = Field(None, gt=0)
     """GB (1e9 bytes) of VRAM, or of the worker's own memory on a CPU."""
     model: ModelSpec
@@ -135,13 +157,17 @@ class Case(_Model):
     """CPU threads of a worker; default: the usable cores."""
     timeout_seconds: int = Field(1800, ge=1)
     parity_layers: int | None = Field(None, ge=1)
-    """For models too large for float32: the gradient and the trace are compared on the same shape with so many layers."""
+    """For models too large for float32: the gradient and the trace are compared on the same shape
+    with so many layers.
+    """
     tolerances: Tolerances = Tolerances()
     tables: dict[Literal["defaults", "matched"], TableSettings] = Field(min_length=1)
 
     @property
     def hash(self) -> str:
-        """First 12 hex digits of the SHA-256 of the case's content: results of different cases are never mixed."""
+        """First 12 hex digits of the SHA-256 of the case's content: results of different cases are
+        never mixed.
+        """
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -152,7 +178,9 @@ def known_cases(folder: Path = CASES) -> dict[str, Path]:
 
 
 def load_case(name: str, folder: Path = CASES) -> Case:
-    """Return the case called `name`, or the one in the YAML file `name`; raises FastFTError with every problem."""
+    """Return the case called `name`, or the one in the YAML file `name`; raises FastFTError with
+    every problem.
+    """
     path = Path(name)
     if path.suffix not in {".yaml", ".yml"}:
         known = known_cases(folder)
@@ -160,9 +188,13 @@ def load_case(name: str, folder: Path = CASES) -> Case:
             raise one_of("case", name, known)
         path = known[name]
     if not path.is_file():
-        raise FastFTError(f"case file {path} {'is a folder' if path.is_dir() else 'does not exist'}.")
+        raise FastFTError(
+            f"case file {path} {'is a folder' if path.is_dir() else 'does not exist'}."
+        )
     try:
         return Case.model_validate(read_yaml(path))
     except ValidationError as error:
-        problems = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()]
+        problems = [
+            f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()
+        ]
         raise FastFTError(f"{path}: " + "; ".join(problems)) from error

@@ -13,30 +13,51 @@ from typing import Annotated, Any
 
 import typer
 
-from fastft.errors import AnswerIsNoError, CouldNotFinishError, FastFTError, InterruptedRunError, one_of
+from fastft.errors import (
+    AnswerIsNoError,
+    CouldNotFinishError,
+    FastFTError,
+    InterruptedRunError,
+    one_of,
+)
 
 app = typer.Typer(
     name="bench",
-    help="Measure fastft against plain peft, trl, Unsloth and Liger: paired, isolated, parity-gated.",
+    help="Measure fastft against plain peft, trl, Unsloth and Liger: paired, isolated, "
+    "parity-gated.",
     invoke_without_command=True,
     no_args_is_help=True,
 )
 
 RESULTS = Path("benchmarks/results")
-Cases = Annotated[list[str] | None, typer.Option("--case", help="name of a case or a YAML file (repeatable)")]
+Cases = Annotated[
+    list[str] | None, typer.Option("--case", help="name of a case or a YAML file (repeatable)")
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
-ResultFiles = Annotated[list[Path], typer.Argument(metavar="RESULT.json...", help="results of earlier runs")]
+ResultFiles = Annotated[
+    list[Path], typer.Argument(metavar="RESULT.json...", help="results of earlier runs")
+]
 
 
 @app.callback()
 def measure(
     context: typer.Context,
     case: Cases = None,
-    gpu: Annotated[str | None, typer.Option("--gpu", help="all cases of this card: t4, l4, a100, h200")] = None,
-    arms: Annotated[str | None, typer.Option("--arms", help="only these, comma-separated: peft,unsloth,fastft")] = None,
-    tables: Annotated[str | None, typer.Option("--tables", help="only these: defaults,matched")] = None,
-    repeats: Annotated[int | None, typer.Option("--repeats", min=1, help="rounds; default: the case's")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="where results, logs and plots go")] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="all cases of this card: t4, l4, a100, h200")
+    ] = None,
+    arms: Annotated[
+        str | None, typer.Option("--arms", help="only these, comma-separated: peft,unsloth,fastft")
+    ] = None,
+    tables: Annotated[
+        str | None, typer.Option("--tables", help="only these: defaults,matched")
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option("--repeats", min=1, help="rounds; default: the case's")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="where results, logs and plots go")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run cases; exit 1 where an arm does not do the same work as plain peft."""
@@ -51,7 +72,9 @@ def measure(
 
     names = [*(case or []), *(_cases_of(gpu) if gpu else [])]
     if not names:
-        raise FastFTError("give --case NAME or --gpu CARD; `python -m fastft.bench cases` lists the cases.")
+        raise FastFTError(
+            "give --case NAME or --gpu CARD; `python -m fastft.bench cases` lists the cases."
+        )
     loaded = [load_case(name) for name in names]  # every mistake in them before hours of work
     for each in loaded:
         check_case(each, arms=_split("--arms", arms), tables=_split("--tables", tables))
@@ -73,10 +96,15 @@ def measure(
     summaries = [found.summary() for found in results]
     _answer(summaries[0] if len(summaries) == 1 else {"cases": summaries}, as_json)
     if not all(found.parity_passed for found in results):
-        raise AnswerIsNoError("an arm does not do the same work as plain peft (see above); no ratio is printed for it.")
+        raise AnswerIsNoError(
+            "an arm does not do the same work as plain peft (see above); no ratio is printed "
+            "for it."
+        )
     dead = [f"{found.case.name}: {line}" for found in results for line in _dead(found)]
     if dead:
-        raise CouldNotFinishError(f"nothing to compare: {'; '.join(dead)}. The logs are in {out / 'logs'}.")
+        raise CouldNotFinishError(
+            f"nothing to compare: {'; '.join(dead)}. The logs are in {out / 'logs'}."
+        )
 
 
 @app.command()
@@ -95,10 +123,14 @@ def cases(as_json: Json = False) -> None:
 def export(
     case: Annotated[str, typer.Option("--case", help="whose shape is exported")] = "cpu-135m",
     repeats: Annotated[int, typer.Option("--repeats", min=1)] = 3,
-    out: Annotated[Path, typer.Option("--out", help="where the result goes")] = Path("bench-results"),
+    out: Annotated[Path, typer.Option("--out", help="where the result goes")] = Path(
+        "bench-results"
+    ),
     as_json: Json = False,
 ) -> None:
-    """Adapter to q4_k_m: fastft's one pass against merging, converting and quantising (time, memory, disk)."""
+    """Adapter to q4_k_m: fastft's one pass against merging, converting and quantising (time,
+    memory, disk).
+    """
     from fastft.bench.case import load_case
     from fastft.bench.exporting import run_export
 
@@ -111,7 +143,9 @@ def export(
 def generate(
     case: Annotated[str, typer.Option("--case", help="whose shape generates")] = "cpu-135m",
     repeats: Annotated[int, typer.Option("--repeats", min=1)] = 5,
-    out: Annotated[Path, typer.Option("--out", help="where the result goes")] = Path("bench-results"),
+    out: Annotated[Path, typer.Option("--out", help="where the result goes")] = Path(
+        "bench-results"
+    ),
     as_json: Json = False,
 ) -> None:
     """Tokens per second through transformers and through llama.cpp, prompt and decoding apart."""
@@ -126,30 +160,35 @@ def generate(
 @app.command()
 def report(
     results: Annotated[Path, typer.Option("--results", help="folder of results")] = RESULTS,
-    readme: Annotated[Path, typer.Option("--readme", help="the file to write")] = Path("benchmarks/README.md"),
+    readme: Annotated[Path, typer.Option("--readme", help="the file to write")] = Path(
+        "benchmarks/README.md"
+    ),
     check: Annotated[
         bool, typer.Option("--check", help="write nothing; exit 1 where the file is not up to date")
     ] = False,
 ) -> None:
     """Write benchmarks/README.md and its plots from the committed results."""
-    from fastft.bench.report import write_report
+    from fastft.bench.views.report import write_report
 
     if not check:
         _writable(readme.parent)
     with _disk_errors():
         stale = write_report(results, readme, readme.parent / "images", check=check)
     if check and stale:
-        raise AnswerIsNoError(f"not up to date: {', '.join(map(str, stale))}. Run: python -m fastft.bench report")
+        raise AnswerIsNoError(
+            f"not up to date: {', '.join(map(str, stale))}. Run: python -m fastft.bench report"
+        )
     print("\n".join(map(str, stale)) if stale else "up to date")
 
 
 @app.command()
 def html(
-    files: ResultFiles, out: Annotated[Path, typer.Option("--out", help="the page to write")] = Path("benchmark.html")
+    files: ResultFiles,
+    out: Annotated[Path, typer.Option("--out", help="the page to write")] = Path("benchmark.html"),
 ) -> None:
     """Write one self-contained HTML page of results, for sharing."""
-    from fastft.bench.html import write_html
     from fastft.bench.record import read_result
+    from fastft.bench.views.html import write_html
 
     found = [read_result(path) for path in files]
     if out.is_dir():
@@ -164,15 +203,21 @@ def html(
 def compare(
     before: Annotated[Path, typer.Argument(metavar="A", help="an earlier result")],
     after: Annotated[Path, typer.Argument(metavar="B", help="a later result")],
-    threshold: Annotated[float, typer.Option("--threshold", help="regression that fails: 0.05 is 5 %")] = 0.05,
-    force: Annotated[bool, typer.Option("--force", help="compare different cases nevertheless")] = False,
+    threshold: Annotated[
+        float, typer.Option("--threshold", help="regression that fails: 0.05 is 5 %")
+    ] = 0.05,
+    force: Annotated[
+        bool, typer.Option("--force", help="compare different cases nevertheless")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say what changed between two results; exit 1 for a regression beyond the threshold."""
     from fastft.bench.compare import compare as compare_results
     from fastft.bench.record import read_result
 
-    comparison = compare_results(read_result(before), read_result(after), threshold=threshold, force=force)
+    comparison = compare_results(
+        read_result(before), read_result(after), threshold=threshold, force=force
+    )
     _answer(comparison.model_dump(mode="json") if as_json else {}, as_json)
     if not as_json:
         print(comparison.text())
@@ -204,7 +249,9 @@ def _cases_of(gpu: str) -> list[str]:
 
 
 def _writable(out: Path) -> Path:
-    """Return `out`, made if need be; raises FastFTError where nothing could be written to it after hours of work."""
+    """Return `out`, made if need be; raises FastFTError where nothing could be written to it after
+    hours of work.
+    """
     if out.exists() and not out.is_dir():
         raise FastFTError(f"{out} is a file; give a folder with --out.")
     try:
@@ -212,7 +259,9 @@ def _writable(out: Path) -> Path:
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise FastFTError(f"{out} cannot be written to ({error.strerror}); give another folder.") from error
+        raise FastFTError(
+            f"{out} cannot be written to ({error.strerror}); give another folder."
+        ) from error
     return out
 
 
@@ -235,17 +284,22 @@ def _said_when_interrupted(case: str, out: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         raise InterruptedRunError(
-            f"interrupted: there is no result of case {case}; its runs so far and their logs are in {out / 'logs' / case}."
+            f"interrupted: there is no result of case {case}; its runs so far and their logs "
+            f"are in {out / 'logs' / case}."
         ) from error
 
 
 def _dead(found: Any) -> list[str]:
-    """Return a line for each table in which fastft, or where it takes no part every arm, came to no end."""
-    from fastft.bench.tables import status_text
+    """Return a line for each table in which fastft, or where it takes no part every arm, came to
+    no end.
+    """
+    from fastft.bench.views.tables import status_text
 
     lines = []
     for name, table in found.tables.items():
-        judged = {arm: summary for arm, summary in table.arms.items() if arm == "fastft"} or table.arms
+        judged = {
+            arm: summary for arm, summary in table.arms.items() if arm == "fastft"
+        } or table.arms
         if judged and all(summary.status != "ok" for summary in judged.values()):
             lines += [f"{name}, {arm}: {status_text(summary)}" for arm, summary in judged.items()]
     return lines
@@ -255,11 +309,13 @@ def _written(found: Any, out: Path, *, show_tables: bool) -> Path:
     """Write the result and its plots, print the tables; return the JSON file."""
     from rich.console import Console
 
-    from fastft.bench.plots import plot_result
-    from fastft.bench.show import show
+    from fastft.bench.views.plots import plot_result
+    from fastft.bench.views.show import show
 
     label = "".join(c if c.isalnum() else "-" for c in found.machine.label.lower()).strip("-")
-    path = out / f"{found.case.name}--{label}--{found.date[:10]}--{found.commit or 'no-commit'}.json"
+    path = (
+        out / f"{found.case.name}--{label}--{found.date[:10]}--{found.commit or 'no-commit'}.json"
+    )
     found.write(path)
     plots = plot_result(found, out)
     if show_tables:
@@ -274,7 +330,9 @@ def _side_by_side(found: Any, out: Path, as_json: bool) -> None:
 
     from fastft.bench.side_by_side import show_side_by_side
 
-    path = out / f"{found.kind}--{found.case}--{found.date[:10]}--{found.commit or 'no-commit'}.json"
+    path = (
+        out / f"{found.kind}--{found.case}--{found.date[:10]}--{found.commit or 'no-commit'}.json"
+    )
     found.write(path)
     if not as_json:
         show_side_by_side(found, Console())

@@ -1,7 +1,9 @@
-"""What changed between two results of a case: conditions, speed and memory of every arm, and whether it got worse.
+"""What changed between two results of a case: conditions, speed and memory of every arm, and
+whether it got worse.
 
-A regression is slower, or more memory, by more than the threshold *and* outside the noise: the 20th to 80th percentile
-ranges of the repeats do not overlap. An arm that no longer ends well, or no longer passes the gate, is one too.
+A regression is slower, or more memory, by more than the threshold *and* outside the noise: the
+20th to 80th percentile ranges of the repeats do not overlap. An arm that no longer ends well, or
+no longer passes the gate, is one too.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from fastft.bench.record import Record, Result, Spread
 from fastft.bench.statistics import memory_bytes, spread
-from fastft.bench.tables import TITLES, factor, gigabytes, number
+from fastft.bench.views.tables import TITLES, factor, gigabytes, number
 from fastft.errors import FastFTError
 
 
@@ -49,8 +51,16 @@ class Change(_Model):
         """One line for a person."""
         show = gigabytes if self.quantity == "peak_memory_bytes" else number
         unit = "GB" if self.quantity == "peak_memory_bytes" else "tokens/s"
-        word = "REGRESSION" if self.regression else "within the noise" if self.overlap else "outside the noise"
-        ranges = " -> ".join(f"{show(s.median)} ({show(s.p20)} to {show(s.p80)})" for s in (self.before, self.after))
+        word = (
+            "REGRESSION"
+            if self.regression
+            else "within the noise"
+            if self.overlap
+            else "outside the noise"
+        )
+        ranges = " -> ".join(
+            f"{show(s.median)} ({show(s.p20)} to {show(s.p80)})" for s in (self.before, self.after)
+        )
         return f"{self.table}, {self.arm}: {ranges} {unit}, {self.relative:+.1%}, {word}"
 
 
@@ -72,7 +82,9 @@ class Comparison(_Model):
 
     def text(self) -> str:
         """Return what a person reads: the conditions that changed, every figure, the verdict."""
-        lines = [f"{d.what}: {d.before} -> {d.after}" for d in self.differences] or ["same conditions"]
+        lines = [f"{d.what}: {d.before} -> {d.after}" for d in self.differences] or [
+            "same conditions"
+        ]
         lines += ["", *(change.text for change in self.changes)]
         lines += [f"note: {note}" for note in self.notes]
         if self.regressions:
@@ -83,17 +95,20 @@ class Comparison(_Model):
         return "\n".join([*lines, "", *verdict])
 
 
-def compare(before: Result, after: Result, threshold: float = 0.05, *, force: bool = False) -> Comparison:
+def compare(
+    before: Result, after: Result, threshold: float = 0.05, *, force: bool = False
+) -> Comparison:
     """Return what changed from `before` to `after`.
 
-    `threshold`: 0.05 is 5 %. Raises FastFTError for results of different cases (another content counts as another
-    case) unless `force`, and for a threshold outside 0 to 1.
+    `threshold`: 0.05 is 5 %. Raises FastFTError for results of different cases (another content
+    counts as another case) unless `force`, and for a threshold outside 0 to 1.
     """
     if not 0 <= threshold < 1:
         raise FastFTError(f"--threshold is {threshold}; it is a share, for example 0.05 for 5 %.")
     if before.case_hash != after.case_hash and not force:
         raise FastFTError(
-            f"these are different cases: {before.case.name} ({before.case_hash}) and {after.case.name} "
+            f"these are different cases: {before.case.name} ({before.case_hash}) and "
+            f"{after.case.name} "
             f"({after.case_hash}). Measure the same one, or compare nevertheless with --force."
         )
     changes: list[Change] = []
@@ -106,7 +121,10 @@ def compare(before: Result, after: Result, threshold: float = 0.05, *, force: bo
         if all(pair):
             changes += _changes(table, arm, pair[0], pair[1], threshold)
     if min(before.repeats, after.repeats) < 2:
-        notes.append("a result of one repeat says nothing about noise: any difference counts as outside of it")
+        notes.append(
+            "a result of one repeat says nothing about noise: any difference counts as "
+            "outside of it"
+        )
     if before.machine.label != after.machine.label:
         notes.append("two machines: what differs may be theirs")
     worse = [change.text for change in changes if change.regression]
@@ -124,7 +142,12 @@ def compare(before: Result, after: Result, threshold: float = 0.05, *, force: bo
 
 
 def _rows(before: Result, after: Result) -> list[tuple[str, str]]:
-    rows = [(name, arm) for result in (before, after) for name, table in result.tables.items() for arm in table.arms]
+    rows = [
+        (name, arm)
+        for result in (before, after)
+        for name, table in result.tables.items()
+        for arm in table.arms
+    ]
     return list(dict.fromkeys(rows))
 
 
@@ -132,7 +155,9 @@ def _runs(result: Result, table: str, arm: str) -> list[Record]:
     return [r for r in result.records if (r.table, r.arm, r.status) == (table, arm, "ok")]
 
 
-def _changes(table: str, arm: str, before: Sequence[Record], after: Sequence[Record], threshold: float) -> list[Change]:
+def _changes(
+    table: str, arm: str, before: Sequence[Record], after: Sequence[Record], threshold: float
+) -> list[Change]:
     quantities: dict[str, Callable[[Record], float | None]] = {
         "non_padding_tokens_per_sec": lambda record: record.non_padding_tokens_per_sec,
         "peak_memory_bytes": lambda record: memory_bytes(record.peak),
@@ -142,12 +167,20 @@ def _changes(table: str, arm: str, before: Sequence[Record], after: Sequence[Rec
         old, new = [[v for r in runs if (v := measure(r)) is not None] for runs in (before, after)]
         if old and new:
             more_is_better = quantity == "non_padding_tokens_per_sec"
-            found.append(_change(table, arm, quantity, spread(old), spread(new), threshold, more_is_better))
+            found.append(
+                _change(table, arm, quantity, spread(old), spread(new), threshold, more_is_better)
+            )
     return found
 
 
 def _change(
-    table: str, arm: str, quantity: str, old: Spread, new: Spread, threshold: float, more_is_better: bool
+    table: str,
+    arm: str,
+    quantity: str,
+    old: Spread,
+    new: Spread,
+    threshold: float,
+    more_is_better: bool,
 ) -> Change:
     relative = new.median / old.median - 1 if old.median else 0.0
     overlap = old.p20 <= new.p80 and new.p20 <= old.p80
@@ -192,7 +225,9 @@ def _one_sided(before: Result, after: Result, table: str, arm: str) -> list[str]
 
 def _differences(before: Result, after: Result) -> list[Difference]:
     pairs = [
-        *_flat_pairs("case", before.case.model_dump(mode="json"), after.case.model_dump(mode="json")),
+        *_flat_pairs(
+            "case", before.case.model_dump(mode="json"), after.case.model_dump(mode="json")
+        ),
         ("case hash", before.case_hash, after.case_hash),
         *_flat_pairs("machine", _machine(before), _machine(after)),
         *_flat_pairs("version", before.versions, after.versions),
@@ -201,7 +236,11 @@ def _differences(before: Result, after: Result) -> list[Difference]:
         ("repeats", before.repeats, after.repeats),
         ("date", before.date, after.date),
     ]
-    found = [Difference(what=what, before=_word(old), after=_word(new)) for what, old, new in pairs if old != new]
+    found = [
+        Difference(what=what, before=_word(old), after=_word(new))
+        for what, old, new in pairs
+        if old != new
+    ]
     ceilings = [result.machine.matmul_flops for result in (before, after)]
     if ceilings[0] and ceilings[1] and abs(ceilings[1] / ceilings[0] - 1) > 0.05:
         texts = [f"{number(flops / 1e9)} GFLOP/s" for flops in (ceilings[0], ceilings[1])]

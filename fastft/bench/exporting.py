@@ -1,9 +1,10 @@
-"""From an adapter to one quantised GGUF file: fastft's one pass, against merging, converting and quantising.
+"""From an adapter to one quantised GGUF file: fastft's one pass, against merging, converting and
+quantising.
 
-Measured from process start to file, imports included; the peak RSS is the highest of any process, the intermediate
-bytes are what lay on disk besides the result. The three steps are peft's merge_and_unload in bfloat16, llama.cpp's
-converter, and llama_model_quantize on all cores; the converter is told the splitting rule, which the one pass has to
-find out by itself.
+Measured from process start to file, imports included; the peak RSS is the highest of any process,
+the intermediate bytes are what lay on disk besides the result. The three steps are peft's
+merge_and_unload in bfloat16, llama.cpp's converter, and llama_model_quantize on all cores; the
+converter is told the splitting rule, which the one pass has to find out by itself.
 """
 
 from __future__ import annotations
@@ -40,9 +41,11 @@ def run_export(
     say: Callable[[str], None] = lambda text: None,
     work: Path | None = None,
 ) -> SideBySide:
-    """Measure both ways on the shape of `case`. `work`: where the files go meanwhile (default: a temporary folder).
+    """Measure both ways on the shape of `case`. `work`: where the files go meanwhile (default: a
+    temporary folder).
 
-    Raises FastFTError for a case that names a model, or where llama-cpp-python or the converter is missing.
+    Raises FastFTError for a case that names a model, or where llama-cpp-python or the converter is
+    missing.
     """
     from fastft.hardware import probe
 
@@ -59,9 +62,12 @@ def run_export(
         runs = measure_ways(ways, repeats, seed=case.seed, say=say)
     title = f"Export to {KIND} of {case.name} ({made['parameters'] / 1e6:,.0f}M parameters)"
     result = assembled("export", title, case, made["parameters"], threads, runs, list(ways), [])
-    ratios = {name: paired(result, ONE_PASS, THREE_STEPS, name) for name in ("seconds", "peak_rss_bytes")}
+    ratios = {
+        name: paired(result, ONE_PASS, THREE_STEPS, name) for name in ("seconds", "peak_rss_bytes")
+    }
     result.notes.append(
-        f"one pass over three steps: {ratios['seconds']:.2f}x the time, {ratios['peak_rss_bytes']:.2f}x the memory "
+        f"one pass over three steps: {ratios['seconds']:.2f}x the time, "
+        f"{ratios['peak_rss_bytes']:.2f}x the memory "
         "(median of the rounds)"
     )
     return result
@@ -90,7 +96,12 @@ def _three_steps(home: Path, pre: str, threads: int) -> dict[str, float]:
 def _figures(seconds: float, peak: int, between: int, out: Path) -> dict[str, float]:
     size = out.stat().st_size
     out.unlink()
-    return {"seconds": seconds, "peak_rss_bytes": peak, "intermediate_bytes": between, "file_bytes": size}
+    return {
+        "seconds": seconds,
+        "peak_rss_bytes": peak,
+        "intermediate_bytes": between,
+        "file_bytes": size,
+    }
 
 
 # --- what runs in the processes
@@ -101,7 +112,7 @@ def _make(folder: str, case: str) -> dict[str, Any]:
 
 
 def _run_one_pass(home: str, out: str) -> dict[str, Any]:
-    from fastft.export.gguf import export_gguf
+    from fastft.exporting.gguf import export_gguf
 
     export_gguf(Path(home) / "base", Path(out), [KIND], adapter=Path(home) / "adapter")
     return {}
@@ -121,15 +132,15 @@ def _run_merge(home: str, merged: str) -> dict[str, Any]:
 
 
 def _run_convert(merged: str, sixteen: str, pre: str) -> dict[str, Any]:
-    from fastft.export.gguf.upstream import convert, upstream_folder
+    from fastft.exporting.gguf.upstream import convert, upstream_folder
 
     convert(upstream_folder(), Path(merged), Path(sixteen), "bf16", pre)
     return {}
 
 
 def _run_quantise(sixteen: str, out: str, threads: str) -> dict[str, Any]:
-    from fastft.export.gguf import isolated
-    from fastft.export.gguf.quantize import FILE_TYPES
+    from fastft.exporting.gguf import isolated
+    from fastft.exporting.gguf.quantize import FILE_TYPES
 
     done = list(isolated.quantize(sixteen, out, FILE_TYPES[KIND], int(threads), None, 0))
     assert not done[0]["failed"]

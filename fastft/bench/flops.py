@@ -1,22 +1,28 @@
-"""How much arithmetic a LoRA step needs at least, from the model's shape: the numerator of "share of the ceiling".
+"""How much arithmetic a LoRA step needs at least, from the model's shape: the numerator of "share
+of the ceiling".
 
-Multiply and add count as two. A frozen weight is multiplied twice a token (output, and the input's gradient: no
-gradient of its own), that is 4 FLOPs a parameter; a LoRA weight three times, 6. Attention, causal, forward 2 L^2 q
-a layer (scores and mix, half of the square each), backward twice that. Recomputation (gradient checkpointing) and
-padding are not needed work and do not count.
+Multiply and add count as two. A frozen weight is multiplied twice a token (output, and the input's
+gradient: no gradient of its own), that is 4 FLOPs a parameter; a LoRA weight three times, 6.
+Attention, causal, forward 2 L^2 q a layer (scores and mix, half of the square each), backward
+twice that. Recomputation (gradient checkpointing) and padding are not needed work and do not
+count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastft.plan.shape import ModelShape
+from fastft.planning.shape import ModelShape
 
 
-def step_flops(shape: ModelShape, lengths: Sequence[int], supervised: int, lora_parameters: int) -> float:
-    """Return the FLOPs of one optimizer step over sequences of `lengths` tokens, `supervised` of which carry loss.
+def step_flops(
+    shape: ModelShape, lengths: Sequence[int], supervised: int, lora_parameters: int
+) -> float:
+    """Return the FLOPs of one optimizer step over sequences of `lengths` tokens, `supervised` of
+    which carry loss.
 
-    The head is only needed where there is a loss. `lora_parameters` are those that every token meets.
+    The head is only needed where there is a loss. `lora_parameters` are those that every token
+    meets.
     """
     tokens = sum(lengths)
     head = shape.hidden * shape.vocab

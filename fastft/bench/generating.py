@@ -1,7 +1,9 @@
-"""Tokens per second of one model through transformers and through llama.cpp: same prompts, same count, greedy.
+"""Tokens per second of one model through transformers and through llama.cpp: same prompts, same
+count, greedy.
 
-The prompt (reading it, up to the first new token) and decoding (every further one) are timed apart. Weights are
-random and so are the prompts, so that no way ends early; the end token is not obeyed anywhere.
+The prompt (reading it, up to the first new token) and decoding (every further one) are timed
+apart. Weights are random and so are the prompts, so that no way ends early; the end token is not
+obeyed anywhere.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ def run_generate(
     say: Callable[[str], None] = lambda text: None,
     work: Path | None = None,
 ) -> SideBySide:
-    """Measure the shape of `case` in bfloat16 through transformers and as GGUF of TYPES through llama.cpp.
+    """Measure the shape of `case` in bfloat16 through transformers and as GGUF of TYPES through
+    llama.cpp.
 
     Raises FastFTError for a case that names a model, or where llama-cpp-python is missing.
     """
@@ -53,14 +56,24 @@ def run_generate(
         home = Path(scratch)
         say("making the model and its files")
         _, made = in_a_process(__name__, "make", str(home), case.model_dump_json(), threads=threads)
-        job = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "threads": threads, "seed": case.seed}
-        targets = {TRANSFORMERS: home / "base"} | {f"llama.cpp, {kind}": home / f"{kind}.gguf" for kind in TYPES}
+        job = {
+            "prompt_tokens": prompt_tokens,
+            "new_tokens": new_tokens,
+            "threads": threads,
+            "seed": case.seed,
+        }
+        targets = {TRANSFORMERS: home / "base"} | {
+            f"llama.cpp, {kind}": home / f"{kind}.gguf" for kind in TYPES
+        }
         ways: dict[str, Callable[[], dict[str, float]]] = {
             way: partial(_one_run, target, job) for way, target in targets.items()
         }
         runs = measure_ways(ways, repeats, seed=case.seed, say=say)
     title = f"Generation with {case.name} ({made['parameters'] / 1e6:,.0f}M parameters)"
-    note = f"prompt of {prompt_tokens} tokens, {new_tokens} new ones, greedy, batch 1; one warm-up before"
+    note = (
+        f"prompt of {prompt_tokens} tokens, {new_tokens} new ones, greedy, batch 1; one warm-up "
+        "before"
+    )
     return assembled("generate", title, case, made["parameters"], threads, runs, list(ways), [note])
 
 
@@ -79,7 +92,7 @@ def _one_run(target: Path, job: dict[str, Any]) -> dict[str, float]:
 
 
 def _make(folder: str, case: str) -> dict[str, Any]:
-    from fastft.export.gguf import export_gguf
+    from fastft.exporting.gguf import export_gguf
 
     made = make_model(Case.model_validate_json(case), Path(folder))
     for kind in TYPES:
@@ -92,7 +105,9 @@ def _run(target: str, job: str) -> dict[str, Any]:
 
     settings = json.loads(job)
     rng = np.random.default_rng(settings["seed"])
-    prompt = [int(token) for token in rng.integers(FIRST_TOKEN, LAST_TOKEN, settings["prompt_tokens"])]
+    prompt = [
+        int(token) for token in rng.integers(FIRST_TOKEN, LAST_TOKEN, settings["prompt_tokens"])
+    ]
     way = _with_llama_cpp if target.endswith(".gguf") else _with_transformers
     marks = way(target, prompt, settings)
     return {"first_seconds": marks[0], "last_seconds": marks[-1], "tokens": len(marks)}
@@ -133,7 +148,7 @@ def _with_llama_cpp(target: str, prompt: list[int], settings: dict[str, Any]) ->
     """Return the seconds from the start to each new token."""
     import numpy as np
 
-    from fastft.llamacpp import bindings
+    from fastft.inference.llamacpp import bindings
 
     llama_cpp = bindings()
     threads = settings["threads"]
@@ -153,7 +168,9 @@ def _with_llama_cpp(target: str, prompt: list[int], settings: dict[str, Any]) ->
         tokens = prompt
         while len(marks) < count:
             model.eval(tokens)
-            logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(model.ctx, -1), shape=(vocabulary,))
+            logits = np.ctypeslib.as_array(
+                llama_cpp.llama_get_logits_ith(model.ctx, -1), shape=(vocabulary,)
+            )
             tokens = [int(logits.argmax())]
             marks.append(time.perf_counter())
     return [mark - start for mark in marks]

@@ -1,4 +1,6 @@
-"""The gate before any ratio: whether an arm did the same work, and learnt the same, as plain peft in float32."""
+"""The gate before any ratio: whether an arm did the same work, and learnt the same, as plain peft
+in float32.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,9 @@ from fastft.bench.case import Tolerances
 from fastft.bench.record import Check, Parity, Record
 
 CHANGE = 2.0
-"""How many times more or less than the reference's an adapter may change: AdamW's variants differ by less, a step that
-is left out or an optimizer that does nothing by more."""
+"""How many times more or less than the reference's an adapter may change: AdamW's variants differ
+by less, a step that is left out or an optimizer that does nothing by more.
+"""
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,19 @@ def judge(run: Evidence, reference: Evidence, tokens: list[int], tolerances: Tol
 
 
 def judge_across(
-    full: Record, baseline: Record | None, small: Parity, tokens: list[int], trainable: int, limit: float
+    full: Record,
+    baseline: Record | None,
+    small: Parity,
+    tokens: list[int],
+    trainable: int,
+    limit: float,
 ) -> Parity:
-    """For a model too large for float32: the gate of the same shape with few layers, and step 1 at full size.
+    """For a model too large for float32: the gate of the same shape with few layers, and step 1 at
+    full size.
 
-    `baseline` is the full-size run that the first loss is compared with (plain peft's, in the case's own precision;
-    another arm's where that died, None where no other arm lived), `trainable` the adapter's parameters there.
+    `baseline` is the full-size run that the first loss is compared with (plain peft's, in the
+    case's own precision; another arm's where that died, None where no other arm lived),
+    `trainable` the adapter's parameters there.
     """
     checks = [
         *small.checks,
@@ -76,22 +86,34 @@ def _parameters(mine: int | None, other: int | None, where: str = "") -> Check:
 
 def _tokens_seen(ours: Record, tokens: list[int]) -> Check:
     seen = [step.tokens for step in ours.steps]
-    wrong = next((i for i, (mine, other) in enumerate(zip(seen, tokens, strict=False)) if mine != other), None)
+    wrong = next(
+        (i for i, (mine, other) in enumerate(zip(seen, tokens, strict=False)) if mine != other),
+        None,
+    )
     passed = seen == tokens
-    where = "" if wrong is None else f" (first in step {wrong + 1}: {seen[wrong]:,} of {tokens[wrong]:,})"
+    where = (
+        ""
+        if wrong is None
+        else f" (first in step {wrong + 1}: {seen[wrong]:,} of {tokens[wrong]:,})"
+    )
     return Check(
         name="tokens seen",
         passed=passed,
         value=sum(seen),
         expected=sum(tokens),
         limit=0,
-        text=f"{sum(seen):,} non-padding tokens went through the model, the steps hold {sum(tokens):,}{where}",
+        text=f"{sum(seen):,} non-padding tokens went through the model, the steps hold "
+        f"{sum(tokens):,}{where}",
     )
 
 
 def _tokens_claimed(ours: Record, tokens: int) -> Check:
     claimed = ours.claimed_tokens
-    text = "the arm claims no count" if claimed is None else f"the arm claims {claimed:,} tokens of {tokens:,}"
+    text = (
+        "the arm claims no count"
+        if claimed is None
+        else f"the arm claims {claimed:,} tokens of {tokens:,}"
+    )
     return Check(
         name="tokens claimed",
         passed=claimed is None or claimed == tokens,
@@ -111,35 +133,73 @@ def _first_loss_at_full_size(full: Record, baseline: Record | None, limit: float
     if baseline is None:
         loss = full.steps[0].loss
         text = f"{name} {loss}: no other arm lived to compare it with"
-        return Check(name=name, passed=loss is not None and math.isfinite(loss), value=loss, limit=limit, text=text)
-    return _relative(f"{name} against {baseline.arm}", full.steps[0].loss, baseline.steps[0].loss, limit)
+        return Check(
+            name=name,
+            passed=loss is not None and math.isfinite(loss),
+            value=loss,
+            limit=limit,
+            text=text,
+        )
+    return _relative(
+        f"{name} against {baseline.arm}", full.steps[0].loss, baseline.steps[0].loss, limit
+    )
 
 
 def _norms_of_steps(full: Record) -> Check:
-    """That no step's gradient is zero, as the trainer logs its norm (float16's scale may overflow and skip a step)."""
+    """That no step's gradient is zero, as the trainer logs its norm (float16's scale may overflow
+    and skip a step).
+    """
     norms = [step.grad_norm for step in full.steps]
     wrong = [i + 1 for i, norm in enumerate(norms) if norm == 0]
-    text = f"gradient norms of {len(norms)} steps at full size" + (f"; zero in steps {wrong}" if wrong else "")
-    return Check(name="gradient norms", passed=not wrong, value=len(wrong), expected=0, limit=0, text=text)
+    text = f"gradient norms of {len(norms)} steps at full size" + (
+        f"; zero in steps {wrong}" if wrong else ""
+    )
+    return Check(
+        name="gradient norms", passed=not wrong, value=len(wrong), expected=0, limit=0, text=text
+    )
 
 
 def _changed(mine: float | None, other: float | None) -> Check:
-    """That the steps moved the adapter, and about as far as the reference's (`other`; None: at all)."""
+    """That the steps moved the adapter, and about as far as the reference's (`other`; None: at
+    all).
+    """
     moved = mine is not None and math.isfinite(mine) and mine > 0
     text = f"the steps changed the adapter by {mine}"
     if moved and other is not None:
         assert mine is not None
-        text = f"the steps changed the adapter by {mine:.3g} (L2), the reference's by {other:.3g}, at most {CHANGE:g}x apart"
+        text = (
+            f"the steps changed the adapter by {mine:.3g} (L2), the reference's by {other:.3g}, "
+            f"at most {CHANGE:g}x apart"
+        )
         moved = other / CHANGE <= mine <= other * CHANGE
-    return Check(name="adapter change", passed=moved, value=mine, expected=other, limit=CHANGE, text=text)
+    return Check(
+        name="adapter change", passed=moved, value=mine, expected=other, limit=CHANGE, text=text
+    )
 
 
 def _relative(name: str, value: float | None, expected: float | None, limit: float) -> Check:
     if value is None or expected is None or not math.isfinite(value):
-        return Check(name=name, passed=False, value=None, expected=expected, limit=limit, text=f"{name} is {value}")
+        return Check(
+            name=name,
+            passed=False,
+            value=None,
+            expected=expected,
+            limit=limit,
+            text=f"{name} is {value}",
+        )
     difference = abs(value - expected) / abs(expected)
-    text = f"{name} {value:.5f}, the reference has {expected:.5f}: {difference:.1e} apart, at most {limit:.0e}"
-    return Check(name=name, passed=difference <= limit, value=value, expected=expected, limit=limit, text=text)
+    text = (
+        f"{name} {value:.5f}, the reference has {expected:.5f}: {difference:.1e} apart, at most "
+        f"{limit:.0e}"
+    )
+    return Check(
+        name=name,
+        passed=difference <= limit,
+        value=value,
+        expected=expected,
+        limit=limit,
+        text=text,
+    )
 
 
 def _trace(ours: Record, theirs: Record, limit: float) -> Check:
@@ -147,9 +207,15 @@ def _trace(ours: Record, theirs: Record, limit: float) -> Check:
     if len(mine) != len(other) or any(loss is None or not math.isfinite(loss) for loss in mine):
         text = f"loss trace: {len(mine)} steps, the reference has {len(other)}; losses {mine}"
         return Check(name="loss trace", passed=False, value=None, limit=limit, text=text)
-    worst = max(abs(a - b) / abs(b) for a, b in zip(mine, other, strict=True) if a is not None and b is not None)
+    worst = max(
+        abs(a - b) / abs(b)
+        for a, b in zip(mine, other, strict=True)
+        if a is not None and b is not None
+    )
     text = f"loss trace of {len(mine)} steps: at most {worst:.1e} apart, limit {limit:.0e}"
-    return Check(name="loss trace", passed=worst <= limit, value=worst, expected=0.0, limit=limit, text=text)
+    return Check(
+        name="loss trace", passed=worst <= limit, value=worst, expected=0.0, limit=limit, text=text
+    )
 
 
 def _gradient(ours: Path, theirs: Path, least: float) -> list[Check]:
@@ -162,17 +228,28 @@ def _gradient(ours: Path, theirs: Path, least: float) -> list[Check]:
         passed=norm > 0 and not missing,
         value=norm,
         limit=0,
-        text=f"gradient norm {norm:.3g}" + (f"; {len(missing)} tensors without gradient" if missing else ""),
+        text=f"gradient norm {norm:.3g}"
+        + (f"; {len(missing)} tensors without gradient" if missing else ""),
     )
     same_shape = not missing and all(mine[name].shape == other[name].shape for name in other)
     if not same_shape or norm == 0:
         text = "LoRA gradient: other tensors than the reference's, or none"
-        return [norms, Check(name="gradient cosine", passed=False, value=None, limit=least, text=text)]
+        return [
+            norms,
+            Check(name="gradient cosine", passed=False, value=None, limit=least, text=text),
+        ]
     dot = sum(float(np.sum(mine[n].astype(np.float64) * other[n])) for n in other)
     expected = math.sqrt(sum(float(np.sum(g.astype(np.float64) ** 2)) for g in other.values()))
     cosine = dot / (norm * expected)
     text = f"cosine of the LoRA gradient with the reference's {cosine:.6f}, at least {least}"
     return [
         norms,
-        Check(name="gradient cosine", passed=cosine >= least, value=cosine, expected=1.0, limit=least, text=text),
+        Check(
+            name="gradient cosine",
+            passed=cosine >= least,
+            value=cosine,
+            expected=1.0,
+            limit=least,
+            text=text,
+        ),
     ]

@@ -1,7 +1,8 @@
-"""What the benchmark writes: one `Record` a worker process, one `Result` (a JSON file) an invocation.
+"""What the benchmark writes: one `Record` a worker process, one `Result` (a JSON file) an
+invocation.
 
-Plain pydantic, no torch: the runner, the report and the notebook read these. The JSON Schema is committed as
-benchmarks/result.schema.json; `python -m fastft.bench schema` prints it.
+Plain pydantic, no torch: the runner, the report and the notebook read these. The JSON Schema is
+committed as benchmarks/result.schema.json; `python -m fastft.bench schema` prints it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastft.bench.case import Case
-from fastft.checkpoint import write_atomically
 from fastft.errors import FastFTError
+from fastft.runs.checkpoint import write_atomically
 
 SCHEMA = 1
 
@@ -46,8 +47,9 @@ class Peak(_Model):
     vram_allocated_bytes: int | None = None
     vram_reserved_bytes: int | None = None
     vram_device_bytes: int | None = None
-    """What the driver says is in use on the device, less what was in use before the worker began (its CUDA context
-    included; where nvidia-smi does not answer, the context is not)."""
+    """What the driver says is in use on the device, less what was in use before the worker began
+    (its CUDA context included; where nvidia-smi does not answer, the context is not).
+    """
 
 
 class Noise(_Model):
@@ -58,7 +60,9 @@ class Noise(_Model):
     cpu_share: float | None = None
     """CPU seconds of the worker over wall seconds x threads, in the measured steps."""
     others_share: float | None = None
-    """CPU time of other processes, and time stolen by a hypervisor, over wall x all cores, in the measured steps."""
+    """CPU time of other processes, and time stolen by a hypervisor, over wall x all cores, in the
+    measured steps.
+    """
     clock_mhz: float | None = None
     throttled: str | None = None
     """The GPU's throttle reasons, where there were any."""
@@ -82,7 +86,8 @@ class Record(_Model):
     load_seconds: float | None = None
     """From the libraries' import done to the model with LoRA ready."""
     first_step_seconds: float | None = None
-    """From the start of training to the end of the first step: compilation and caches are in here."""
+    """From the start of training to the end of the first step: compilation and caches are in here.
+    """
     warmup_steps: int = 0
     steps: list[Step] = Field(default_factory=list)
     """All steps; the first `warmup_steps` are not timed."""
@@ -196,7 +201,8 @@ class Machine(_Model):
     label: str
     """How the result is called: "H200", "H200, capped at 15 GB", or the CPU's name and threads."""
     card: str | None
-    """Key of the card whose row this fills (t4, l4 ...); None on a CPU or under another card's cap."""
+    """Key of the card whose row this fills (t4, l4 ...); None on a CPU or under another card's cap.
+    """
     cpu: str
     threads: int
     memory_bytes: int
@@ -236,9 +242,13 @@ class Result(_Model):
         return {
             "case": self.case.name,
             "machine": self.machine.model_dump(mode="json"),
-            "parity": {name: {arm: gate.passed for arm, gate in t.parity.items()} for name, t in self.tables.items()},
+            "parity": {
+                name: {arm: gate.passed for arm, gate in t.parity.items()}
+                for name, t in self.tables.items()
+            },
             "ratios": {
-                name: {arm: ratio.model_dump() for arm, ratio in t.ratios.items()} for name, t in self.tables.items()
+                name: {arm: ratio.model_dump() for arm, ratio in t.ratios.items()}
+                for name, t in self.tables.items()
             },
             "records": [record.model_dump(mode="json") for record in self.records],
             "notes": self.notes,
@@ -256,7 +266,8 @@ def read_result(path: Path) -> Result:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.get("schema_version") != SCHEMA:
             raise FastFTError(
-                f"{path}: schema_version is {values.get('schema_version')}, this fastft reads {SCHEMA}. Measure again."
+                f"{path}: schema_version is {values.get('schema_version')}, this fastft reads "
+                f"{SCHEMA}. Measure again."
             )
         return Result.model_validate(values)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
@@ -264,4 +275,6 @@ def read_result(path: Path) -> Result:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise FastFTError(f"{path}: not a result of fastft bench ({where}: {first['msg']}).") from error
+        raise FastFTError(
+            f"{path}: not a result of fastft bench ({where}: {first['msg']})."
+        ) from error

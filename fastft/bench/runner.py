@@ -30,7 +30,9 @@ from fastft.errors import CouldNotFinishError, FastFTError, one_of
 from fastft.hardware import Hardware, gpu_key, probe
 
 BASELINE = "peft"
-REFERENCE = {"training": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 0}}  # 0: the whole batch
+REFERENCE = {
+    "training": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 0}
+}  # 0: the whole batch
 LOG_TAIL = 25
 OTHERS = 0.05
 """Share of the cores that others may have before a note says so."""
@@ -60,10 +62,12 @@ def run_case(
     say: Callable[[str], None] = lambda text: None,
     keep: Path | None = None,
 ) -> Result:
-    """Measure `case` on this machine and return the result; nothing is written but to `keep` and a temporary folder.
+    """Measure `case` on this machine and return the result; nothing is written but to `keep` and a
+    temporary folder.
 
-    `arms` and `tables` narrow the case, `repeats` overrides it. `keep`: a folder for the workers' logs and gradients.
-    Raises FastFTError for a case that cannot run here at all (no GPU), CouldNotFinishError where the reference dies.
+    `arms` and `tables` narrow the case, `repeats` overrides it. `keep`: a folder for the workers'
+    logs and gradients. Raises FastFTError for a case that cannot run here at all (no GPU),
+    CouldNotFinishError where the reference dies.
     """
     case, machine = check_case(case, arms=arms, tables=tables)
     repeats = repeats or case.repeats
@@ -96,25 +100,35 @@ def run_case(
 def check_case(
     case: Case, *, arms: Sequence[str] | None = None, tables: Sequence[str] | None = None
 ) -> tuple[Case, Machine]:
-    """Return the narrowed case and this machine; raises FastFTError for all that can be known before any work."""
+    """Return the narrowed case and this machine; raises FastFTError for all that can be known
+    before any work.
+    """
     case = _narrowed(case, arms, tables)
     _check_settings(case)
     return case, describe_machine(case, probe())
 
 
 def _narrowed(case: Case, arms: Sequence[str] | None, tables: Sequence[str] | None) -> Case:
-    """Return the case with only these arms and tables; raises FastFTError for names that it does not have."""
+    """Return the case with only these arms and tables; raises FastFTError for names that it does
+    not have.
+    """
     for name in tables or []:
         if name not in case.tables:
             raise one_of("table", name, case.tables)
-    chosen = {name: settings for name, settings in case.tables.items() if not tables or name in tables}
+    chosen = {
+        name: settings for name, settings in case.tables.items() if not tables or name in tables
+    }
     known = {arm for settings in chosen.values() for arm in settings.arms}
     for name in arms or []:
         if name not in known:
             raise one_of(f"arm of case {case.name}", name, known)
     narrowed = {
         name: settings.model_copy(
-            update={"arms": {arm: values for arm, values in settings.arms.items() if not arms or arm in arms}}
+            update={
+                "arms": {
+                    arm: values for arm, values in settings.arms.items() if not arms or arm in arms
+                }
+            }
         )
         for name, settings in chosen.items()
         if not arms or set(arms) & set(settings.arms)
@@ -134,10 +148,13 @@ def _check_settings(case: Case) -> None:
             if not isinstance(training, dict):
                 problems.append(f"{name}, {arm}: settings.training must hold names and values")
                 continue
-            product = training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1)
+            product = training.get("per_device_train_batch_size", 8) * training.get(
+                "gradient_accumulation_steps", 1
+            )
             if training and product != batch:
                 problems.append(
-                    f"{name}, {arm}: per_device_train_batch_size x gradient_accumulation_steps is {product}, the "
+                    f"{name}, {arm}: per_device_train_batch_size x "
+                    f"gradient_accumulation_steps is {product}, the "
                     f"effective batch is {batch}"
                 )
             if values.implementation is None:
@@ -153,7 +170,9 @@ def _check_settings(case: Case) -> None:
 
 
 def describe_machine(case: Case, hardware: Hardware) -> Machine:
-    """Return where the case runs and how its result is called; raises FastFTError where it cannot run here."""
+    """Return where the case runs and how its result is called; raises FastFTError where it cannot
+    run here.
+    """
     if case.device == "cuda" and hardware.kind != "cuda":
         raise FastFTError(
             f"case {case.name} needs an NVIDIA GPU and this machine has none ({hardware.name}). "
@@ -182,7 +201,8 @@ def describe_machine(case: Case, hardware: Hardware) -> Machine:
     elif cap is None or cap > hardware.vram_bytes:
         meant = f"a {case.card}" if case.card else f"{case.memory_cap_gb:g} GB"
         raise FastFTError(
-            f"case {case.name} is for {meant} and this is a {hardware.name}; it can stand in only for a smaller card, "
+            f"case {case.name} is for {meant} and this is a {hardware.name}; it can stand in "
+            "only for a smaller card, "
             "with memory_cap_gb in the case."
         )
     else:
@@ -193,7 +213,9 @@ def describe_machine(case: Case, hardware: Hardware) -> Machine:
 def _driver() -> str | None:
     try:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
+        return subprocess.run(
+            query, capture_output=True, text=True, timeout=20, check=True
+        ).stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return None
 
@@ -203,16 +225,28 @@ def _driver() -> str | None:
 
 def _make_work(state: _Invocation) -> None:
     jobs: list[dict[str, Any]] = [
-        {"case": state.case.model_dump(mode="json"), "folder": str(state.folder / "model"), "layers": None}
+        {
+            "case": state.case.model_dump(mode="json"),
+            "folder": str(state.folder / "model"),
+            "layers": None,
+        }
     ]
     if state.case.parity_layers:
-        jobs.append(jobs[0] | {"folder": str(state.folder / "small"), "layers": state.case.parity_layers})
+        jobs.append(
+            jobs[0] | {"folder": str(state.folder / "small"), "layers": state.case.parity_layers}
+        )
     for job in jobs:
         Path(job["folder"]).mkdir()
     path = state.folder / "work.json"
     path.write_text(json.dumps(jobs), encoding="utf-8")
     log = state.folder / "work.log"
-    code = _start(["fastft.bench.workload", str(path)], log, {}, state.machine.threads, state.case.timeout_seconds)
+    code = _start(
+        ["fastft.bench.workload", str(path)],
+        log,
+        {},
+        state.machine.threads,
+        state.case.timeout_seconds,
+    )
     if code != 0:
         raise CouldNotFinishError(
             f"the model of case {state.case.name} could not be made: {' | '.join(_tail(log)[-3:])}"
@@ -284,7 +318,8 @@ def _reference(state: _Invocation, table: str, layers: int | None) -> Evidence:
     if evidence.record.status != "ok":
         tail = " | ".join(evidence.record.log_tail[-3:])
         raise CouldNotFinishError(
-            f"the float32 reference of case {state.case.name} died ({evidence.record.status}: {evidence.record.reason}), so "
+            f"the float32 reference of case {state.case.name} died ({evidence.record.status}: "
+            f"{evidence.record.reason}), so "
             f"nothing could be compared with it. {tail}"
         )
     return evidence
@@ -317,7 +352,9 @@ def _run_arm(
         "repeat": repeat,
         "order": state.order,
         "settings": settings,
-        "model": str(model) if state.case.model.id is None or model.name == "small" else state.case.model.id,
+        "model": str(model)
+        if state.case.model.id is None or model.name == "small"
+        else state.case.model.id,
         "start": str(model / "start.safetensors"),
         "dtype": dtype,
         "workload": str(model / f"{table}.npz"),
@@ -351,12 +388,20 @@ def _run_job(
     return _start(module, log, environment or {}, state.machine.threads, state.case.timeout_seconds)
 
 
-def _start(module: list[str], log: Path, environment: dict[str, str], threads: int, timeout: int) -> int | None:
-    """Run `python -m MODULE ARGS` with its output in `log`; return the exit code, None after a timeout."""
+def _start(
+    module: list[str], log: Path, environment: dict[str, str], threads: int, timeout: int
+) -> int | None:
+    """Run `python -m MODULE ARGS` with its output in `log`; return the exit code, None after a
+    timeout.
+    """
     variables = _environment(threads, environment)
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-m", *module], stdout=sink, stderr=sink, env=variables, start_new_session=True
+            [sys.executable, "-m", *module],
+            stdout=sink,
+            stderr=sink,
+            env=variables,
+            start_new_session=True,
         )
         try:
             return process.wait(timeout)
@@ -369,11 +414,17 @@ def _start(module: list[str], log: Path, environment: dict[str, str], threads: i
 
 
 def _environment(threads: int, own: dict[str, str]) -> dict[str, str]:
-    """Return a worker's variables: the caller's, without what tunes speed or memory, and what the arm's case sets.
+    """Return a worker's variables: the caller's, without what tunes speed or memory, and what the
+    arm's case sets.
 
-    fastft's command line sets OMP_WAIT_POLICY for itself; the other arms run without it unless their case says so.
+    fastft's command line sets OMP_WAIT_POLICY for itself; the other arms run without it unless
+    their case says so.
     """
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+    quiet = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
+    }
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(TUNING)}
     return inherited | quiet | {"OMP_NUM_THREADS": str(threads)} | own
 
@@ -390,7 +441,9 @@ def _record_of_the_dead(job: dict[str, Any], code: int | None, log: Path, case: 
     else:
         status, reason = "crashed", f"ended with exit code {code} and no record"
     names = ("table", "arm", "repeat", "order", "settings")
-    return Record.model_validate({name: job[name] for name in names} | {"status": status, "reason": reason})
+    return Record.model_validate(
+        {name: job[name] for name in names} | {"status": status, "reason": reason}
+    )
 
 
 def _tail(log: Path) -> list[str]:
@@ -401,7 +454,9 @@ def _tail(log: Path) -> list[str]:
 # --- the gate
 
 
-def _goes_on(state: _Invocation, pair: tuple[str, str], gates: dict[tuple[str, str], Parity]) -> bool:
+def _goes_on(
+    state: _Invocation, pair: tuple[str, str], gates: dict[tuple[str, str], Parity]
+) -> bool:
     """Whether an arm is run once more: it lived, and its gate did not fail."""
     alive = all(r.status == "ok" for r in state.records if (r.table, r.arm) == pair)
     return alive and (pair not in gates or gates[pair].passed)
@@ -421,7 +476,9 @@ def _gates(
         if state.case.parity_layers:
             trainable = parameters_of(state.folder / "model" / "start.safetensors")
             baseline = _baseline_at_full_size(state, table, arm)
-            gate = judge_across(evidence.record, baseline, small[table, arm], tokens, trainable, limits.loss)
+            gate = judge_across(
+                evidence.record, baseline, small[table, arm], tokens, trainable, limits.loss
+            )
         else:
             gate = judge(evidence, references[table], tokens, limits)
         gates[table, arm] = gate
@@ -433,15 +490,20 @@ def _gates(
 
 def _baseline_at_full_size(state: _Invocation, table: str, arm: str) -> Record | None:
     """Return plain peft's first run (for peft as well), or another arm's where peft died, or None."""
-    arms = [BASELINE, *(name for name in state.case.tables[table].arms if name not in {BASELINE, arm})]  # type: ignore[index]
-    runs = [state.evidence[table, name, 0].record for name in arms if (table, name, 0) in state.evidence]
+    others = state.case.tables[table].arms  # type: ignore[index]
+    arms = [BASELINE, *(name for name in others if name not in {BASELINE, arm})]
+    runs = [
+        state.evidence[table, name, 0].record for name in arms if (table, name, 0) in state.evidence
+    ]
     return next((run for run in runs if run.status == "ok"), None)
 
 
 def _parity_at_few_layers(
     state: _Invocation, plan: list[tuple[Any, str]], references: dict[Any, Evidence]
 ) -> dict[tuple[str, str], Parity]:
-    """Run every arm once on the same shape with few layers, and judge it against the float32 reference there."""
+    """Run every arm once on the same shape with few layers, and judge it against the float32
+    reference there.
+    """
     gates = {}
     for table, arm in plan:
         settings = state.case.tables[table].arms[arm]
@@ -465,7 +527,9 @@ def _parity_at_few_layers(
         else:
             record = evidence.record
             text = f"with {state.case.parity_layers} layers: {record.status}: {record.reason}"
-            gates[table, arm] = Parity(passed=False, checks=[Check(name="ends", passed=False, value=None, text=text)])
+            gates[table, arm] = Parity(
+                passed=False, checks=[Check(name="ends", passed=False, value=None, text=text)]
+            )
     return gates
 
 
@@ -473,7 +537,7 @@ def _parity_at_few_layers(
 
 
 def _summed_up(state: _Invocation, repeats: int, gates: dict[tuple[str, str], Parity]) -> Result:
-    from fastft.plan.shape import load_shape
+    from fastft.planning.shape import load_shape
 
     case, machine = state.case, state.machine
     shape = load_shape(case.model.id or str(state.folder / "model"))
@@ -482,10 +546,18 @@ def _summed_up(state: _Invocation, repeats: int, gates: dict[tuple[str, str], Pa
         work = _work_of(state, table)
         lengths = [work.lengths(i) for i in range(work.steps)]
         supervised = [work.supervised(i) for i in range(work.steps)]
-        runs = {arm: [r for r in state.records if (r.table, r.arm) == (table, arm)] for arm in settings.arms}
-        summaries = {arm: summarise(found, shape, lengths, supervised, machine) for arm, found in runs.items()}
+        runs = {
+            arm: [r for r in state.records if (r.table, r.arm) == (table, arm)]
+            for arm in settings.arms
+        }
+        summaries = {
+            arm: summarise(found, shape, lengths, supervised, machine)
+            for arm, found in runs.items()
+        }
         parity = {arm: gates[table, arm] for arm in settings.arms if (table, arm) in gates}
-        passed = [arm for arm, gate in parity.items() if gate.passed and summaries[arm].status == "ok"]
+        passed = [
+            arm for arm, gate in parity.items() if gate.passed and summaries[arm].status == "ok"
+        ]
         ok = {arm: [r for r in runs[arm] if r.status == "ok"] for arm in passed}
         ratios = {}
         if "fastft" in passed:
@@ -512,36 +584,49 @@ def _notes(state: _Invocation, tables: dict[Table, TableResult]) -> list[str]:
     notes = []
     if state.machine.device == "cuda" and state.machine.cap_bytes:
         notes.append(
-            f"{state.machine.label}: memory is meaningful, speed is that of the card it ran on, not of a {state.case.card}"
+            f"{state.machine.label}: memory is meaningful, speed is that of the card it ran "
+            f"on, not of a {state.case.card}"
         )
     for name, table in tables.items():
         for arm, summary in table.arms.items():
             if summary.noisy and summary.non_padding_tokens_per_sec:
                 share = summary.non_padding_tokens_per_sec.relative
-                notes.append(f"{name} {arm}: spread p20 to p80 is {share:.0%} of the median, above {NOISY:.0%}")
+                notes.append(
+                    f"{name} {arm}: spread p20 to p80 is {share:.0%} of the median, above "
+                    f"{NOISY:.0%}"
+                )
             if summary.status != "ok":
                 notes.append(f"{name} {arm}: {summary.status}: {summary.reason}")
     for record in state.records:
         if record.status != "ok" and record.repeat:
             what = f"{record.status} in round {record.repeat + 1}: {record.reason}"
-            notes.append(f"{record.table} {record.arm}: {what}; its figures are those of the rounds before")
-    others = [r.noise.others_share for r in state.records if r.noise and r.noise.others_share is not None]
+            notes.append(
+                f"{record.table} {record.arm}: {what}; its figures are those of the rounds before"
+            )
+    others = [
+        r.noise.others_share for r in state.records if r.noise and r.noise.others_share is not None
+    ]
     if others and max(others) > OTHERS:
         notes.append(
-            f"other processes (or the hypervisor) had up to {max(others):.0%} of the cores during a run, "
+            f"other processes (or the hypervisor) had up to {max(others):.0%} of the cores "
+            "during a run, "
             f"{sum(others) / len(others):.0%} on average"
         )
     return notes
 
 
 def _commit() -> tuple[str | None, bool]:
-    """Return the commit of the source tree that fastft is imported from, and whether it has changes."""
+    """Return the commit of the source tree that fastft is imported from, and whether it has
+    changes.
+    """
     home = Path(__file__).parents[2]
     try:
         head = ["git", "-C", str(home), "rev-parse", "--short=12", "HEAD"]
         commit = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
         state = ["git", "-C", str(home), "status", "--porcelain", "--untracked-files=no"]
-        return commit, bool(subprocess.run(state, capture_output=True, text=True, check=True).stdout.strip())
+        return commit, bool(
+            subprocess.run(state, capture_output=True, text=True, check=True).stdout.strip()
+        )
     except (OSError, subprocess.SubprocessError):
         return None, False
 
@@ -549,7 +634,17 @@ def _commit() -> tuple[str | None, bool]:
 def _versions() -> dict[str, str]:
     from importlib import metadata
 
-    names = ("fastft", "torch", "transformers", "peft", "trl", "unsloth", "unsloth_zoo", "liger-kernel", "bitsandbytes")
+    names = (
+        "fastft",
+        "torch",
+        "transformers",
+        "peft",
+        "trl",
+        "unsloth",
+        "unsloth_zoo",
+        "liger-kernel",
+        "bitsandbytes",
+    )
     found = {"python": platform.python_version()}
     for name in names:
         try:

@@ -1,4 +1,6 @@
-"""fastft's training session on pre-tokenised rows: what `fastft train` does, from its choices to its loop."""
+"""fastft's training session on pre-tokenised rows: what `fastft train` does, from its choices to
+its loop.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,7 @@ class OpenSession:
 
     def run(self, trainer: Any) -> None:
         """Train as the session does, signals included."""
-        from fastft.train import _stop_signals
+        from fastft.training.train import _stop_signals
 
         with _stop_signals(trainer):
             trainer.train()
@@ -62,15 +64,19 @@ class OpenSession:
     @property
     def choices(self) -> dict[str, str]:
         """What was chosen and why, for the record."""
-        return {name: f"{choice.value} ({choice.reason})" for name, choice in self._session.choices.items()}
+        return {
+            name: f"{choice.value} ({choice.reason})"
+            for name, choice in self._session.choices.items()
+        }
 
 
 def open_session(job: Job) -> OpenSession:
     """Choose, load and attach as `fastft train` does with the case's settings."""
-    from fastft import callbacks, model
+    from fastft.engines import loading
     from fastft.progress import Reporter
-    from fastft.run import RunFolder
-    from fastft.train import _Session
+    from fastft.runs.folder import RunFolder
+    from fastft.training import callbacks
+    from fastft.training.train import _Session
 
     case, work = job.case, job.workload
     config = make_config(
@@ -85,7 +91,12 @@ def open_session(job: Job) -> OpenSession:
                 "engine": job.settings.get("engine", "auto"),
             },
             "data": {"source": "the case's own sequences", "eval_fraction": 0},
-            "lora": {"r": case.lora.r, "alpha": case.lora.alpha, "dropout": case.lora.dropout, "train_tokens": []},
+            "lora": {
+                "r": case.lora.r,
+                "alpha": case.lora.alpha,
+                "dropout": case.lora.dropout,
+                "train_tokens": [],
+            },
             "train": {
                 "effective_batch_size": work.effective_batch_size,
                 "max_steps": work.steps,
@@ -101,10 +112,14 @@ def open_session(job: Job) -> OpenSession:
     )
     hardware = _capped(probe(job.work), job)
     if (cap := job.cap_bytes) is not None:
-        callbacks._limit_bytes = lambda: cap  # what the driver calls free is that of the larger card
-    choices = model.choose_loading(config, hardware)
+        callbacks._limit_bytes = lambda: (
+            cap
+        )  # what the driver calls free is that of the larger card
+    choices = loading.choose_loading(config, hardware)
     run = RunFolder(config.run_dir)
-    session = _Session(config, run, hardware, choices, Reporter(quiet=True), None, time.monotonic(), mirror=None)
+    session = _Session(
+        config, run, hardware, choices, Reporter(quiet=True), None, time.monotonic(), mirror=None
+    )
     session._load_tokenizer()
     if not case.flash_attention_2:
         forbid_flash_attention_2()
@@ -115,7 +130,9 @@ def open_session(job: Job) -> OpenSession:
 
 
 def _capped(hardware: Hardware, job: Job) -> Hardware:
-    """Return the machine as the cap makes it, so that what is chosen automatically fits the card that is stood in for."""
+    """Return the machine as the cap makes it, so that what is chosen automatically fits the card
+    that is stood in for.
+    """
     cap = job.cap_bytes
     if cap is None:
         return hardware

@@ -1,8 +1,9 @@
-"""Cases other than training: several ways to do the same thing, each run in a process of its own, interleaved.
+"""Cases other than training: several ways to do the same thing, each run in a process of its own,
+interleaved.
 
-exporting.py (adapter to a quantised file) and generating.py (tokens per second) say what a way is; here is what they
-share: the model, the processes, the record, and how it is printed. No ratio is gated here: that the files are equal
-is the certificate's business (`fastft verify`).
+exporting.py (adapter to a quantised file) and generating.py (tokens per second) say what a way is;
+here is what they share: the model, the processes, the record, and how it is printed. No ratio is
+gated here: that the files are equal is the certificate's business (`fastft verify`).
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fastft.bench.case import Case
 from fastft.bench.record import Spread
 from fastft.bench.statistics import spread
-from fastft.bench.tables import gigabytes, number
-from fastft.checkpoint import write_atomically
+from fastft.bench.views.tables import gigabytes, number
 from fastft.errors import CouldNotFinishError, FastFTError
+from fastft.runs.checkpoint import write_atomically
 
 VOCABULARY = 1920
 """Tokens of the quickstart's tokenizer, which the models that are exported get."""
@@ -75,8 +76,13 @@ class SideBySide(_Model):
         return list(next(iter(self.summary.values())))
 
     def rows(self) -> list[list[str]]:
-        """Return a row of text a way: its name, then every quantity with its 20th to 80th percentile."""
-        return [[way, *(_figure(name, found[name]) for name in self.quantities)] for way, found in self.summary.items()]
+        """Return a row of text a way: its name, then every quantity with its 20th to 80th
+        percentile.
+        """
+        return [
+            [way, *(_figure(name, found[name]) for name in self.quantities)]
+            for way, found in self.summary.items()
+        ]
 
     def headings(self) -> list[str]:
         """Return the headings of `rows`."""
@@ -87,7 +93,9 @@ def _figure(name: str, figures: Spread) -> str:
     show = gigabytes if name.endswith("_bytes") else number
     unit = UNITS.get(name)
     alone = figures.p20 == figures.p80
-    text = show(figures.median) + ("" if alone else f" ({show(figures.p20)} to {show(figures.p80)})")
+    text = show(figures.median) + (
+        "" if alone else f" ({show(figures.p20)} to {show(figures.p80)})"
+    )
     return f"{text} {unit}" if unit else text
 
 
@@ -100,7 +108,11 @@ def read_side_by_side(path: Path) -> SideBySide:
 
 
 def measure_ways(
-    ways: dict[str, Callable[[], dict[str, float]]], repeats: int, *, seed: int, say: Callable[[str], None]
+    ways: dict[str, Callable[[], dict[str, float]]],
+    repeats: int,
+    *,
+    seed: int,
+    say: Callable[[str], None],
 ) -> list[Run]:
     """Run every way `repeats` times, in a random order within each round, and return all runs."""
     if repeats < 1:
@@ -140,8 +152,14 @@ def assembled(
 
     from fastft.hardware import probe
 
-    known = {d.metadata["Name"].lower() for d in importlib.metadata.distributions() if d.metadata["Name"]}
-    names = [n for n in ("torch", "transformers", "peft", "gguf", "llama-cpp-python", "fastft") if n in known]
+    known = {
+        d.metadata["Name"].lower() for d in importlib.metadata.distributions() if d.metadata["Name"]
+    }
+    names = [
+        n
+        for n in ("torch", "transformers", "peft", "gguf", "llama-cpp-python", "fastft")
+        if n in known
+    ]
     return SideBySide(
         kind=kind,
         title=title,
@@ -160,44 +178,59 @@ def assembled(
 
 def _commit() -> str | None:
     here = Path(__file__).parent
-    done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True
+    )
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def in_a_process(module: str, *arguments: str, threads: int) -> tuple[float, dict[str, Any]]:
     """Run `python -m module arguments` and return its seconds and the JSON of its last line.
 
-    On Linux a child's peak RSS begins with its parent's: this process must not have imported torch. Raises
-    CouldNotFinishError with the last lines of a process that failed.
+    On Linux a child's peak RSS begins with its parent's: this process must not have imported
+    torch. Raises CouldNotFinishError with the last lines of a process that failed.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     start = time.perf_counter()
     pipe = subprocess.PIPE
     command = [sys.executable, "-m", module, *arguments]
     process = subprocess.Popen(
-        command, stdout=pipe, stderr=pipe, text=True, env=environment, errors="replace", start_new_session=True
+        command,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        env=environment,
+        errors="replace",
+        start_new_session=True,
     )
     try:
         out, log = process.communicate()
     finally:
-        if process.poll() is None:  # interrupted: with what it has started, as the quantiser's own process
+        if (
+            process.poll() is None
+        ):  # interrupted: with what it has started, as the quantiser's own process
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     seconds = time.perf_counter() - start
     if process.returncode:
         last = " | ".join(log.strip().splitlines()[-3:])
-        raise CouldNotFinishError(f"{module} {arguments[0]} ended with {process.returncode}: {last}")
+        raise CouldNotFinishError(
+            f"{module} {arguments[0]} ended with {process.returncode}: {last}"
+        )
     return seconds, json.loads(out.strip().splitlines()[-1])
 
 
 def needs_a_shape(case: Case) -> None:
     """Raise FastFTError for a case that export and generation cannot be measured with."""
     if case.model.family is None:
-        raise FastFTError(f"case {case.name} names a model; give one that has a family and a config.")
+        raise FastFTError(
+            f"case {case.name} names a model; give one that has a family and a config."
+        )
     vocabulary = int(case.model.config.get("vocab_size", VOCABULARY))
     if vocabulary < VOCABULARY:
         raise FastFTError(
-            f"case {case.name} has a vocabulary of {vocabulary:,}; the tokenizer that is exported has {VOCABULARY:,}."
+            f"case {case.name} has a vocabulary of {vocabulary:,}; the tokenizer that is "
+            f"exported has {VOCABULARY:,}."
         )
 
 
@@ -205,21 +238,26 @@ def peak_rss_bytes() -> int:
     """Return the peak resident memory of this process or of any child it waited for."""
     import resource
 
-    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    peaks = [
+        resource.getrusage(who).ru_maxrss
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    ]
     return max(peaks) * (1 if sys.platform == "darwin" else 1024)
 
 
 def make_model(case: Case, folder: Path) -> dict[str, Any]:
-    """Write the case's shape with random bfloat16 weights (base/) and an adapter (adapter/), and a real tokenizer.
+    """Write the case's shape with random bfloat16 weights (base/) and an adapter (adapter/), and a
+    real tokenizer.
 
-    The tokenizer is the quickstart's (1,920 byte-level tokens); rows above it are never met. Returns the number of
-    parameters and the name of the tokenizer's splitting rule. Needs torch: call it in a process of its own.
+    The tokenizer is the quickstart's (1,920 byte-level tokens); rows above it are never met.
+    Returns the number of parameters and the name of the tokenizer's splitting rule. Needs torch:
+    call it in a process of its own.
     """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from fastft.export.gguf.tokenizer import tokenizer_metadata
+    from fastft.exporting.gguf.tokenizer import tokenizer_metadata
     from fastft.quickstart import base_path
 
     needs_a_shape(case)
@@ -234,7 +272,12 @@ def make_model(case: Case, folder: Path) -> dict[str, Any]:
     base = folder / "base"
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
-    lora = LoraConfig(r=case.lora.r, lora_alpha=case.lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=case.lora.r,
+        lora_alpha=case.lora.alpha,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
     adapted = get_peft_model(model, lora)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():

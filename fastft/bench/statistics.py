@@ -9,7 +9,7 @@ import numpy as np
 
 from fastft.bench.flops import step_flops
 from fastft.bench.record import ArmSummary, Machine, Peak, Ratio, Record, Spread
-from fastft.plan.shape import ModelShape
+from fastft.planning.shape import ModelShape
 
 NOISY = 0.10
 """A spread above this is flagged beside the figure."""
@@ -21,12 +21,15 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(median=float(middle), p20=float(low), p80=float(high))
 
 
-def paired_ratio(ours: Sequence[Record], theirs: Sequence[Record], *, draws: int = 5000, seed: int = 0) -> Ratio:
+def paired_ratio(
+    ours: Sequence[Record], theirs: Sequence[Record], *, draws: int = 5000, seed: int = 0
+) -> Ratio:
     """Return how much faster `ours` is than `theirs`, and the memory ratio.
 
-    Records are paired by repeat, steps by index: the same sequences at about the same time. The interval is the
-    2.5th to 97.5th percentile of a two-stage bootstrap (Efron and Tibshirani 1993, chapter 8): rounds are drawn with
-    replacement, and within each round steps, so that it has a width with few rounds as well.
+    Records are paired by repeat, steps by index: the same sequences at about the same time. The
+    interval is the 2.5th to 97.5th percentile of a two-stage bootstrap (Efron and Tibshirani 1993,
+    chapter 8): rounds are drawn with replacement, and within each round steps, so that it has a
+    width with few rounds as well.
     """
     by_repeat = {record.repeat: record for record in theirs}
     pairs = [(record, by_repeat[record.repeat]) for record in ours if record.repeat in by_repeat]
@@ -41,7 +44,8 @@ def paired_ratio(ours: Sequence[Record], theirs: Sequence[Record], *, draws: int
     low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
     middle = float(np.median(slow.sum(-1) / fast.sum(-1)))
     mine, other = [memory_bytes(_peak(records)) for records in (ours, theirs)]
-    # The median of all rounds lies inside unless nearly all resampled medians lie to one side of it.
+    # The median of all rounds lies inside unless nearly all resampled medians lie to one side of
+    # it.
     return Ratio(
         speed=middle,
         speed_low=min(float(low), middle),
@@ -51,14 +55,20 @@ def paired_ratio(ours: Sequence[Record], theirs: Sequence[Record], *, draws: int
 
 
 def memory_bytes(peak: Peak | None) -> int | None:
-    """Return the memory that arms are compared by: reserved VRAM, or resident memory where there is no GPU."""
+    """Return the memory that arms are compared by: reserved VRAM, or resident memory where there
+    is no GPU.
+    """
     if peak is None:
         return None
     return peak.vram_reserved_bytes if peak.vram_reserved_bytes is not None else peak.rss_bytes
 
 
 def summarise(
-    records: Sequence[Record], shape: ModelShape, lengths: list[list[int]], supervised: list[int], machine: Machine
+    records: Sequence[Record],
+    shape: ModelShape,
+    lengths: list[list[int]],
+    supervised: list[int],
+    machine: Machine,
 ) -> ArmSummary:
     """Return an arm's row over its ok records; `lengths` and `supervised` are those of every step."""
     good = [record for record in records if record.status == "ok"]
@@ -71,7 +81,10 @@ def summarise(
     seconds = median(record.seconds for record in good)
     trainable = first.trainable_parameters or 0
     flops = sum(step_flops(shape, lengths[i], supervised[i], trainable) for i in timed) / seconds
-    tokens, padded = sum(s.tokens for s in first.measured), sum(s.padded_tokens for s in first.measured)
+    tokens, padded = (
+        sum(s.tokens for s in first.measured),
+        sum(s.padded_tokens for s in first.measured),
+    )
     return ArmSummary(
         status="ok",
         repeats=len(good),

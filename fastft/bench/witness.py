@@ -1,7 +1,9 @@
-"""What happened in a run, seen from outside the arm: tokens through the embedding, seconds, the gradient, the change.
+"""What happened in a run, seen from outside the arm: tokens through the embedding, seconds, the
+gradient, the change.
 
-An arm cannot misreport these. The hook counts what goes into the model, the callback reads the clock and the
-gradient; both cost the same in every arm. The loss is the one that the arm's trainer logs.
+An arm cannot misreport these. The hook counts what goes into the model, the callback reads the
+clock and the gradient; both cost the same in every arm. The loss is the one that the arm's trainer
+logs.
 """
 
 from __future__ import annotations
@@ -50,13 +52,18 @@ class Witness(TrainerCallback):
     def adapter_change(self) -> float:
         """Return the L2 norm of what training changed in the adapter since `watch`."""
         now = {plain_name(name): p for name, p in self.model.named_parameters() if "lora_" in name}
-        squares = [float(((now[name].detach().float().cpu() - old) ** 2).sum()) for name, old in self._before.items()]
+        squares = [
+            float(((now[name].detach().float().cpu() - old) ** 2).sum())
+            for name, old in self._before.items()
+        ]
         return sum(squares) ** 0.5
 
     def _count(self, module: Any, args: tuple[Any, ...]) -> None:
         ids = args[0]
         self._padding = self._padding.to(ids.device)
-        self._counts.append(torch.isin(ids, self._padding, invert=True).sum())  # read at the step's end: no GPU waits
+        self._counts.append(
+            torch.isin(ids, self._padding, invert=True).sum()
+        )  # read at the step's end: no GPU waits
         self._sizes += ids.numel()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -81,13 +88,21 @@ class Witness(TrainerCallback):
         now = time.perf_counter()
         tokens = int(sum(int(count) for count in self._counts))
         self.steps.append(
-            Step(seconds=now - self._started, loss=None, grad_norm=None, tokens=tokens, padded_tokens=self._sizes)
+            Step(
+                seconds=now - self._started,
+                loss=None,
+                grad_norm=None,
+                tokens=tokens,
+                padded_tokens=self._sizes,
+            )
         )
         if self.first_step_seconds is None:
             self.first_step_seconds = now - self._started
         self._counts, self._sizes, self._started = [], 0, now
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Take the loss and the gradient norm of the step just done, as the trainer logs them."""
         if logs and "loss" in logs and self.steps:
             norm = logs.get("grad_norm")

@@ -1,6 +1,7 @@
 """One run of one arm, in a process of its own: `python -m fastft.bench.worker job.json`.
 
-The record goes to the path that the job names, never to standard output, which belongs to the libraries.
+The record goes to the path that the job names, never to standard output, which belongs to the
+libraries.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from fastft.errors import FastFTError
 
 
 def main() -> None:
-    """Run the job and leave its record; the exit code is 0 also for an arm that died in a way it could tell."""
+    """Run the job and leave its record; the exit code is 0 also for an arm that died in a way it
+    could tell.
+    """
     end_with_the_runner()
     job = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     if job["kind"] == "ceiling":
@@ -37,7 +40,9 @@ def main() -> None:
 
 
 def end_with_the_runner() -> None:
-    """Have the kernel end this process when the runner dies, of SIGKILL as well, so that no worker is left behind."""
+    """Have the kernel end this process when the runner dies, of SIGKILL as well, so that no worker
+    is left behind.
+    """
     if sys.platform == "linux":
         import ctypes
 
@@ -51,7 +56,8 @@ def run(job: dict[str, Any]) -> Record:
     record = Record(**blank, status="crashed", warmup_steps=case.warmup_steps)
     load_before = os.getloadavg()[0]
     if job["cap_bytes"] and case.device == "cpu":
-        # RLIMIT_DATA counts writable private memory; what lies beyond makes malloc fail, as a full machine does.
+        # RLIMIT_DATA counts writable private memory; what lies beyond makes malloc fail, as a full
+        # machine does.
         resource.setrlimit(resource.RLIMIT_DATA, (job["cap_bytes"], job["cap_bytes"]))
     try:
         _train(job, case, record)
@@ -76,10 +82,14 @@ def _train(job: dict[str, Any], case: Case, record: Record) -> None:
 
     workload = load(Path(job["workload"]))
     arm = make_arm(job["arm"], job["implementation"], job["settings"])
-    record.environment = {name: value for name, value in sorted(os.environ.items()) if name.startswith(TUNING)}
+    record.environment = {
+        name: value for name, value in sorted(os.environ.items()) if name.startswith(TUNING)
+    }
     before = _used_on_the_device() if case.device == "cuda" else None
     names = ("table", "arm", "implementation", "settings", "model", "dtype", "cap_bytes")
-    task = Job(case=case, workload=workload, work=Path(job["work"]), **{name: job[name] for name in names})
+    task = Job(
+        case=case, workload=workload, work=Path(job["work"]), **{name: job[name] for name in names}
+    )
     started = time.perf_counter()
     _import_libraries(arm)
     imported = time.perf_counter()
@@ -101,17 +111,21 @@ def _train(job: dict[str, Any], case: Case, record: Record) -> None:
             record.steps = witness.steps
             record.first_step_seconds = witness.first_step_seconds
     if len(record.steps) != workload.steps:
-        raise FastFTError(f"the arm stopped by itself after {len(record.steps)} of {workload.steps} steps.")
+        raise FastFTError(
+            f"the arm stopped by itself after {len(record.steps)} of {workload.steps} steps."
+        )
     record.adapter_change = witness.adapter_change()
     record.noise = Noise(load_average_before=0, load_average_after=0, **clock.noise(job["threads"]))
     record.patches = _patches(arm)
 
 
 def _import_libraries(arm: Any) -> None:
-    """Import what the arm needs before its clock for loading starts; Unsloth before everything else.
+    """Import what the arm needs before its clock for loading starts; Unsloth before everything
+    else.
 
-    Told by what the arm is, not by its name: a second fastft in a case must not get peft imported before Unsloth. An
-    arm that is none of ours imports its libraries itself, and its loading time says so.
+    Told by what the arm is, not by its name: a second fastft in a case must not get peft imported
+    before Unsloth. An arm that is none of ours imports its libraries itself, and its loading time
+    says so.
     """
     from fastft.bench.arms import FastftArm, PeftArm, UnslothArm, _without_network
 
@@ -129,7 +143,9 @@ def _import_libraries(arm: Any) -> None:
 
 
 def _no_flash_attention() -> None:
-    """Keep torch's own attention off the kernels that a card without FlashAttention 2 does not have, for every arm."""
+    """Keep torch's own attention off the kernels that a card without FlashAttention 2 does not
+    have, for every arm.
+    """
     import torch
 
     torch.backends.cuda.enable_flash_sdp(False)
@@ -171,17 +187,22 @@ class _CpuClock:
 
 
 def _cpu_times() -> tuple[float, float, float]:
-    """Return (wall seconds, CPU seconds of this process, CPU seconds of everything; 0 where the kernel does not tell)."""
+    """Return (wall seconds, CPU seconds of this process, CPU seconds of everything; 0 where the
+    kernel does not tell).
+    """
     busy = 0.0
     stat = Path("/proc/stat")
     if stat.exists():
-        user, nice, system, _idle, _wait, irq, softirq, steal = map(int, stat.read_text("utf-8").split()[1:9])
+        user, nice, system, _idle, _wait, irq, softirq, steal = map(
+            int, stat.read_text("utf-8").split()[1:9]
+        )
         busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
     return time.perf_counter(), time.process_time(), busy
 
 
 class _Memory:
-    """Caps and watches the GPU's memory; on a CPU the kernel keeps the peak of resident memory itself.
+    """Caps and watches the GPU's memory; on a CPU the kernel keeps the peak of resident memory
+    itself.
 
     `before`: bytes in use on the device before this process made its CUDA context.
     """
@@ -237,7 +258,9 @@ def _status_of(error: Exception) -> tuple[Any, str]:
     lowered = str(error).lower()
     if type(error).__name__ == "UnsupportedError":
         return "unsupported", str(error)
-    out_of_memory = type(error).__name__ in {"OutOfMemoryError", "MemoryError"} or "out of memory" in lowered
+    out_of_memory = (
+        type(error).__name__ in {"OutOfMemoryError", "MemoryError"} or "out of memory" in lowered
+    )
     if out_of_memory or "can't allocate memory" in lowered or "bad_alloc" in lowered:
         return "oom", text
     if isinstance(error, FastFTError):
@@ -248,7 +271,10 @@ def _status_of(error: Exception) -> tuple[Any, str]:
 def _clocks(device: str) -> tuple[float | None, str | None]:
     """Return (clock in MHz, the GPU's throttle reasons) where the kernel or the driver tells."""
     if device == "cuda":
-        for reasons in ("clocks_event_reasons.active", "clocks_throttle_reasons.active"):  # older drivers: the second
+        for reasons in (
+            "clocks_event_reasons.active",
+            "clocks_throttle_reasons.active",
+        ):  # older drivers: the second
             if (found := _nvidia_smi("clocks.sm", reasons)) and found[0].isdigit():
                 idle = found[1].startswith("0x") and int(found[1], 16) in {0, 1}  # 1 is "idle"
                 return float(found[0]), None if idle else found[1]
@@ -262,7 +288,9 @@ def _clocks(device: str) -> tuple[float | None, str | None]:
 
 
 def _used_on_the_device() -> int | None:
-    """Return the bytes in use on the first visible GPU, without making a CUDA context; None where nobody tells."""
+    """Return the bytes in use on the first visible GPU, without making a CUDA context; None where
+    nobody tells.
+    """
     found = _nvidia_smi("memory.used")
     return int(found[0]) * 2**20 if found and found[0].isdigit() else None
 
@@ -270,7 +298,13 @@ def _used_on_the_device() -> int | None:
 def _nvidia_smi(*fields: str) -> list[str] | None:
     """Return what the driver says of the first visible GPU, without units, or None."""
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
-    query = ["nvidia-smi", "-i", first, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    query = [
+        "nvidia-smi",
+        "-i",
+        first,
+        f"--query-gpu={','.join(fields)}",
+        "--format=csv,noheader,nounits",
+    ]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -280,7 +314,8 @@ def _nvidia_smi(*fields: str) -> list[str] | None:
 
 
 def matmul_ceiling(device: str, dtype: str) -> float:
-    """Return the FLOP/s of a 2048^3 (CPU) or 8192^3 (GPU) matrix product: the best within a second or two, in `dtype`.
+    """Return the FLOP/s of a 2048^3 (CPU) or 8192^3 (GPU) matrix product: the best within a second
+    or two, in `dtype`.
 
     At least twelve, and on a GPU long enough for its clocks to rise.
     """

@@ -1,7 +1,8 @@
-"""The work that every arm does: a checkpoint, a starting adapter, and pre-tokenised sequences in a fixed order.
+"""The work that every arm does: a checkpoint, a starting adapter, and pre-tokenised sequences in a
+fixed order.
 
-Made once for an invocation, in a process of its own; the arms only read it. Weights and tokens are random: what a
-step costs does not depend on what the numbers mean, and nothing is downloaded.
+Made once for an invocation, in a process of its own; the arms only read it. Weights and tokens are
+random: what a step costs does not depend on what the numbers mean, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ import numpy as np
 from fastft.bench.case import Case, Lengths
 from fastft.errors import FastFTError
 
-PAD, BOS, EOS, FIRST_TOKEN = 0, 1, 2, 3  # the data never holds PAD, so that padding can be told apart
+PAD, BOS, EOS, FIRST_TOKEN = (
+    0,
+    1,
+    2,
+    3,
+)  # the data never holds PAD, so that padding can be told apart
 NEW_TOKENS = 64
 """Room for tokens that a library adds to a real model's vocabulary to pad with."""
 SHARD = 2 * 10**9
@@ -34,7 +40,9 @@ class Workload:
     labels: list[np.ndarray]
     effective_batch_size: int
     never: np.ndarray = field(default_factory=lambda: np.array([PAD]))
-    """Ids that no sequence holds: what goes into a model with one of these is padding, whichever a library pads with."""
+    """Ids that no sequence holds: what goes into a model with one of these is padding, whichever a
+    library pads with.
+    """
 
     def step(self, index: int) -> slice:
         """Return the slice of sequences of step `index`."""
@@ -45,7 +53,9 @@ class Workload:
         return sum(len(ids) for ids in self.input_ids[self.step(index)])
 
     def supervised(self, index: int) -> int:
-        """Return the tokens of step `index` that carry loss (the first of a sequence is predicted by nothing)."""
+        """Return the tokens of step `index` that carry loss (the first of a sequence is predicted
+        by nothing).
+        """
         return sum(int((labels[1:] != -100).sum()) for labels in self.labels[self.step(index)])
 
     def lengths(self, index: int) -> list[int]:
@@ -66,9 +76,13 @@ def draw_lengths(lengths: Lengths, count: int, rng: np.random.Generator) -> np.n
         try:
             found = np.array([int(line) for line in Path(lengths.file).read_text("utf-8").split()])
         except (OSError, ValueError) as error:
-            raise FastFTError(f"lengths.file {lengths.file}: {error}; it must hold one whole number a line.") from error
+            raise FastFTError(
+                f"lengths.file {lengths.file}: {error}; it must hold one whole number a line."
+            ) from error
         if not len(found):
-            raise FastFTError(f"lengths.file {lengths.file} is empty; it must hold one whole number a line.")
+            raise FastFTError(
+                f"lengths.file {lengths.file} is empty; it must hold one whole number a line."
+            )
         drawn = rng.choice(found, count)
     else:
         assert lengths.median is not None
@@ -77,9 +91,15 @@ def draw_lengths(lengths: Lengths, count: int, rng: np.random.Generator) -> np.n
 
 
 def draw(
-    case: Case, lengths: Lengths, effective_batch_size: int, vocab_size: int, never: Sequence[int] = (PAD, BOS, EOS)
+    case: Case,
+    lengths: Lengths,
+    effective_batch_size: int,
+    vocab_size: int,
+    never: Sequence[int] = (PAD, BOS, EOS),
 ) -> Workload:
-    """Return the case's sequences: seeded, so the same on every machine (numpy's PCG64), without the ids in `never`."""
+    """Return the case's sequences: seeded, so the same on every machine (numpy's PCG64), without
+    the ids in `never`.
+    """
     rng = np.random.default_rng(case.seed)
     ordinary = np.setdiff1d(np.arange(vocab_size), never)
     if not len(ordinary):
@@ -89,7 +109,9 @@ def draw(
     for length in draw_lengths(lengths, count, rng):
         ids = ordinary[rng.integers(len(ordinary), size=length)]
         target = ids.copy()
-        target[: min(max(1, round(lengths.prompt_share * length)), length - 1)] = -100  # the last token carries loss
+        target[
+            : min(max(1, round(lengths.prompt_share * length)), length - 1)
+        ] = -100  # the last token carries loss
         input_ids.append(ids)
         labels.append(target)
     return Workload(input_ids, labels, effective_batch_size, np.array(sorted(never)))
@@ -116,9 +138,11 @@ def load(path: Path) -> Workload:
 
 
 def make_checkpoint(case: Case, folder: Path, *, layers: int | None = None) -> int:
-    """Write the case's random-weight model, tokenizer and starting adapter; return the vocabulary's size.
+    """Write the case's random-weight model, tokenizer and starting adapter; return the
+    vocabulary's size.
 
-    `layers` cuts the depth (for parity of models too large for float32). Needs torch: run in a worker process.
+    `layers` cuts the depth (for parity of models too large for float32). Needs torch: run in a
+    worker process.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -132,7 +156,9 @@ def make_checkpoint(case: Case, folder: Path, *, layers: int | None = None) -> i
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]
     config.bos_token_id, config.eos_token_id, config.pad_token_id = BOS, EOS, PAD
-    dtype = torch.float32 if case.dtype == "float32" else torch.bfloat16  # as published models are stored
+    dtype = (
+        torch.float32 if case.dtype == "float32" else torch.bfloat16
+    )  # as published models are stored
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     device = _device_with_room(sum(p.numel() * p.element_size() for p in model.parameters()))
@@ -151,17 +177,23 @@ def make_checkpoint(case: Case, folder: Path, *, layers: int | None = None) -> i
 
 
 def _device_with_room(size: int) -> str | None:
-    """Return where a model of `size` bytes can be made whole and saved, or None (8B in bfloat16 on a Colab T4)."""
+    """Return where a model of `size` bytes can be made whole and saved, or None (8B in bfloat16 on
+    a Colab T4).
+    """
     import psutil
     import torch
 
     if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.1 * size:
         return "cuda"
-    return "cpu" if psutil.virtual_memory().available > 2.2 * size else None  # saving copies a shard
+    return (
+        "cpu" if psutil.virtual_memory().available > 2.2 * size else None
+    )  # saving copies a shard
 
 
 def save_in_parts(model: Any, folder: Path, shard: int = SHARD) -> None:
-    """Write a model that is on the meta device, one module in memory at a time, with its family's own initialisation."""
+    """Write a model that is on the meta device, one module in memory at a time, with its family's
+    own initialisation.
+    """
     import torch
     from safetensors.torch import save_file
 
@@ -183,15 +215,24 @@ def save_in_parts(model: Any, folder: Path, shard: int = SHARD) -> None:
         where |= dict.fromkeys(part, parts)
         if sum(t.numel() * t.element_size() for t in part.values()) > shard:
             save_file(part, folder / f"part-{parts}.safetensors", metadata={"format": "pt"})
-            total, parts, part = total + sum(t.numel() * t.element_size() for t in part.values()), parts + 1, {}
+            total, parts, part = (
+                total + sum(t.numel() * t.element_size() for t in part.values()),
+                parts + 1,
+                {},
+            )
     if part:
         save_file(part, folder / f"part-{parts}.safetensors", metadata={"format": "pt"})
         total, parts = total + sum(t.numel() * t.element_size() for t in part.values()), parts + 1
     names = [f"model-{i + 1:05}-of-{parts:05}.safetensors" for i in range(parts)]
     for i, name in enumerate(names):
         (folder / f"part-{i}.safetensors").rename(folder / name)
-    index = {"metadata": {"total_size": total}, "weight_map": {name: names[i] for name, i in where.items()}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: names[i] for name, i in where.items()},
+    }
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps(index, indent=1), encoding="utf-8"
+    )
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
@@ -206,12 +247,19 @@ def parameters_of(path: Path) -> int:
 
 
 def write_starting_adapter(model: Any, case: Case, path: Path) -> None:
-    """Write one A and B for each targeted layer: B is not zero, so that A has a gradient from the first step on."""
+    """Write one A and B for each targeted layer: B is not zero, so that A has a gradient from the
+    first step on.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import save_file
 
-    lora = LoraConfig(r=case.lora.r, lora_alpha=case.lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=case.lora.r,
+        lora_alpha=case.lora.alpha,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
     adapted = get_peft_model(model, lora)
     generator = torch.Generator().manual_seed(case.seed)
     tensors = {}
@@ -230,13 +278,19 @@ def plain_name(name: str) -> str:
 
 
 def _tokenizer(vocab_size: int) -> Any:
-    """A word-level tokenizer of the model's size: trainers want one for padding, no text is ever tokenised."""
+    """A word-level tokenizer of the model's size: trainers want one for padding, no text is ever
+    tokenised.
+    """
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    words = {"<pad>": PAD, "<s>": BOS, "</s>": EOS} | {f"t{i}": i for i in range(FIRST_TOKEN, vocab_size)}
+    words = {"<pad>": PAD, "<s>": BOS, "</s>": EOS} | {
+        f"t{i}": i for i in range(FIRST_TOKEN, vocab_size)
+    }
     raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def main() -> None:
@@ -253,14 +307,17 @@ def main() -> None:
             vocab_size, never = _use_real_model(case, folder)
         for table, settings in case.tables.items():
             batch = settings.effective_batch_size or case.effective_batch_size
-            save(draw(case, settings.lengths or case.lengths, batch, vocab_size, never), folder / f"{table}.npz")
+            save(
+                draw(case, settings.lengths or case.lengths, batch, vocab_size, never),
+                folder / f"{table}.npz",
+            )
 
 
 def _use_real_model(case: Case, folder: Path) -> tuple[int, list[int]]:
     """Write only the starting adapter beside a real model, from its config alone.
 
-    Returns the vocabulary's size and the ids that no sequence may hold: every special or added token, and those past
-    the tokenizer's end, because each library pads with another one of them.
+    Returns the vocabulary's size and the ids that no sequence may hold: every special or added
+    token, and those past the tokenizer's end, because each library pads with another one of them.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer

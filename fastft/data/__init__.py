@@ -1,4 +1,5 @@
-"""Data that a person can see and trust: files in, proven samples and a report out. `prepare` is the door.
+"""Data that a person can see and trust: files in, proven samples and a report out. `prepare` is
+the door.
 
 read.py      files, folders and the Hub -> rows        formats.py   rows -> messages or texts
 template.py  the chat template, and prompts            encode.py    messages -> ids and a proven mask

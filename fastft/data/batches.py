@@ -1,8 +1,8 @@
 """From the sequences of one optimizer step to the rows that go through the model.
 
-An optimizer step is `effective_batch_size` sequences and nothing else. How they are cut into micro-batches
-is free: each micro-batch's loss is the *sum* of its token losses divided by the number of supervised tokens
-of the whole step, so the gradient does not depend on the cut.
+An optimizer step is `effective_batch_size` sequences and nothing else. How they are cut into
+micro-batches is free: each micro-batch's loss is the *sum* of its token losses divided by the
+number of supervised tokens of the whole step, so the gradient does not depend on the cut.
 """
 
 from __future__ import annotations
@@ -16,16 +16,21 @@ import numpy as np
 IGNORE = -100
 
 Rows = Literal["varlen", "packed", "padded"]
-"""What a micro-batch is: one row without padding whose boundaries are `cu_seq_lens_q` (fastft's attention) or
-`packed_seq_lengths` (Unsloth's GPU kernels), or a padded batch."""
+"""What a micro-batch is: one row without padding whose boundaries are `cu_seq_lens_q` (fastft's
+attention) or `packed_seq_lengths` (Unsloth's GPU kernels), or a padded batch.
+"""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of tokens that attends only to itself: a conversation, or one document of a joined text."""
+    """A stretch of tokens that attends only to itself: a conversation, or one document of a joined
+    text.
+    """
 
     input_ids: np.ndarray  # (L,) int32
-    labels: np.ndarray  # (L,) int32, IGNORE where no loss; the first is always IGNORE, nothing predicts it
+    labels: (
+        np.ndarray
+    )  # (L,) int32, IGNORE where no loss; the first is always IGNORE, nothing predicts it
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -46,9 +51,11 @@ class MicroBatch:
 
 
 class StepBatches:
-    """The optimizer steps of an epoch as a map-style dataset: `[k]` is the list of samples of step k.
+    """The optimizer steps of an epoch as a map-style dataset: `[k]` is the list of samples of step
+    k.
 
-    The order is a permutation drawn from (seed, epoch), so it is the same on every machine and after a resume.
+    The order is a permutation drawn from (seed, epoch), so it is the same on every machine and
+    after a resume.
     """
 
     def __init__(self, dataset: Any, effective_batch_size: int, seed: int) -> None:
@@ -70,7 +77,9 @@ class StepBatches:
 
 
 def segments_of(samples: Sequence[Any]) -> list[Segment]:
-    """Return the segments of `samples` (each with input_ids, labels and segments), first labels masked."""
+    """Return the segments of `samples` (each with input_ids, labels and segments), first labels
+    masked.
+    """
     result = []
     for sample in samples:
         start = 0
@@ -90,9 +99,11 @@ def supervised_tokens(segments: Sequence[Segment]) -> int:
 
 
 def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Return rows of indices, each of at most `budget` tokens (a longer sequence is a row of its own).
+    """Return rows of indices, each of at most `budget` tokens (a longer sequence is a row of its
+    own).
 
-    First-fit decreasing: at most 11/9 of the optimal number of rows, plus one (Johnson 1973). Deterministic.
+    First-fit decreasing: at most 11/9 of the optimal number of rows, plus one (Johnson 1973).
+    Deterministic.
     """
     rows: list[list[int]] = []
     room: list[int] = []
@@ -109,7 +120,9 @@ def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def cut_padded(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Return batches of indices whose padded size (count x longest) is at most `budget` tokens, like lengths together."""
+    """Return batches of indices whose padded size (count x longest) is at most `budget` tokens,
+    like lengths together.
+    """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         longest = lengths[batches[-1][0]] if batches else 0
@@ -123,7 +136,8 @@ def cut_padded(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def micro_batches(
     segments: Sequence[Segment], budget: int, *, rows: Rows, pad_token_id: int, device: Any
 ) -> Iterator[MicroBatch]:
-    """Yield the micro-batches of one step, each of at most `budget` tokens (padding counts), or of one segment.
+    """Yield the micro-batches of one step, each of at most `budget` tokens (padding counts), or of
+    one segment.
 
     Segments without a supervised token are left out: they add nothing to loss or gradient.
     """
@@ -131,17 +145,23 @@ def micro_batches(
     lengths = [len(segment) for segment in useful]
     for indices in (cut_padded if rows == "padded" else cut)(lengths, budget):
         chosen = [useful[i] for i in indices]
-        yield _padded(chosen, pad_token_id, device) if rows == "padded" else _padding_free(chosen, device, rows)
+        yield (
+            _padded(chosen, pad_token_id, device)
+            if rows == "padded"
+            else _padding_free(chosen, device, rows)
+        )
 
 
 CPU_MULTIPLE = 32
 
 
 def _padding_free(segments: list[Segment], device: Any, rows: Rows) -> MicroBatch:
-    """One row (1, T): position ids restart at each segment; the boundaries stay on the CPU, where they are read.
+    """One row (1, T): position ids restart at each segment; the boundaries stay on the CPU, where
+    they are read.
 
-    On a CPU the last segment gets a tail of unlabelled tokens up to a multiple of 32: oneDNN's matrix products are up
-    to a third faster then, and their generated code is used again. The tail comes after every token that could see it.
+    On a CPU the last segment gets a tail of unlabelled tokens up to a multiple of 32: oneDNN's
+    matrix products are up to a third faster then, and their generated code is used again. The tail
+    comes after every token that could see it.
     """
     import torch
 
@@ -152,7 +172,9 @@ def _padding_free(segments: list[Segment], device: Any, rows: Rows) -> MicroBatc
     row = {
         "input_ids": np.concatenate([*(s.input_ids for s in segments), np.zeros(tail, np.int64)]),
         "labels": np.concatenate([*(s.labels for s in segments), np.full(tail, IGNORE)]),
-        "position_ids": np.concatenate([*(np.arange(length) for length in lengths), np.arange(tail)]),
+        "position_ids": np.concatenate(
+            [*(np.arange(length) for length in lengths), np.arange(tail)]
+        ),
     }
     inputs: dict[str, Any] = {name: torch.from_numpy(a)[None].to(device) for name, a in row.items()}
     if rows == "packed":

@@ -26,7 +26,9 @@ from fastft.data.template import ChatTemplate, Message, Messages, TemplateRefuse
 from fastft.errors import FastFTError
 
 IGNORE = -100
-_GUARD = 0xF1000  # private use, plane 15: stands for a control token that somebody wrote into a text
+_GUARD = (
+    0xF1000  # private use, plane 15: stands for a control token that somebody wrote into a text
+)
 _SENTINEL = "\U000f0ff2"
 
 
@@ -40,7 +42,9 @@ class UnusableRowError(FastFTError):
 
 @dataclasses.dataclass(frozen=True)
 class TurnEnd:
-    """What a template writes after an answer: `tail`, from `token` (the one that ends the turn) on."""
+    """What a template writes after an answer: `tail`, from `token` (the one that ends the turn)
+    on.
+    """
 
     token: str | None
     tail: str
@@ -58,7 +62,9 @@ class Turn:
 
 @dataclasses.dataclass
 class Encoded:
-    """One sequence: ids (L,), labels (L,) of the tokens themselves (-100: no loss), the texts that are trained."""
+    """One sequence: ids (L,), labels (L,) of the tokens themselves (-100: no loss), the texts that
+    are trained.
+    """
 
     input_ids: np.ndarray  # int32
     labels: np.ndarray  # int32
@@ -73,7 +79,8 @@ class Coder:
     def __init__(self, tokenizer: Any, template: ChatTemplate) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise FastFTError(
-                f"{type(tokenizer).__name__} is no fast tokenizer (no tokenizer.json): token positions are not known. "
+                f"{type(tokenizer).__name__} is no fast tokenizer (no tokenizer.json): token "
+                "positions are not known. "
                 "Convert it once: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
             )
         self.tokenizer, self.template = tokenizer, template
@@ -88,7 +95,9 @@ class Coder:
         self.ends: dict[Any, TurnEnd] = {}
         self.writes_results: bool | None = None
         probe = "a  b\n c"
-        self.keeps_spaces = self.backend.decode(self.ids(probe), skip_special_tokens=False).strip() == probe
+        self.keeps_spaces = (
+            self.backend.decode(self.ids(probe), skip_special_tokens=False).strip() == probe
+        )
 
     @classmethod
     def of(cls, tokenizer: Any, template: ChatTemplate) -> Coder:
@@ -99,15 +108,20 @@ class Coder:
         return known
 
     def guard(self, value: Any) -> Any:
-        """Return `value` (text, or anything made of texts) with control tokens in it replaced by guards."""
+        """Return `value` (text, or anything made of texts) with control tokens in it replaced by
+        guards.
+        """
         if isinstance(value, str):
             if self._is_guarded(value):
                 raise UnusableRowError(
-                    "special_token_text", "it holds a private-use character (U+F1000 ...) that fastft works with"
+                    "special_token_text",
+                    "it holds a private-use character (U+F1000 ...) that fastft works with",
                 )
             if not self.template.mentions_control(value):
                 return value
-            return self.template.control_pattern.sub(lambda match: self.guards[match.group()], value)
+            return self.template.control_pattern.sub(
+                lambda match: self.guards[match.group()], value
+            )
         if isinstance(value, dict):
             return {self.guard(key): self.guard(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -146,11 +160,13 @@ class Coder:
         """Return the ids of a rendered text, guards resolved."""
         return self.encode_spans(text, [])[0]
 
-    def encode_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_spans(
+        self, text: str, spans: Sequence[tuple[int, int]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         """Return the ids of `text` and, for character spans (in order), their token spans.
 
-        Where a token would reach over the edge of a span (the prompt's last and the answer's first character in
-        one token), the text is encoded in two parts: that is what generation sees.
+        Where a token would reach over the edge of a span (the prompt's last and the answer's first
+        character in one token), the text is encoded in two parts: that is what generation sees.
         """
         encoding = self._encoding(text)
         ids = encoding.ids
@@ -165,7 +181,9 @@ class Coder:
         return ids, token_spans
 
     def _edge(self, encoding: Any, text: str, position: int) -> int | None:
-        """Return the first token that starts at or after `position`; None where a token reaches over it."""
+        """Return the first token that starts at or after `position`; None where a token reaches
+        over it.
+        """
         for char in range(position, len(text)):
             token = encoding.char_to_token(char)
             if token is None:
@@ -173,15 +191,20 @@ class Coder:
             begin, _ = encoding.token_to_chars(token)
             if begin >= position:
                 return token
-            # Some control tokens take the white space after them (Phi-3's do): the edge lies behind the token.
-            swallows = char > position or text[begin:position].strip() in self.template.control_tokens
+            # Some control tokens take the white space after them (Phi-3's do): the edge lies behind
+            # the token.
+            swallows = (
+                char > position or text[begin:position].strip() in self.template.control_tokens
+            )
             return token + 1 if swallows else None
         return len(encoding.ids)
 
     def _encode_cut(
         self, text: str, spans: Sequence[tuple[int, int]], edge: int
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Encode the parts before and after `edge` on their own; the proof finds out where that changes the text."""
+        """Encode the parts before and after `edge` on their own; the proof finds out where that
+        changes the text.
+        """
         left, left_spans = self.encode_spans(text[:edge], [s for s in spans if s[1] <= edge])
         rest = [(max(s, edge) - edge, e - edge) for s, e in spans if e > edge]
         right, right_spans = self.encode_spans(text[edge:], rest)
@@ -189,7 +212,11 @@ class Coder:
         return left + right, left_spans + moved
 
     def _resolve(
-        self, text: str, ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]]
+        self,
+        text: str,
+        ids: list[int],
+        offsets: list[tuple[int, int]],
+        spans: list[tuple[int, int]],
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Put the ordinary tokens of a control token's spelling where its guard stands."""
         out: list[int] = []
@@ -201,7 +228,8 @@ class Coder:
             if known is None:
                 if any(ord(char) in self.unguard_table for char in text[start:end]):
                     raise UnusableRowError(
-                        "special_token_text", "a control token in the text merges with its neighbours"
+                        "special_token_text",
+                        "a control token in the text merges with its neighbours",
                     )
                 out.append(ids[token])
             elif start != previous:  # several byte tokens may share one guard
@@ -219,13 +247,19 @@ class Coder:
         return self._plain_ids[token]
 
     def decode(self, ids: np.ndarray, start: int, end: int) -> str:
-        """Return the text of tokens start..end as it stands in the whole (some decoders drop a first space)."""
+        """Return the text of tokens start..end as it stands in the whole (some decoders drop a
+        first space).
+        """
         before = max(0, start - 8)
         prefix = self.backend.decode(ids[before:start].tolist(), skip_special_tokens=False)
-        return self.backend.decode(ids[before:end].tolist(), skip_special_tokens=False)[len(prefix) :]
+        return self.backend.decode(ids[before:end].tolist(), skip_special_tokens=False)[
+            len(prefix) :
+        ]
 
     def same(self, decoded: str, expected: str) -> bool:
-        """Whether `decoded` is `expected`, up to what the tokenizer normalises away (NFC, spaces, the unknown)."""
+        """Whether `decoded` is `expected`, up to what the tokenizer normalises away (NFC, spaces,
+        the unknown).
+        """
         if decoded == expected:
             return True
         normalizer = self.backend.normalizer
@@ -248,11 +282,12 @@ def encode_turns(
     *,
     train_all: bool = False,
 ) -> list[Encoded]:
-    """Return the sequences in which each of the assistant's turns is trained exactly once, the longest first.
+    """Return the sequences in which each of the assistant's turns is trained exactly once, the
+    longest first.
 
-    Mostly that is one. Where a template writes an earlier turn otherwise than it was generated (Qwen3 drops old
-    thinking, gpt-oss ends old turns with another token), that turn is trained in a sequence that ends with it.
-    `train_all`: every token carries loss, and there is one sequence.
+    Mostly that is one. Where a template writes an earlier turn otherwise than it was generated
+    (Qwen3 drops old thinking, gpt-oss ends old turns with another token), that turn is trained in
+    a sequence that ends with it. `train_all`: every token carries loss, and there is one sequence.
     Raises UnusableRowError with the reason, TemplateRefusedError with the template's words.
     """
     coder = Coder.of(tokenizer, template)
@@ -260,9 +295,13 @@ def encode_turns(
     tools = coder.guard(list(tools)) if tools else None
     if train_all:
         return [_everything(coder, guarded, tools)]
-    left = [_turn(coder, guarded, tools, i) for i, m in enumerate(guarded) if _is_trained(guarded, i, m)]
+    left = [
+        _turn(coder, guarded, tools, i) for i, m in enumerate(guarded) if _is_trained(guarded, i, m)
+    ]
     if not left:
-        raise UnusableRowError("no_answer", "no assistant's turn with something before it that could be trained")
+        raise UnusableRowError(
+            "no_answer", "no assistant's turn with something before it that could be trained"
+        )
     sequences = []
     while left:
         last = left.pop()
@@ -274,21 +313,32 @@ def encode_turns(
 
 
 def prove(
-    coder: Coder, input_ids: Sequence[int] | np.ndarray, labels: Sequence[int] | np.ndarray, answers: Sequence[str]
+    coder: Coder,
+    input_ids: Sequence[int] | np.ndarray,
+    labels: Sequence[int] | np.ndarray,
+    answers: Sequence[str],
 ) -> None:
-    """Raise UnusableRowError unless the runs of trained tokens decode to exactly `answers`, in order."""
+    """Raise UnusableRowError unless the runs of trained tokens decode to exactly `answers`, in
+    order.
+    """
     ids, targets = np.asarray(input_ids), np.asarray(labels)
     mask = targets != IGNORE
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8))).tolist()
+    edges = np.flatnonzero(
+        np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8))
+    ).tolist()
     runs = list(zip(edges[::2], edges[1::2], strict=True))
     wrong = bool((targets[mask] != ids[mask]).any())
     decoded = [coder.decode(ids, a, b) for a, b in runs]
-    if len(decoded) != len(answers):  # answers that follow each other without a token between are one run
+    if len(decoded) != len(
+        answers
+    ):  # answers that follow each other without a token between are one run
         decoded, answers = ["".join(decoded)], ["".join(answers)]
     for got, expected in zip(decoded, answers, strict=True):
         if wrong or not coder.same(got, expected):
             raise UnusableRowError(
-                "mask_not_proven", f"the trained tokens read {got[-80:]!r}, but the template renders {expected[-80:]!r}"
+                "mask_not_proven",
+                f"the trained tokens read {got[-80:]!r}, but the template renders "
+                f"{expected[-80:]!r}",
             )
 
 
@@ -300,7 +350,8 @@ def check_mask(
     labels: Sequence[int],
     tools: Sequence[Any] | None = None,
 ) -> None:
-    """Raise UnusableRowError unless this mask, whoever made it, is what the template renders for the last turns.
+    """Raise UnusableRowError unless this mask, whoever made it, is what the template renders for
+    the last turns.
 
     The proof for masks from elsewhere: the answers are rendered anew from `messages`.
     """
@@ -310,14 +361,22 @@ def check_mask(
 
 
 def turn_end(
-    template: ChatTemplate, before: Messages, shape: Message, tools: Sequence[Any] | None, switches: dict[str, bool]
+    template: ChatTemplate,
+    before: Messages,
+    shape: Message,
+    tools: Sequence[Any] | None,
+    switches: dict[str, bool],
 ) -> TurnEnd:
-    """Return how the template ends a turn of this shape (with tool calls or not, with reasoning or not)."""
+    """Return how the template ends a turn of this shape (with tool calls or not, with reasoning or
+    not).
+    """
     thinking = next(iter(switches.values()), None)
     probe = _with_sentinel(shape)
     text = template.render([*before, probe], tools, thinking=thinking)
     if _SENTINEL not in text:
-        raise UnusableRowError("answer_not_rendered", f"the chat template {template.name} leaves the answer out")
+        raise UnusableRowError(
+            "answer_not_rendered", f"the chat template {template.name} leaves the answer out"
+        )
     tail = text[text.rindex(_SENTINEL) + 1 :]
     controls = list(template.control_pattern.finditer(tail))
     if not controls:
@@ -335,7 +394,8 @@ def turn_end(
             continue  # a template that forgets earlier answers
         other = longer[longer.rindex(_SENTINEL) + 1 :]
         shared = next(
-            (i for i, (a, b) in enumerate(zip(tail, other, strict=False)) if a != b), min(len(tail), len(other))
+            (i for i, (a, b) in enumerate(zip(tail, other, strict=False)) if a != b),
+            min(len(tail), len(other)),
         )
         break
     ends = [match for match in controls if match.end() <= shared] or controls[:1]
@@ -356,19 +416,24 @@ def _turn(coder: Coder, messages: Messages, tools: Sequence[Any] | None, index: 
     if end.token is not None:
         if not answer.endswith(end.tail):
             raise UnusableRowError(
-                "template_mismatch", f"the answer does not end with {end.tail!r} in the rendered text"
+                "template_mismatch",
+                f"the answer does not end with {end.tail!r} in the rendered text",
             )
         answer = answer[: len(answer) - len(end.tail) + len(end.token)]
     content = message["content"].strip()
     names = [call["function"]["name"] for call in message.get("tool_calls") or []]
     lost = [part for part in (*names, content) if part and part not in answer]
     if lost and not (content in lost and template.reasoning_key and "</think>" in content):
-        raise UnusableRowError("answer_not_rendered", f"the chat template {template.name} leaves out {lost[0][:60]!r}")
+        raise UnusableRowError(
+            "answer_not_rendered", f"the chat template {template.name} leaves out {lost[0][:60]!r}"
+        )
     return Turn(index, prompt, answer, adds_eos=end.token is None)
 
 
 def _check_asked(coder: Coder, before: Messages, tools: Sequence[Any] | None, prompt: str) -> None:
-    """Raise where the template leaves out what is answered: the user's last message, or a tool's last result."""
+    """Raise where the template leaves out what is answered: the user's last message, or a tool's
+    last result.
+    """
     asked = next((m for m in reversed(before) if m["role"] in ("user", "tool")), None)
     if (
         asked is None
@@ -377,14 +442,16 @@ def _check_asked(coder: Coder, before: Messages, tools: Sequence[Any] | None, pr
     ):
         return
     role = asked["role"]
-    # A tool's result may be written as JSON: whether it is written at all shows a result that needs no escaping.
+    # A tool's result may be written as JSON: whether it is written at all shows a result that needs
+    # no escaping.
     if role == "tool" and coder.writes_results is None:
         probe = [{**m, "content": _SENTINEL} if m is asked else m for m in before]
         coder.writes_results = _SENTINEL in coder.template.render(probe, tools, prompt=True)
     if role == "user" or not coder.writes_results:
         raise UnusableRowError(
             "question_not_rendered",
-            f"the chat template {coder.template.name} leaves out the {role}'s {asked['content'].strip()[:60]!r}",
+            f"the chat template {coder.template.name} leaves out the {role}'s "
+            f"{asked['content'].strip()[:60]!r}",
         )
 
 
@@ -397,25 +464,35 @@ def _bridged(template: ChatTemplate, message: Message, prompt: str, whole: str) 
     A block that the prompt has closed already (Gemma 4, thinking off) is followed by the answer at once.
     """
     shared = next(
-        (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))
+        (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b),
+        min(len(prompt), len(whole)),
     )
     asked, answered = prompt[shared:], whole[shared:]
     first = message["content"].strip()[:20]
     if not asked.strip().endswith(">") or not answered.lstrip().startswith(first or "<"):
         raise UnusableRowError(
             "template_mismatch",
-            f"the chat template {template.name} asks for an answer with {prompt[-60:]!r}, but writes none there",
+            f"the chat template {template.name} asks for an answer with {prompt[-60:]!r}, but "
+            "writes none there",
         )
     if asked.count("<think>") > asked.count("</think>"):
         return f"{prompt}{message.get('reasoning_content') or ''}\n</think>\n\n{answered.lstrip()}"
     return prompt + answered
 
 
-def _end_of(coder: Coder, messages: Messages, tools: Any, index: int, thinking: bool | None) -> TurnEnd:
+def _end_of(
+    coder: Coder, messages: Messages, tools: Any, index: int, thinking: bool | None
+) -> TurnEnd:
     message = messages[index]
     calls = message.get("tool_calls") or []
     text_arguments = bool(calls) and isinstance(calls[-1]["function"].get("arguments"), str)
-    shape = (len(calls), text_arguments, bool(message["content"]), bool(message.get("reasoning_content")), thinking)
+    shape = (
+        len(calls),
+        text_arguments,
+        bool(message["content"]),
+        bool(message.get("reasoning_content")),
+        thinking,
+    )
     if shape not in coder.ends:
         switches = coder.template._switched(thinking)
         coder.ends[shape] = turn_end(coder.template, messages[:index], message, tools, switches)
@@ -423,7 +500,9 @@ def _end_of(coder: Coder, messages: Messages, tools: Any, index: int, thinking: 
 
 
 def _with_sentinel(shape: Message) -> Message:
-    """Return the answer with its content, and its last tool call's arguments, replaced by the sentinel."""
+    """Return the answer with its content, and its last tool call's arguments, replaced by the
+    sentinel.
+    """
     probe = dict(shape)
     if probe.get("content") or not probe.get("tool_calls"):
         probe["content"] = _SENTINEL
@@ -436,13 +515,19 @@ def _with_sentinel(shape: Message) -> Message:
 
 
 def _is_trained(messages: Messages, index: int, message: Message) -> bool:
-    """The assistant's messages, unless they have weight 0 or nothing stands before them that asks for them."""
+    """The assistant's messages, unless they have weight 0 or nothing stands before them that asks
+    for them.
+    """
     asked = any(m["role"] != "system" for m in messages[:index])
     return message["role"] == "assistant" and message.get("weight", 1) != 0 and asked
 
 
 def _stands_in(turn: Turn, text: str) -> bool:
-    return not turn.adds_eos and text.startswith(turn.prompt) and text.startswith(turn.answer, len(turn.prompt))
+    return (
+        not turn.adds_eos
+        and text.startswith(turn.prompt)
+        and text.startswith(turn.answer, len(turn.prompt))
+    )
 
 
 def _sequence(coder: Coder, text: str, turns: list[Turn]) -> Encoded:
@@ -461,11 +546,15 @@ def _sequence(coder: Coder, text: str, turns: list[Turn]) -> Encoded:
     _prove_prompt(coder, turns[-1].prompt, input_ids, token_spans[len(turns) - 1][0])
     prove(coder, input_ids, labels, answers)
     unknown = coder.tokenizer.unk_token_id
-    return Encoded(input_ids, labels, answers, lossy=unknown is not None and bool((labels == unknown).any()))
+    return Encoded(
+        input_ids, labels, answers, lossy=unknown is not None and bool((labels == unknown).any())
+    )
 
 
 def _prove_prompt(coder: Coder, prompt: str, ids: np.ndarray, first: int) -> None:
-    """The tokens before the answer are those that generation is asked with (from the last control token on)."""
+    """The tokens before the answer are those that generation is asked with (from the last control
+    token on).
+    """
     controls = list(coder.template.control_pattern.finditer(prompt))
     suffix = prompt[controls[-1].start() :] if controls else prompt
     expected = coder._suffix_ids.get(suffix)
@@ -475,7 +564,8 @@ def _prove_prompt(coder: Coder, prompt: str, ids: np.ndarray, first: int) -> Non
             coder._suffix_ids[suffix] = expected
     if ids[max(0, first - len(expected)) : first].tolist() != expected:
         raise UnusableRowError(
-            "prompt_not_proven", f"the tokens of {suffix[-60:]!r} differ between training and generation"
+            "prompt_not_proven",
+            f"the tokens of {suffix[-60:]!r} differ between training and generation",
         )
 
 
@@ -496,7 +586,9 @@ def _everything(coder: Coder, messages: Messages, tools: Sequence[Any] | None) -
 
 
 def _fits(parts: list[str], text: str) -> bool:
-    """Whether `text` begins with the first part, ends with the last, and holds the others in order."""
+    """Whether `text` begins with the first part, ends with the last, and holds the others in
+    order.
+    """
     if not text.startswith(parts[0]) or not text.endswith(parts[-1]):
         return False
     at = 0

@@ -1,7 +1,7 @@
 """What shape a dataset's rows have, and how each becomes messages (or a plain text).
 
-The format is detected from the columns of the first rows and said with the evidence. A row that does not fit it is
-not guessed at: it is refused with a reason, and counted.
+The format is detected from the columns of the first rows and said with the evidence. A row that
+does not fit it is not guessed at: it is refused with a reason, and counted.
 
     messages           {"messages": [{"role", "content"}, ...], "system", "tools": [...]}
     sharegpt           {"conversations": [{"from", "value"}, ...]}
@@ -90,7 +90,9 @@ class Format:
     """Columns of the file that are not read."""
 
 
-def detect(rows: Sequence[Any], *, format: str = "auto", columns: Mapping[str, str] | None = None) -> Format:
+def detect(
+    rows: Sequence[Any], *, format: str = "auto", columns: Mapping[str, str] | None = None
+) -> Format:
     """Return the format of a dataset from its first rows.
 
     Raises FormatError that lists the columns there are and those that each format needs.
@@ -98,30 +100,43 @@ def detect(rows: Sequence[Any], *, format: str = "auto", columns: Mapping[str, s
     columns = dict(columns or {})
     seen: dict[str, int] = {}
     for row in rows:
-        for key in row if isinstance(row, Mapping) else ["(bare text)"] if isinstance(row, str) else []:
+        for key in (
+            row if isinstance(row, Mapping) else ["(bare text)"] if isinstance(row, str) else []
+        ):
             seen[str(key)] = seen.get(str(key), 0) + 1
     present = [name for name in seen if name != "(bare text)"]
     _check_columns(columns, format, present)
     resolved = {name: _find(name, columns, seen) for name in _all_names()}
     fits: dict[str, int] = {}  # format -> rows that have its columns
     for name in [format] if format != "auto" else _order(columns):
-        if all(resolved[column] is not None for column in FORMATS[name]) and _looks_right(name, rows, resolved):
+        if all(resolved[column] is not None for column in FORMATS[name]) and _looks_right(
+            name, rows, resolved
+        ):
             fits[name] = min(seen[str(resolved[column])] for column in FORMATS[name])
     if fits:
         # The first of those that most rows have; a few rows of another shape do not decide.
         name = max(fits, key=lambda name: (_mapped(name, columns), fits[name]))
-        # An optional column that no looked-at row has may come later; it is then called by its own name.
+        # An optional column that no looked-at row has may come later; it is then called by its own
+        # name.
         used = {c: str(resolved[c] or c) for c in (*FORMATS[name], *OPTIONAL[name])}
         what = " and ".join(used[c] for c in FORMATS[name])
         how = "asked for" if format != "auto" else "detected"
         evidence = f"{how}: {fits[name]} of the first {len(rows)} rows have {what}"
-        return Format(name, used, evidence, tuple(c for c in present if c.strip() and c not in used.values()))
+        return Format(
+            name, used, evidence, tuple(c for c in present if c.strip() and c not in used.values())
+        )
     if seen.get("(bare text)") and format in ("auto", "text"):
-        return Format("text", {}, f"detected: {seen['(bare text)']} of the first {len(rows)} rows are bare texts")
+        return Format(
+            "text",
+            {},
+            f"detected: {seen['(bare text)']} of the first {len(rows)} rows are bare texts",
+        )
     known = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in FORMATS.items())
     raise FormatError(
-        f"cannot tell what the rows mean{'' if format == 'auto' else f' as {format}'}: their columns are "
-        f"{listed(present) or '(none)'}. Formats and the columns they need: {known}. Map yours with data.columns, "
+        f"cannot tell what the rows mean{'' if format == 'auto' else f' as {format}'}: their "
+        "columns are "
+        f"{listed(present) or '(none)'}. Formats and the columns they need: {known}. Map "
+        "yours with data.columns, "
         "for example columns: {prompt: my_question, completion: my_answer}."
     )
 
@@ -131,12 +146,15 @@ def convert(row: Any, format: Format, *, input_heading: str | None = None) -> Ex
     if isinstance(row, str) and format.name == "text":
         return Example(text=_text(row, "text"))
     if not isinstance(row, Mapping):
-        raise BadRowError("not_an_object", f"a row must be an object with columns, not {type(row).__name__}")
+        raise BadRowError(
+            "not_an_object", f"a row must be an object with columns, not {type(row).__name__}"
+        )
     value = {name: row.get(column) for name, column in format.columns.items()}
     missing = [format.columns[name] for name in FORMATS[format.name] if value.get(name) is None]
     if missing:
         raise BadRowError(
-            "missing_column", f"no {', '.join(missing)} in this row (it has {listed(map(str, row)) or 'nothing'})"
+            "missing_column",
+            f"no {', '.join(missing)} in this row (it has {listed(map(str, row)) or 'nothing'})",
         )
     example = _CONVERTERS[format.name](value, input_heading)
     if example.text is None:
@@ -181,8 +199,12 @@ def _prompt_completion(value: dict[str, Any], _: str | None) -> Example:
 
 
 def _is_messages(value: Any) -> bool:
-    """Whether this is a list of messages: as such, as the object of lists that `datasets` makes, as text in a CSV."""
-    return isinstance(value, list | tuple | Mapping) or (isinstance(value, str) and bool(_JSON_TEXT.match(value)))
+    """Whether this is a list of messages: as such, as the object of lists that `datasets` makes,
+    as text in a CSV.
+    """
+    return isinstance(value, list | tuple | Mapping) or (
+        isinstance(value, str) and bool(_JSON_TEXT.match(value))
+    )
 
 
 def _question_answer(value: dict[str, Any], _: str | None) -> Example:
@@ -212,7 +234,9 @@ def _pair(asked: str, answer: Any, value: dict[str, Any], column: str) -> Exampl
 
 
 def _with_system(messages: list[Message], value: Mapping[str, Any]) -> list[Message]:
-    """Return `messages` begun by the text of the `system` column, unless they have a system message of their own."""
+    """Return `messages` begun by the text of the `system` column, unless they have a system
+    message of their own.
+    """
     system = _text(value.get("system"), "system", optional=True)
     if not system.strip() or (messages and messages[0]["role"] == "system"):
         return messages
@@ -220,9 +244,14 @@ def _with_system(messages: list[Message], value: Mapping[str, Any]) -> list[Mess
 
 
 def _message(raw: Any) -> Message:
-    """Return a message with role, content (text) and, where there are any, reasoning, tool calls and their ids."""
+    """Return a message with role, content (text) and, where there are any, reasoning, tool calls
+    and their ids.
+    """
     if not isinstance(raw, Mapping):
-        raise BadRowError("bad_message", f"a message must be an object with role and content, not {type(raw).__name__}")
+        raise BadRowError(
+            "bad_message",
+            f"a message must be an object with role and content, not {type(raw).__name__}",
+        )
     name = raw.get("role", raw.get("from"))
     role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
@@ -230,14 +259,24 @@ def _message(raw: Any) -> Message:
         raise BadRowError("unknown_role", f"unknown role {shown}{did_you_mean(shown, ROLES)}")
     content = raw.get("content", raw.get("value"))
     if role == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": _calls([parse_arguments(content)])}
-    message: Message = {"role": role, "content": _content(content, optional=bool(raw.get("tool_calls")))}
+        return {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": _calls([parse_arguments(content)]),
+        }
+    message: Message = {
+        "role": role,
+        "content": _content(content, optional=bool(raw.get("tool_calls"))),
+    }
     if raw.get("tool_calls"):
         message["tool_calls"] = _calls(raw["tool_calls"])
     if role == "assistant":
         _reasoning(message, raw)
         if raw.get("weight") not in (None, 0, 1):
-            raise BadRowError("bad_message", f"the weight of a message must be 0 or 1, it is {raw['weight']!r:.60}")
+            raise BadRowError(
+                "bad_message",
+                f"the weight of a message must be 0 or 1, it is {raw['weight']!r:.60}",
+            )
         if raw.get("weight") == 0 or raw.get("train") is False:
             message["weight"] = 0
     if role == "tool":
@@ -248,7 +287,14 @@ def _message(raw: Any) -> Message:
 
 
 def _reasoning(message: Message, raw: Mapping[str, Any]) -> None:
-    given = next((raw[k] for k in ("reasoning_content", "thinking", "reasoning") if isinstance(raw.get(k), str)), "")
+    given = next(
+        (
+            raw[k]
+            for k in ("reasoning_content", "thinking", "reasoning")
+            if isinstance(raw.get(k), str)
+        ),
+        "",
+    )
     inline = _THINK.fullmatch(message["content"])
     if not given and inline:
         given, message["content"] = inline.group(1), inline.group(2).strip()
@@ -261,13 +307,19 @@ def _content(content: Any, *, optional: bool) -> str:
     if isinstance(content, list | tuple):
         texts = []
         for part in content:
-            if isinstance(part, Mapping) and part.get("type", "text") in ("text", "input_text", "output_text"):
+            if isinstance(part, Mapping) and part.get("type", "text") in (
+                "text",
+                "input_text",
+                "output_text",
+            ):
                 texts.append(_text(part.get("text"), "content"))
             elif isinstance(part, str):
                 texts.append(_text(part, "content"))
             else:
                 kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-                raise BadRowError("not_text", f"a part of the content is {kind}; fastft trains on text only")
+                raise BadRowError(
+                    "not_text", f"a part of the content is {kind}; fastft trains on text only"
+                )
         return "".join(texts)
     return _text(content, "content", optional=optional)
 
@@ -279,8 +331,13 @@ def _calls(calls: Any) -> list[Any]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise BadRowError("bad_tool_call", "a tool call needs function.name")
-        arguments = _clean(parse_arguments(function.get("arguments", function.get("parameters", {})) or {}))
-        made_call = {"type": "function", "function": {"name": _text(function["name"], "name"), "arguments": arguments}}
+        arguments = _clean(
+            parse_arguments(function.get("arguments", function.get("parameters", {})) or {})
+        )
+        made_call = {
+            "type": "function",
+            "function": {"name": _text(function["name"], "name"), "arguments": arguments},
+        }
         if isinstance(call, Mapping) and call.get("id"):
             made_call["id"] = str(call["id"])
         made.append(made_call)
@@ -304,7 +361,9 @@ def _tools(tools: Any) -> list[Any] | None:
 
 
 def _clean(value: Any) -> Any:
-    """Drop the nulls that Arrow puts into objects whose keys differ from row to row; check all texts."""
+    """Drop the nulls that Arrow puts into objects whose keys differ from row to row; check all
+    texts.
+    """
     if isinstance(value, Mapping):
         return {str(k): _clean(v) for k, v in value.items() if v is not None}
     if isinstance(value, list | tuple):
@@ -317,12 +376,18 @@ def _list(value: Any, column: str) -> list[Any]:
         value = parse_json(value)
         if isinstance(value, Bad):
             raise BadRowError("not_a_list", f"{column} is text, not a list, and {value.message}")
-    if isinstance(value, Mapping) and value and all(isinstance(v, list | tuple) for v in value.values()):
+    if (
+        isinstance(value, Mapping)
+        and value
+        and all(isinstance(v, list | tuple) for v in value.values())
+    ):
         # `datasets` turns a list of objects into an object of lists.
         keys = list(value)
         if len({len(items) for items in value.values()}) > 1:
             lengths = ", ".join(f"{len(items)} {key}" for key, items in value.items())
-            raise BadRowError("not_a_list", f"{column} is an object of lists of different lengths ({lengths})")
+            raise BadRowError(
+                "not_a_list", f"{column} is an object of lists of different lengths ({lengths})"
+            )
         value = [dict(zip(keys, items, strict=True)) for items in zip(*value.values(), strict=True)]
     if not isinstance(value, list | tuple):
         raise BadRowError("not_a_list", f"{column} must be a list, not {type(value).__name__}")
@@ -349,7 +414,8 @@ def _text(value: Any, column: str, *, optional: bool = False) -> str:
     except UnicodeEncodeError as error:
         raise BadRowError(
             "lone_surrogate",
-            f"{column} holds half a character (a lone surrogate, or a byte that is not UTF-8) at {error.start}",
+            f"{column} holds half a character (a lone surrogate, or a byte that is not UTF-8) "
+            f"at {error.start}",
         ) from error
     return value.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -371,24 +437,32 @@ def _check(example: Example) -> None:
         raise BadRowError("no_prompt", "the answer has nothing before it that asks for it")
     if "system" in roles[1:]:
         raise BadRowError(
-            "role_order", f"a system message stands at place {roles.index('system', 1) + 1}, it belongs first"
+            "role_order",
+            f"a system message stands at place {roles.index('system', 1) + 1}, it belongs first",
         )
-    if not any(m["content"].strip() for m in example.messages if m["role"] in ("user", "system", "tool")):
+    if not any(
+        m["content"].strip() for m in example.messages if m["role"] in ("user", "system", "tool")
+    ):
         raise BadRowError("empty_prompt", "what is asked is empty")
     previous = None
     for place, role in enumerate(roles, 1):
         if role in ("user", "assistant") and role == previous == "user":
-            raise BadRowError("role_order", f"two {role} messages follow each other at place {place}")
+            raise BadRowError(
+                "role_order", f"two {role} messages follow each other at place {place}"
+            )
         previous = role
 
 
 def _check_columns(columns: Mapping[str, str], format: str, present: list[str]) -> None:
     known = _all_names() if format == "auto" else (*FORMATS[format], *OPTIONAL[format])
     problems = [
-        f"unknown name {n!r}{did_you_mean(n, known)}; known: {', '.join(known)}" for n in columns if n not in known
+        f"unknown name {n!r}{did_you_mean(n, known)}; known: {', '.join(known)}"
+        for n in columns
+        if n not in known
     ]
     problems += [
-        f"{name}: {column!r} is not in the first rows{did_you_mean(column, present)}; their columns: {listed(present)}"
+        f"{name}: {column!r} is not in the first rows{did_you_mean(column, present)}; their "
+        f"columns: {listed(present)}"
         for name, column in columns.items()
         if name in known and column not in present
     ]
@@ -413,8 +487,12 @@ def _mapped(name: str, columns: Mapping[str, str]) -> int:
 def listed(names: Iterable[str], most: int = 20) -> str:
     """Return the names as one short text: a file without a header has its first row as names."""
     shown = [name if len(name) <= 60 else name[:60] + "..." for name in names]
-    shown = [name.encode("utf-8", "backslashreplace").decode() for name in shown]  # half characters cannot be printed
-    return ", ".join(shown[:most]) + (f" and {len(shown) - most:,} more" if len(shown) > most else "")
+    shown = [
+        name.encode("utf-8", "backslashreplace").decode() for name in shown
+    ]  # half characters cannot be printed
+    return ", ".join(shown[:most]) + (
+        f" and {len(shown) - most:,} more" if len(shown) > most else ""
+    )
 
 
 def _find(name: str, columns: Mapping[str, str], seen: Mapping[str, int]) -> str | None:
@@ -430,11 +508,14 @@ def _find(name: str, columns: Mapping[str, str], seen: Mapping[str, int]) -> str
 
 
 def _looks_right(name: str, rows: Sequence[Any], resolved: Mapping[str, str | None]) -> bool:
-    """Whether a list column holds lists: `messages` with from/value is sharegpt, and the other way round."""
+    """Whether a list column holds lists: `messages` with from/value is sharegpt, and the other way
+    round.
+    """
     if name not in ("messages", "sharegpt"):
         return True
     column = resolved[FORMATS[name][0]]
     values = [row.get(column) for row in rows if isinstance(row, Mapping) and row.get(column)]
     return not values or any(
-        isinstance(v, list | tuple | Mapping) or (isinstance(v, str) and v.lstrip()[:1] == "[") for v in values
+        isinstance(v, list | tuple | Mapping) or (isinstance(v, str) and v.lstrip()[:1] == "[")
+        for v in values
     )

@@ -1,7 +1,9 @@
-"""A tokenizer for the data workers: the real one's Rust part and special tokens, without importing torch.
+"""A tokenizer for the data workers: the real one's Rust part and special tokens, without importing
+torch.
 
-transformers' tokenizer classes import torch, 0.2 GB and two seconds a process; a worker needs neither. Rendering goes
-through transformers' own function, so a text is the same wherever it is rendered.
+transformers' tokenizer classes import torch, 0.2 GB and two seconds a process; a worker needs
+neither. Rendering goes through transformers' own function, so a text is the same wherever it is
+rendered.
 """
 
 from __future__ import annotations
@@ -43,17 +45,21 @@ class LightTokenizer:
 
         assert not tokenize
         values = {**self.special_tokens_map, **values}  # as there: what is asked for wins
-        texts = render_jinja_template(conversations=[conversation], tools=tools, chat_template=chat_template, **values)[
-            0
-        ]
+        texts = render_jinja_template(
+            conversations=[conversation], tools=tools, chat_template=chat_template, **values
+        )[0]
         return str(texts[0])
 
 
 def light(tokenizer: Any) -> Any:
-    """Return the light form of `tokenizer`; itself where its class renders chats in a way of its own (Mistral's)."""
+    """Return the light form of `tokenizer`; itself where its class renders chats in a way of its
+    own (Mistral's).
+    """
     from transformers import PreTrainedTokenizerBase
 
     own = getattr(type(tokenizer), "apply_chat_template", None)
-    if own is not PreTrainedTokenizerBase.apply_chat_template or not getattr(tokenizer, "is_fast", False):
+    if own is not PreTrainedTokenizerBase.apply_chat_template or not getattr(
+        tokenizer, "is_fast", False
+    ):
         return tokenizer
     return LightTokenizer(tokenizer)

@@ -1,7 +1,9 @@
-"""Chat templates by name, written for fastft after the published formats, and which one a base model gets.
+"""Chat templates by name, written for fastft after the published formats, and which one a base
+model gets.
 
-Each is a Jinja source; `bos_token` is put in front where the tokenizer itself starts texts with it, so that it
-appears exactly once. Special tokens in them must be in the vocabulary: fastft never adds tokens on its own.
+Each is a Jinja source; `bos_token` is put in front where the tokenizer itself starts texts with
+it, so that it appears exactly once. Special tokens in them must be in the vocabulary: fastft never
+adds tokens on its own.
 """
 
 from __future__ import annotations
@@ -14,22 +16,29 @@ _TURNS = (
 )
 
 
-def _turns(start: str, middle: str, end: str, answer: str = "assistant", role: str = "message['role']") -> str:
-    """Return the template of a format that writes every message alike: start, role, middle, content, end."""
+def _turns(
+    start: str, middle: str, end: str, answer: str = "assistant", role: str = "message['role']"
+) -> str:
+    """Return the template of a format that writes every message alike: start, role, middle,
+    content, end.
+    """
     values = {"START": start, "MIDDLE": middle, "END": end, "ANSWER": answer}
     source = _TURNS.replace("(ROLE)", f"({role})")
     return "".join(f"{{%- set {name} = {value!r} -%}}" for name, value in values.items()) + source
 
 
 _SYSTEM = (
-    "{%- if messages[0]['role'] == 'system' -%}{%- set system = messages[0]['content'] + '\\n\\n' -%}"
-    "{%- set turns = messages[1:] -%}{%- else -%}{%- set system = '' -%}{%- set turns = messages -%}{%- endif -%}"
+    "{%- if messages[0]['role'] == 'system' -%}{%- set system = messages[0]['content'] + "
+    "'\\n\\n' -%}"
+    "{%- set turns = messages[1:] -%}{%- else -%}{%- set system = '' -%}{%- set turns = "
+    "messages -%}{%- endif -%}"
 )
 
 _MISTRAL = (
     _SYSTEM + "{%- for message in turns -%}"
     "{%- if message['role'] == 'assistant' -%}{{- ' ' + (message['content'] | trim) + eos_token -}}"
-    "{%- else -%}{{- '[INST] ' + (system if loop.first else '') + (message['content'] | trim) + ' [/INST]' -}}"
+    "{%- else -%}{{- '[INST] ' + (system if loop.first else '') + (message['content'] | "
+    "trim) + ' [/INST]' -}}"
     "{%- endif -%}{%- endfor -%}"
 )
 
@@ -41,7 +50,8 @@ _INSTRUCTION = (
     "{%- for message in turns -%}{%- if message['role'] == 'assistant' -%}"
     "{{- ANSWERED + '\\n' + (message['content'] | trim) + eos_token -}}"
     "{%- if not loop.last -%}{{- '\\n\\n' -}}{%- endif -%}"
-    "{%- else -%}{{- ASKED + '\\n' + (message['content'] | trim) + '\\n\\n' -}}{%- endif -%}{%- endfor -%}"
+    "{%- else -%}{{- ASKED + '\\n' + (message['content'] | trim) + '\\n\\n' -}}{%- endif "
+    "-%}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- ANSWERED + '\\n' -}}{%- endif -%}"
 )
 
@@ -52,11 +62,15 @@ def _instruction(system: str, asked: str, answered: str) -> str:
     The `### Input` part of a row comes as part of the user's message; see formats.py.
     """
     values = {"SYSTEM": system, "ASKED": asked, "ANSWERED": answered}
-    return "".join(f"{{%- set {name} = {value!r} -%}}" for name, value in values.items()) + _INSTRUCTION
+    return (
+        "".join(f"{{%- set {name} = {value!r} -%}}" for name, value in values.items())
+        + _INSTRUCTION
+    )
 
 
 _PLAIN = (
-    # The answer starts with a space: that is how words begin inside a text, so a base model has seen those tokens.
+    # The answer starts with a space: that is how words begin inside a text, so a base model has
+    # seen those tokens.
     "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}"
     "{{- 'Assistant: ' + (message['content'] | trim) + eos_token -}}"
     "{%- if not loop.last -%}{{- '\\n' -}}{%- endif -%}"
@@ -67,14 +81,17 @@ _PLAIN = (
 
 _QWEN3 = (
     "{%- set last = namespace(asked=-1) -%}"
-    "{%- for message in messages -%}{%- if message['role'] == 'user' -%}{%- set last.asked = loop.index0 -%}"
+    "{%- for message in messages -%}{%- if message['role'] == 'user' -%}{%- set last.asked = "
+    "loop.index0 -%}"
     "{%- endif -%}{%- endfor -%}"
     "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' -}}"
     "{%- if message['role'] == 'assistant' and loop.index0 > last.asked -%}"
-    "{{- '<think>\\n' + ((message['reasoning_content'] or '') | trim) + '\\n</think>\\n\\n' -}}{%- endif -%}"
+    "{{- '<think>\\n' + ((message['reasoning_content'] or '') | trim) + '\\n</think>\\n\\n' "
+    "-}}{%- endif -%}"
     "{{- (message['content'] | trim) + '<|im_end|>\\n' -}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}"
-    "{%- if enable_thinking is defined and not enable_thinking -%}{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}"
+    "{%- if enable_thinking is defined and not enable_thinking -%}{{- "
+    "'<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}"
     "{%- endif -%}"
 )
 
@@ -83,22 +100,28 @@ NAMED: dict[str, str] = {
     "llama3": _turns("<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>"),
     "gemma": _SYSTEM + "{%- for message in turns -%}"
     "{{- '<start_of_turn>' + ('model' if message['role'] == 'assistant' else 'user') + '\\n' -}}"
-    "{{- (system if loop.first else '') + (message['content'] | trim) + '<end_of_turn>\\n' -}}{%- endfor -%}"
+    "{{- (system if loop.first else '') + (message['content'] | trim) + '<end_of_turn>\\n' "
+    "-}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<start_of_turn>model\\n' -}}{%- endif -%}",
     "mistral": _MISTRAL,
     "phi3": _turns("<|", "|>\n", "<|end|>\n"),
     "qwen3": _QWEN3,
     "alpaca": _instruction(
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.",
         "### Instruction:",
         "### Response:",
     ),
     "alpaca_ja": _instruction(
-        "以下は、タスクを説明する指示です。要求を適切に満たす応答を書きなさい。", "### 指示:", "### 応答:"
+        "以下は、タスクを説明する指示です。要求を適切に満たす応答を書きなさい。",
+        "### 指示:",
+        "### 応答:",
     ),
     "plain": _PLAIN,
 }
 """Name -> Jinja source."""
 
 INPUT_HEADINGS = {"alpaca": "### Input:", "alpaca_ja": "### 入力:"}
-"""The heading under which an Alpaca-like template shows the input of a row; elsewhere an empty line separates it."""
+"""The heading under which an Alpaca-like template shows the input of a row; elsewhere an empty
+line separates it.
+"""

@@ -1,9 +1,12 @@
-"""`prepare`: from the data section of a config to tokenised, masked, proven samples and the report on them.
+"""`prepare`: from the data section of a config to tokenised, masked, proven samples and the report
+on them.
 
-    source -> chunks of rows -> (worker) samples -> store -> groups of duplicates -> train and eval -> report
+    source -> chunks of rows -> (worker) samples -> store -> groups of duplicates -> train and eval
+    -> report
 
-Nothing but hashes of the rows and a few raw conversations is kept in memory; the samples are in memory where the
-source is small and in files of the cache, read sample by sample, where it is large.
+Nothing but hashes of the rows and a few raw conversations is kept in memory; the samples are in
+memory where the source is small and in files of the cache, read sample by sample, where it is
+large.
 """
 
 from __future__ import annotations
@@ -39,7 +42,9 @@ from fastft.errors import FastFTError
 VERSION = 3
 """Part of the fingerprint: raised where the same rows become other samples."""
 SMALL_BYTES = 32 << 20
-"""Sources up to this size are tokenised here and held in memory; larger ones in workers, into the cache."""
+"""Sources up to this size are tokenised here and held in memory; larger ones in workers, into the
+cache.
+"""
 LOOKED_AT = 200
 
 
@@ -53,10 +58,14 @@ class Prepared:
     template: ChatTemplate
     fingerprint: str
     held_out: list[Conversation]
-    """A few raw conversations: of the held-out rows, or of the training rows where nothing is held out."""
+    """A few raw conversations: of the held-out rows, or of the training rows where nothing is held
+    out.
+    """
 
     def eval_conversations(self, count: int) -> list[Conversation]:
-        """Return up to `count` raw samples: the messages before the last answer, and that answer for reference."""
+        """Return up to `count` raw samples: the messages before the last answer, and that answer
+        for reference.
+        """
         return self.held_out[:count]
 
 
@@ -82,18 +91,28 @@ def prepare(
     project_secrets_check: bool = True,
     processes: int | None = None,
 ) -> Prepared:
-    """Read, tokenise, mask, prove and split the data of `config`. The order of samples is the source's.
+    """Read, tokenise, mask, prove and split the data of `config`. The order of samples is the
+    source's.
 
-    `seed` changes nothing here (the split depends on the content only) and is part of no fingerprint. Large data is
-    kept below `cache_dir` (default: FASTFT_CACHE or ~/.cache/fastft), found again by its fingerprint.
-    Raises FastFTError where nothing can be trained on, or, with `strict`, where any row cannot.
+    `seed` changes nothing here (the split depends on the content only) and is part of no
+    fingerprint. Large data is kept below `cache_dir` (default: FASTFT_CACHE or ~/.cache/fastft),
+    found again by its fingerprint. Raises FastFTError where nothing can be trained on, or, with
+    `strict`, where any row cannot.
     """
     del seed
     started = time.perf_counter()
     template = choose_template(tokenizer, config.chat_template)
-    settings = Settings(max_seq_length, config.train_on, config.long_text, config.over_long, project_secrets_check)
-    source = open_source(config.source, name=config.name, split=config.split, streaming=config.streaming)
-    own_eval = open_source(config.eval_source, name=config.name, split=config.split) if config.eval_source else None
+    settings = Settings(
+        max_seq_length, config.train_on, config.long_text, config.over_long, project_secrets_check
+    )
+    source = open_source(
+        config.source, name=config.name, split=config.split, streaming=config.streaming
+    )
+    own_eval = (
+        open_source(config.eval_source, name=config.name, split=config.split)
+        if config.eval_source
+        else None
+    )
     fingerprint = _fingerprint(config, tokenizer, template, settings, source, own_eval)
     large = config.streaming or source.size is None or source.size > SMALL_BYTES
     folder = _cache_folder(cache_dir) / fingerprint[:16] if large else None
@@ -102,9 +121,17 @@ def prepare(
     with _work_folder(folder) as work:
         if processes is None:
             processes = (os.cpu_count() or 1) if large else 1
-        main = _tokenise(config, tokenizer, template, settings, source, work and work / "samples", processes)
+        main = _tokenise(
+            config, tokenizer, template, settings, source, work and work / "samples", processes
+        )
         other = own_eval and _tokenise(
-            config, tokenizer, template, settings, own_eval, work and work / "eval_samples", processes
+            config,
+            tokenizer,
+            template,
+            settings,
+            own_eval,
+            work and work / "eval_samples",
+            processes,
         )
         _refuse(config, main)
         if other:
@@ -116,7 +143,9 @@ def prepare(
         if work is not None:
             _write_index(work, prepared)
     if folder is not None:
-        return dataclasses.replace(_from_cache(folder, template, fingerprint), report=prepared.report)
+        return dataclasses.replace(
+            _from_cache(folder, template, fingerprint), report=prepared.report
+        )
     return prepared
 
 
@@ -144,11 +173,15 @@ def _fingerprint(
 
 
 def _cache_folder(cache_dir: Path | None) -> Path:
-    return Path(cache_dir or os.environ.get("FASTFT_CACHE") or "~/.cache/fastft").expanduser() / "data"
+    return (
+        Path(cache_dir or os.environ.get("FASTFT_CACHE") or "~/.cache/fastft").expanduser() / "data"
+    )
 
 
 class _work_folder:
-    """A folder beside the final one, renamed when all is written and removed when not; None for data in memory."""
+    """A folder beside the final one, renamed when all is written and removed when not; None for
+    data in memory.
+    """
 
     def __init__(self, final: Path | None) -> None:
         self.final = final
@@ -160,7 +193,9 @@ class _work_folder:
                 self.final.parent.mkdir(parents=True, exist_ok=True)
                 self.work = Path(tempfile.mkdtemp(dir=self.final.parent, prefix=".tokenising-"))
             except OSError as error:
-                raise FastFTError(f"the data cache {self.final.parent} cannot be written: {error}.") from error
+                raise FastFTError(
+                    f"the data cache {self.final.parent} cannot be written: {error}."
+                ) from error
         return self.work
 
     def __exit__(self, kind: Any, *_: Any) -> None:
@@ -188,7 +223,8 @@ def _tokenise(
         raise FastFTError(f"{source.name}: {error}") from error
     if processes > 1:
         tokenizer = light(tokenizer)
-    # A fresh copy of the template: what was cached on it while probing need not travel to the workers.
+    # A fresh copy of the template: what was cached on it while probing need not travel to the
+    # workers.
     maker = _Job(tokenizer, dataclasses.replace(template, tokenizer=tokenizer), format, settings)
     writer = Writer(folder) if folder is not None else None
     flats: list[list[np.ndarray]] = []
@@ -205,7 +241,9 @@ def _tokenise(
         if len(result.marks.lines):
             marks.append(result.marks)
         counts.add(result.counts)
-        examples = heapq.nsmallest(KEEP_EXAMPLES, examples + result.examples, key=lambda item: item[0])
+        examples = heapq.nsmallest(
+            KEEP_EXAMPLES, examples + result.examples, key=lambda item: item[0]
+        )
     samples = writer.close() if writer else TokenDataset.joined(flats, lengths)
     return _Side(samples, RowMarks.joined(marks), counts, examples, format, source)
 
@@ -240,7 +278,10 @@ def _first_rows(source: Source) -> list[Any]:
     if rows:
         return rows
     if bad:
-        raise FastFTError(f"{source.name}: none of its {len(bad):,} rows can be read. First: {'; '.join(bad[:3])}.")
+        raise FastFTError(
+            f"{source.name}: none of its {len(bad):,} rows can be read. First: "
+            f"{'; '.join(bad[:3])}."
+        )
     raise FastFTError(f"{source.name} has no rows.")
 
 
@@ -251,16 +292,19 @@ def _refuse(config: DataConfig, side: _Side) -> None:
     if used and not (config.strict and dropped):
         return
     reasons = "".join(
-        f"\n  - {reason}: {entry['count']:,} rows (lines {', '.join(map(str, entry['lines'][:5]))}): {entry['example']}"
+        f"\n  - {reason}: {entry['count']:,} rows (lines "
+        f"{', '.join(map(str, entry['lines'][:5]))}): {entry['example']}"
         for reason, entry in sorted(dropped.items(), key=lambda item: -item[1]["count"])
     )
     if not used:
         raise FastFTError(
-            f"{side.source.name}: no row of {side.counts.rows_total:,} can be trained on ({side.format.name}: "
+            f"{side.source.name}: no row of {side.counts.rows_total:,} can be trained on "
+            f"({side.format.name}: "
             f"{side.format.evidence}).{reasons}"
         )
     raise FastFTError(
-        f"{side.source.name}: {side.counts.rows_total - used:,} of {side.counts.rows_total:,} rows cannot be used, and "
+        f"{side.source.name}: {side.counts.rows_total - used:,} of {side.counts.rows_total:,} "
+        "rows cannot be used, and "
         f"data.strict is on.{reasons}"
     )
 
@@ -276,10 +320,15 @@ def _divide(
 ) -> Prepared:
     groups = splitting.group_rows(main.marks)
     held = (
-        np.zeros(len(main.marks.lines), bool) if other else splitting.held_out(main.marks, groups, config.eval_fraction)
+        np.zeros(len(main.marks.lines), bool)
+        if other
+        else splitting.held_out(main.marks, groups, config.eval_fraction)
     )
     of_sample = np.repeat(held, main.marks.samples)
-    train, evaluation = main.samples[np.flatnonzero(~of_sample)], main.samples[np.flatnonzero(of_sample)]
+    train, evaluation = (
+        main.samples[np.flatnonzero(~of_sample)],
+        main.samples[np.flatnonzero(of_sample)],
+    )
     train_marks = main.marks.subset(~held)
     held_marks = other.marks if other else main.marks.subset(held)
     if other:
@@ -288,7 +337,9 @@ def _divide(
         train = _joined_documents(train, settings.max_seq_length, work and work / "train")
     if (other or main).format.name == "text" and settings.long_text == "split":
         evaluation = _joined_documents(evaluation, settings.max_seq_length, work and work / "eval")
-    thinks = main.counts.reasoning_turns * 2 >= main.counts.turns > 0 and main.counts.reasoning_turns > 0
+    thinks = (
+        main.counts.reasoning_turns * 2 >= main.counts.turns > 0 and main.counts.reasoning_turns > 0
+    )
     template = template.with_thinking(thinks) if main.format.name != "text" else template
     leak = splitting.leaked(train_marks, held_marks) if len(held_marks.lines) else 0
     report = _report(config, template, settings, main, train, evaluation, groups, leak)
@@ -299,9 +350,12 @@ def _divide(
     conversations = _conversations(main, other, held)
     if not len(evaluation) and (config.eval_fraction > 0 or other):
         report.notices.append(
-            f"nothing is held out: {len(main.marks.lines)} rows are too few for {config.eval_fraction}"
+            f"nothing is held out: {len(main.marks.lines)} rows are too few for "
+            f"{config.eval_fraction}"
         )
-    return Prepared(train, evaluation if len(evaluation) else None, report, template, fingerprint, conversations)
+    return Prepared(
+        train, evaluation if len(evaluation) else None, report, template, fingerprint, conversations
+    )
 
 
 def _joined_documents(documents: TokenDataset, length: int, folder: Path | None) -> TokenDataset:
@@ -315,13 +369,14 @@ def _joined_documents(documents: TokenDataset, length: int, folder: Path | None)
 
 
 def join_documents(documents: TokenDataset, length: int) -> Iterator[Packed]:
-    """Yield sequences of at most `length` tokens made of whole and cut documents, one attention segment a piece.
+    """Yield sequences of at most `length` tokens made of whole and cut documents, one attention
+    segment a piece.
 
         documents   A A A A A A A   B B B      length 6
         sequences   A A A A A A | a A . B B B  -> [6], [2, 3]     (a: the last token again, for context, no loss)
 
-    Each token of a document carries loss exactly once. A piece that goes on begins with the token before it, whose
-    label is masked, so that the cut costs no prediction.
+    Each token of a document carries loss exactly once. A piece that goes on begins with the token
+    before it, whose label is masked, so that the cut costs no prediction.
     """
     ids: list[np.ndarray] = []
     labels: list[np.ndarray] = []
@@ -395,23 +450,29 @@ def _notices(config: DataConfig, template: ChatTemplate, main: _Side) -> list[st
     notices = list(dict.fromkeys(main.source.notices))
     if main.format.unused:
         notices.append(
-            f"columns that are not read: {listed(main.format.unused)}; data.columns maps them where they belong"
+            f"columns that are not read: {listed(main.format.unused)}; data.columns maps them "
+            "where they belong"
         )
     if main.format.name != "text":
         notices += template.notices
         if template.switch:
             state = "on" if template.thinking else "off"
             notices.append(
-                f"this template can think: {counts.reasoning_turns:,} of {counts.turns:,} answers come with reasoning, "
+                f"this template can think: {counts.reasoning_turns:,} of {counts.turns:,} "
+                "answers come with reasoning, "
                 f"so thinking is {state} unless it is asked for otherwise"
             )
     if counts.unrolled:
         notices.append(
-            f"{many(counts.unrolled, 'conversation')} became several samples: this template writes earlier answers "
+            f"{many(counts.unrolled, 'conversation')} became several samples: this template "
+            "writes earlier answers "
             "differently once they are history, so each answer is trained as it is generated"
         )
     said = [
-        (counts.tools_left_out, "with tools, which this template does not write: they are left out"),
+        (
+            counts.tools_left_out,
+            "with tools, which this template does not write: they are left out",
+        ),
         (counts.lossy, "with characters that the tokenizer does not know"),
         (counts.control_characters, "with control characters, which are kept"),
         (counts.special_token_text, "with a special token spelled out, which is read as text"),
@@ -420,7 +481,8 @@ def _notices(config: DataConfig, template: ChatTemplate, main: _Side) -> list[st
     if counts.secrets:
         lines = ", ".join(map(str, counts.secret_lines[:5]))
         notices.append(
-            f"{many(counts.secret_rows, 'row')} with what looks like a key (lines {lines}); a model learns keys by heart"
+            f"{many(counts.secret_rows, 'row')} with what looks like a key (lines {lines}); a "
+            "model learns keys by heart"
         )
     if config.train_on == "everything":
         notices.append("train_on: everything, so what is asked is trained too")
@@ -428,18 +490,25 @@ def _notices(config: DataConfig, template: ChatTemplate, main: _Side) -> list[st
 
 
 def _eval_notices(other: _Side) -> list[str]:
-    """Say of an own evaluation source what the numbers of the report, which are the training source's, do not."""
+    """Say of an own evaluation source what the numbers of the report, which are the training
+    source's, do not.
+    """
     counts, name = other.counts, other.source.name
     notices = [f"eval_source: {notice}" for notice in dict.fromkeys(other.source.notices)]
     if counts.dropped:
         why = "; ".join(
-            f"{reason} {entry['count']:,} (lines {', '.join(map(str, entry['lines'][:5]))}): {entry['example']}"
+            f"{reason} {entry['count']:,} (lines {', '.join(map(str, entry['lines'][:5]))}): "
+            f"{entry['example']}"
             for reason, entry in counts.dropped.items()
         )
         lost = counts.rows_total - len(other.marks.lines)
-        notices.append(f"eval_source {name}: {lost:,} of {counts.rows_total:,} rows are not used: {why}")
+        notices.append(
+            f"eval_source {name}: {lost:,} of {counts.rows_total:,} rows are not used: {why}"
+        )
     if counts.truncated:
-        notices.append(f"eval_source {name}: {counts.truncated:,} samples are cut to max_seq_length")
+        notices.append(
+            f"eval_source {name}: {counts.truncated:,} samples are cut to max_seq_length"
+        )
     return notices
 
 

@@ -1,7 +1,9 @@
-"""Rows out of files, folders and the Hub, in passes: JSON, JSONL, CSV, TSV, Parquet, Arrow, `datasets` folders.
+"""Rows out of files, folders and the Hub, in passes: JSON, JSONL, CSV, TSV, Parquet, Arrow,
+`datasets` folders.
 
-A source yields chunks of unparsed rows (lines, or objects), so that parsing happens where tokenising happens. What
-cannot be read is a `Bad` row with its line and reason; only a file that is no dataset at all is an error.
+A source yields chunks of unparsed rows (lines, or objects), so that parsing happens where
+tokenising happens. What cannot be read is a `Bad` row with its line and reason; only a file that
+is no dataset at all is an error.
 """
 
 from __future__ import annotations
@@ -33,9 +35,23 @@ SUFFIXES = {
     ".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow",
     ".txt": "text", ".md": "text",
 }  # fmt: skip
-# What a cut, damaged or foreign file makes its reader raise; NotImplementedError: a zip method that Python lacks.
-_UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, NotImplementedError)
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
+# What a cut, damaged or foreign file makes its reader raise; NotImplementedError: a zip method that
+# Python lacks.
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    lzma.LZMAError,
+    zlib.error,
+    zipfile.BadZipFile,
+    NotImplementedError,
+)
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bz2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+}
 
 _SPLITS = {
     "train": {"train", "training"},
@@ -54,13 +70,17 @@ class Bad:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Some rows as they stand in the source, with their numbers: lines (bytes) to be parsed, or objects."""
+    """Some rows as they stand in the source, with their numbers: lines (bytes) to be parsed, or
+    objects.
+    """
 
     lines: list[int]
     rows: list[Any]
     encoding: str | None = None
     file: str = ""
-    """Its name, where the source has several files: a line number alone would not say where to look."""
+    """Its name, where the source has several files: a line number alone would not say where to
+    look.
+    """
 
     def parsed(self) -> Iterator[tuple[int, Any]]:
         """Yield (line number, row), a row being an object, a text or a `Bad`."""
@@ -69,7 +89,9 @@ class Chunk:
 
 
 class Source:
-    """A dataset that can be read several times. `size` is in bytes (None: not known before reading)."""
+    """A dataset that can be read several times. `size` is in bytes (None: not known before
+    reading).
+    """
 
     def __init__(self, files: Sequence[Path], kind: str, name: str, notices: list[str]) -> None:
         self.files, self.kind, self.name, self.notices = list(files), kind, name, notices
@@ -94,8 +116,15 @@ class TableSource(Source):
     """A `datasets` dataset: from the Hub, or saved in a folder."""
 
     def __init__(self, dataset: Any, name: str, notices: list[str]) -> None:
-        self.dataset, self.name, self.notices, self.kind, self.files = dataset, name, notices, "datasets", []
-        # `size_in_bytes` is not known of a dataset that was made of rows and saved; its table always knows.
+        self.dataset, self.name, self.notices, self.kind, self.files = (
+            dataset,
+            name,
+            notices,
+            "datasets",
+            [],
+        )
+        # `size_in_bytes` is not known of a dataset that was made of rows and saved; its table
+        # always knows.
         self.size = int(dataset.data.nbytes) if hasattr(dataset, "__len__") else None
 
     def chunks(self) -> Iterator[Chunk]:
@@ -107,13 +136,18 @@ class TableSource(Source):
         total = hashlib.sha256()
         for row in self.dataset:
             total.update(
-                json.dumps(row, sort_keys=True, default=str, ensure_ascii=False).encode("utf-8", "surrogatepass")
+                json.dumps(row, sort_keys=True, default=str, ensure_ascii=False).encode(
+                    "utf-8", "surrogatepass"
+                )
             )
         return total.hexdigest()
 
 
-def open_source(source: str, *, name: str | None = None, split: str = "train", streaming: bool = False) -> Source:
-    """Return the dataset at `source`: a file, a folder (of files, or saved by `datasets`), or a Hub id.
+def open_source(
+    source: str, *, name: str | None = None, split: str = "train", streaming: bool = False
+) -> Source:
+    """Return the dataset at `source`: a file, a folder (of files, or saved by `datasets`), or a
+    Hub id.
 
     Raises FastFTError where there is nothing that can be read.
     """
@@ -121,27 +155,47 @@ def open_source(source: str, *, name: str | None = None, split: str = "train", s
     if path.is_file():
         return _open_files([path], source)
     if path.is_dir():
-        if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json", "dataset_info.json")):
+        if any(
+            (path / marker).is_file()
+            for marker in ("dataset_dict.json", "state.json", "dataset_info.json")
+        ):
             return _saved_folder(path, split)
         files = sorted(
-            f for f in path.rglob("*") if f.is_file() and kind_of(f) is not None and not f.name.startswith(".")
+            f
+            for f in path.rglob("*")
+            if f.is_file() and kind_of(f) is not None and not f.name.startswith(".")
         )
         if not files:
             raise FastFTError(
-                f"the folder {source} holds no data file. Known: {', '.join(sorted(SUFFIXES))}, also compressed."
+                f"the folder {source} holds no data file. Known: "
+                f"{', '.join(sorted(SUFFIXES))}, also compressed."
             )
         files, notices = _chosen(files, path, split)
         return _open_files(files, source, notices)
-    if path.exists():  # a pipe, a socket, a device: can be read once at most, and data is read in several passes
-        raise FastFTError(f"{source} is neither a file nor a folder (a pipe?). Write its content into a file first.")
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and kind_of(path) is None and not source.startswith("."):
+    if (
+        path.exists()
+    ):  # a pipe, a socket, a device: can be read once at most, and data is read in several passes
+        raise FastFTError(
+            f"{source} is neither a file nor a folder (a pipe?). Write its content into a "
+            "file first."
+        )
+    if (
+        re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)
+        and kind_of(path) is None
+        and not source.startswith(".")
+    ):
         return _from_hub(source, name, split, streaming)
-    raise FastFTError(f"the data file {source} does not exist (looked in {path.absolute().parent}). Set data.source.")
+    raise FastFTError(
+        f"the data file {source} does not exist (looked in {path.absolute().parent}). Set "
+        "data.source."
+    )
 
 
 def kind_of(path: Path) -> str | None:
     """Return the kind of a file by its name, compression aside; None where the name says nothing."""
-    suffixes = [s.lower() for s in path.suffixes if s.lower() not in (".gz", ".bz2", ".xz", ".zst", ".zip")]
+    suffixes = [
+        s.lower() for s in path.suffixes if s.lower() not in (".gz", ".bz2", ".xz", ".zst", ".zip")
+    ]
     return SUFFIXES.get(suffixes[-1]) if suffixes else None
 
 
@@ -150,7 +204,10 @@ def parse_line(line: bytes, encoding: str) -> Any:
     try:
         text = line.decode(encoding)
     except UnicodeDecodeError as error:
-        return Bad("not_utf8", f"not {encoding} text (byte {error.start + 1} of the line); save the file as UTF-8")
+        return Bad(
+            "not_utf8",
+            f"not {encoding} text (byte {error.start + 1} of the line); save the file as UTF-8",
+        )
     return parse_json(text)
 
 
@@ -161,7 +218,9 @@ def parse_json(text: str) -> Any:
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         near = text[max(0, error.pos - 10) : error.pos + 30]
-        return Bad("bad_json", f"not JSON: {error.msg} at {line}character {error.colno}, near {near!r}")
+        return Bad(
+            "bad_json", f"not JSON: {error.msg} at {line}character {error.colno}, near {near!r}"
+        )
     except _DuplicateKeyError as error:
         return Bad("duplicate_key", str(error))
     except RecursionError:
@@ -192,29 +251,40 @@ def _chosen(files: list[Path], folder: Path, split: str) -> tuple[list[Path], li
     readme = [file for file in files if file.suffix.lower() == ".md"]
     if readme and len(readme) < len(files):
         files = [file for file in files if file not in readme]
-        notices.append(f"not read, since the folder holds data besides: {', '.join(f.name for f in readme[:3])}")
+        notices.append(
+            "not read, since the folder holds data besides: "
+            f"{', '.join(f.name for f in readme[:3])}"
+        )
     named = {file: _split_of(file.relative_to(folder)) for file in files}
     found = sorted(set(named.values()))
     if len(found) < 2:
         return files, notices
     if split not in found:
-        raise FastFTError(f"{folder} has no files of the split {split!r}; by their names it has {', '.join(found)}.")
+        raise FastFTError(
+            f"{folder} has no files of the split {split!r}; by their names it has "
+            f"{', '.join(found)}."
+        )
     chosen = [file for file in files if named[file] == split]
     left = [str(file.relative_to(folder)) for file in files if file not in chosen]
     notices.append(
-        f"{len(chosen)} of {len(files)} files are read, those of data.split {split}; not read: {', '.join(left[:5])}"
+        f"{len(chosen)} of {len(files)} files are read, those of data.split {split}; not "
+        f"read: {', '.join(left[:5])}"
     )
     return chosen, notices
 
 
 def _split_of(path: Path) -> str:
-    """Return the split that a folder of the path or the file is named after, numbers aside; train where none is.
+    """Return the split that a folder of the path or the file is named after, numbers aside; train
+    where none is.
 
-    test-00000-of-00001.parquet is test; form_validation.jsonl is no split, only a name with this word in it.
+    test-00000-of-00001.parquet is test; form_validation.jsonl is no split, only a name with this
+    word in it.
     """
     for part in path.parts:
         words = set(re.split(r"[\W_\d]+", part.split(".")[0].lower())) - {"", "of"}
-        split = next((split for split, names in _SPLITS.items() if len(words) == 1 and words <= names), None)
+        split = next(
+            (split for split, names in _SPLITS.items() if len(words) == 1 and words <= names), None
+        )
         if split:
             return split
     return "train"
@@ -224,7 +294,8 @@ def _open_files(files: list[Path], name: str, said: Sequence[str] = ()) -> Sourc
     for file in files:
         if file.stat().st_size == 0:
             raise FastFTError(
-                f"the data file {file} is empty (0 bytes). It should hold one example a line; see docs/data.md."
+                f"the data file {file} is empty (0 bytes). It should hold one example a line; "
+                "see docs/data.md."
             )
     notices = list(said)
     kinds = []
@@ -243,7 +314,9 @@ def _head(file: Path) -> bytes:
         with _open(file) as stream:
             return stream.read(_HEAD)
     except _UNREADABLE as error:
-        raise FastFTError(f"{file} cannot be read: {str(error).rstrip('.')}. Is it whole?") from error
+        raise FastFTError(
+            f"{file} cannot be read: {str(error).rstrip('.')}. Is it whole?"
+        ) from error
 
 
 def _open(file: Path) -> IO[bytes]:
@@ -263,9 +336,13 @@ def _open(file: Path) -> IO[bytes]:
         return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
     if kind == "zip":
         archive = zipfile.ZipFile(file)
-        names = [n for n in archive.namelist() if not n.endswith("/") and not n.startswith("__MACOSX")]
+        names = [
+            n for n in archive.namelist() if not n.endswith("/") and not n.startswith("__MACOSX")
+        ]
         if len(names) != 1:
-            raise FastFTError(f"{file} is an archive of {len(names)} files; unpack it and give the folder.")
+            raise FastFTError(
+                f"{file} is an archive of {len(names)} files; unpack it and give the folder."
+            )
         if archive.getinfo(names[0]).flag_bits & 1:
             raise FastFTError(f"{file} is locked with a password; unpack it and give the file.")
         return archive.open(names[0])
@@ -273,18 +350,23 @@ def _open(file: Path) -> IO[bytes]:
 
 
 def _kind(file: Path, head: bytes) -> str:
-    """Return jsonl, json, csv, tsv, parquet, arrow or text; the content decides over the name for JSON."""
+    """Return jsonl, json, csv, tsv, parquet, arrow or text; the content decides over the name for
+    JSON.
+    """
     if head.startswith(b"PAR1"):
         return "parquet"
     if head.startswith(b"ARROW1") or head[:4] == b"\xff\xff\xff\xff":
         return "arrow"
     named = kind_of(file)
     if named in ("parquet", "arrow"):
-        raise FastFTError(f"{file} is named {file.suffix} but does not begin like one; is the download complete?")
+        raise FastFTError(
+            f"{file} is named {file.suffix} but does not begin like one; is the download complete?"
+        )
     encoding = _encoding(head)
     if b"\0" in head[:8192] and encoding not in ("utf-16", "utf-32"):
         raise FastFTError(
-            f"{file} is a binary file, not a dataset (or UTF-16 without its mark: save it as UTF-8). Known: "
+            f"{file} is a binary file, not a dataset (or UTF-16 without its mark: save it as "
+            "UTF-8). Known: "
             f"{', '.join(sorted(SUFFIXES))}, also compressed."
         )
     if named == "text" and _is_json_lines(head.decode(encoding, "ignore")):
@@ -297,10 +379,15 @@ def _kind(file: Path, head: bytes) -> str:
             return "json"
         if start[0] == "{":
             one_object = "\n" not in start.strip()
-            return "jsonl" if named == "jsonl" or (_first_line_is_json(start) and not one_object) else "json"
+            return (
+                "jsonl"
+                if named == "jsonl" or (_first_line_is_json(start) and not one_object)
+                else "json"
+            )
         if named is None:
             raise FastFTError(
-                f"cannot tell what kind of file {file} is; name it .jsonl, .json, .csv, .tsv, .txt or .parquet."
+                f"cannot tell what kind of file {file} is; name it .jsonl, .json, .csv, .tsv, "
+                ".txt or .parquet."
             )
     return str(named)
 
@@ -310,7 +397,9 @@ def _first_line_is_json(text: str) -> bool:
 
 
 def _is_json_lines(text: str) -> bool:
-    """Whether the first two lines are JSON objects: then a .txt is no plain text, whatever it is called."""
+    """Whether the first two lines are JSON objects: then a .txt is no plain text, whatever it is
+    called.
+    """
     first = [line for line in text[: 1 << 20].lstrip("\ufeff").splitlines() if line.strip()][:2]
     return len(first) == 2 and all(isinstance(parse_json(line), dict) for line in first)
 
@@ -320,7 +409,9 @@ def _encoding_of(file: Path, kind: str, head: bytes) -> str | None:
 
 
 def _encoding(head: bytes) -> str:
-    """Return utf-8, utf-16, utf-32, cp932 or euc_jp. A few broken lines do not make a UTF-8 file another encoding."""
+    """Return utf-8, utf-16, utf-32, cp932 or euc_jp. A few broken lines do not make a UTF-8 file
+    another encoding.
+    """
     if head[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
         return "utf-32"
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -332,7 +423,8 @@ def _encoding(head: bytes) -> str:
     if len(broken) * 4 <= len(lines) * 3 and len(broken) < max(len(lines), 1):
         return "utf-8"
     fits = [name for name in ("cp932", "euc_jp") if all(_decodes(line, name) for line in broken)]
-    # German, Chinese or Korean bytes decode as well, but to text without any kana: that is refused, not guessed at.
+    # German, Chinese or Korean bytes decode as well, but to text without any kana: that is refused,
+    # not guessed at.
     texts = {name: "".join(line.decode(name) for line in broken[:200]) for name in fits}
     fits = [name for name in fits if re.search("[\u3041-\u3096\u30a1-\u30fa]", texts[name])]
     # Text in the wrong one of the two is full of half-width katakana and rare characters.
@@ -356,7 +448,9 @@ def _read_file(file: Path, notices: list[str]) -> Iterator[Chunk]:
     try:
         yield from _chunks_of(file, notices)
     except _UNREADABLE as error:
-        raise FastFTError(f"{file} cannot be read to its end: {str(error).rstrip('.')}. Is it whole?") from error
+        raise FastFTError(
+            f"{file} cannot be read to its end: {str(error).rstrip('.')}. Is it whole?"
+        ) from error
 
 
 def _chunks_of(file: Path, notices: list[str]) -> Iterator[Chunk]:
@@ -372,7 +466,9 @@ def _chunks_of(file: Path, notices: list[str]) -> Iterator[Chunk]:
     if kind == "jsonl" and encoding not in ("utf-16", "utf-32"):
         yield from _lines(file, encoding)
     elif kind == "jsonl":
-        rows = ((n, parse_json(line)) for n, line in enumerate(_text(file, encoding), 1) if line.strip())
+        rows = (
+            (n, parse_json(line)) for n, line in enumerate(_text(file, encoding), 1) if line.strip()
+        )
         yield from _in_chunks(rows)
     elif kind == "json":
         yield from _in_chunks(_json(file, encoding))
@@ -389,7 +485,8 @@ def _lines(file: Path, encoding: str) -> Iterator[Chunk]:
     size = 0
     with _open(file) as stream:
         for number, line in enumerate(stream, 1):
-            # Not only at the start: files that were put together with `cat` have a mark in the middle.
+            # Not only at the start: files that were put together with `cat` have a mark in the
+            # middle.
             line = line.removeprefix(b"\xef\xbb\xbf").strip(b" \t\r\n")
             if not line:
                 continue
@@ -428,7 +525,11 @@ def _json(file: Path, encoding: str) -> Iterator[tuple[int, Any]]:
     if isinstance(value, Bad):
         raise FastFTError(f"{file} is {value.message}.")
     if isinstance(value, dict):
-        lists = [key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
+        lists = [
+            key
+            for key, item in value.items()
+            if isinstance(item, list) and item and isinstance(item[0], dict)
+        ]
         is_row = {"messages", "conversations"} & value.keys()
         value = value[lists[0]] if len(lists) == 1 and not is_row else [value]
     if not isinstance(value, list):
@@ -438,7 +539,9 @@ def _json(file: Path, encoding: str) -> Iterator[tuple[int, Any]]:
     yield from enumerate(value, 1)
 
 
-def _csv(file: Path, encoding: str, delimiter: str, notices: list[str]) -> Iterator[tuple[int, Any]]:
+def _csv(
+    file: Path, encoding: str, delimiter: str, notices: list[str]
+) -> Iterator[tuple[int, Any]]:
     """Yield CSV rows as objects; a row with too many or too few fields is bad, not shifted."""
     csv.field_size_limit(1 << 30)
     with _text(file, encoding) as stream:
@@ -457,8 +560,15 @@ def _csv(file: Path, encoding: str, delimiter: str, notices: list[str]) -> Itera
             except StopIteration:
                 break
             except csv.Error as error:
-                through = f" (lines {line} to {reader.line_num} are one row)" if reader.line_num > line else ""
-                yield line, Bad("bad_csv", f"not CSV: {error}; is a quotation mark not closed?{through}")
+                through = (
+                    f" (lines {line} to {reader.line_num} are one row)"
+                    if reader.line_num > line
+                    else ""
+                )
+                yield (
+                    line,
+                    Bad("bad_csv", f"not CSV: {error}; is a quotation mark not closed?{through}"),
+                )
                 continue
             if fields:
                 fields[0] = fields[0].lstrip("\ufeff")
@@ -466,9 +576,17 @@ def _csv(file: Path, encoding: str, delimiter: str, notices: list[str]) -> Itera
                 header = [name.strip() for name in fields]
                 twice = sorted({name for name in header if name and header.count(name) > 1})
                 if twice:
-                    raise FastFTError(f"{file}: the column {twice[0]!r} stands twice in the first line.")
+                    raise FastFTError(
+                        f"{file}: the column {twice[0]!r} stands twice in the first line."
+                    )
             elif fields and len(fields) != len(header):
-                yield line, Bad("ragged_row", f"{len(fields)} fields, but the first line names {len(header)} columns")
+                yield (
+                    line,
+                    Bad(
+                        "ragged_row",
+                        f"{len(fields)} fields, but the first line names {len(header)} columns",
+                    ),
+                )
             elif [name.strip() for name in fields] == header:
                 yield line, Bad("repeated_header", "the names of the columns again, not a row")
             elif fields:
@@ -478,7 +596,9 @@ def _csv(file: Path, encoding: str, delimiter: str, notices: list[str]) -> Itera
 
 
 def _csv_row(header: list[str], fields: list[str]) -> Any:
-    if any("\udc80" <= char <= "\udcff" for field in fields for char in field if not field.isascii()):
+    if any(
+        "\udc80" <= char <= "\udcff" for field in fields for char in field if not field.isascii()
+    ):
         return Bad("not_utf8", "not UTF-8 text; save the file as UTF-8")
     return dict(zip(header, fields, strict=True))
 
@@ -519,7 +639,9 @@ def _arrow(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _rows_of(batch: Any) -> list[Any]:
-    """Return the rows of an Arrow batch, those with broken text as `Bad`: Arrow does not check what it is given."""
+    """Return the rows of an Arrow batch, those with broken text as `Bad`: Arrow does not check
+    what it is given.
+    """
     try:
         return list(batch.to_pylist())
     except UnicodeDecodeError:
@@ -537,7 +659,9 @@ def _saved_folder(path: Path, split: str) -> Source:
         raise FastFTError(f"the dataset folder {path} cannot be loaded: {error}.") from error
     if isinstance(loaded, DatasetDict):
         if split not in loaded:
-            raise FastFTError(f"{path} has no split {split!r}; it has {', '.join(loaded)}. Set data.split.")
+            raise FastFTError(
+                f"{path} has no split {split!r}; it has {', '.join(loaded)}. Set data.split."
+            )
         loaded = loaded[split]
     assert isinstance(loaded, Dataset)
     return TableSource(loaded, str(path), [])
@@ -551,15 +675,26 @@ def _from_hub(source: str, name: str | None, split: str, streaming: bool) -> Sou
     try:
         with hub.bounded_waits():
             loaded = load_dataset(
-                source, name, split=split, streaming=streaming, download_mode=DownloadMode.REUSE_DATASET_IF_EXISTS
+                source,
+                name,
+                split=split,
+                streaming=streaming,
+                download_mode=DownloadMode.REUSE_DATASET_IF_EXISTS,
             )
-    except DatasetNotFoundError as error:  # the answer behind it is gone; its text says which of two it was
+    except (
+        DatasetNotFoundError
+    ) as error:  # the answer behind it is gone; its text says which of two it was
         explained = (hub.gated if "gated" in str(error) else hub.not_found)(f"dataset {source!r}")
         raise FastFTError(f"{explained} Nor is it a file here.") from error
     except ValueError as error:  # unknown split or configuration: the message lists them
         raise FastFTError(f"the dataset {source}: {error}.") from error
-    except (OSError, httpx.HTTPError) as error:  # the network's errors, and what datasets makes of them
+    except (
+        OSError,
+        httpx.HTTPError,
+    ) as error:  # the network's errors, and what datasets makes of them
         if hub.is_offline() or hub.status(error) is not None:
             raise hub.explain(error, f"dataset {source!r}") from error
-        raise FastFTError(f"{source} is no file here, and the Hub cannot be reached: {error}.") from error
+        raise FastFTError(
+            f"{source} is no file here, and the Hub cannot be reached: {error}."
+        ) from error
     return TableSource(loaded, source, [])

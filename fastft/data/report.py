@@ -1,4 +1,6 @@
-"""What a person should see before training: rows used and why not, lengths, what is trained, duplicates, leakage."""
+"""What a person should see before training: rows used and why not, lengths, what is trained,
+duplicates, leakage.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from pydantic import BaseModel, Field
 
 BARS = 36
 # Unicode's line and paragraph separators, embeddings, overrides and isolates.
-_TURNS = {chr(c): f"\\u{c:04x}" for c in (0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+_TURNS = {
+    chr(c): f"\\u{c:04x}" for c in (0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
 
 
 class Dropped(BaseModel):
@@ -86,13 +90,23 @@ class DataReport(BaseModel):
             starts, [n for _, _, n in self.histogram], width=[b - a for a, b, _ in self.histogram], align="edge",
             color="#4c78a8", edgecolor="white", linewidth=0.6,
         )  # fmt: skip
-        axes.axvline(self.lengths["median"], color="#f58518", linewidth=1.5, label=f"median {self.lengths['median']:,}")
+        axes.axvline(
+            self.lengths["median"],
+            color="#f58518",
+            linewidth=1.5,
+            label=f"median {self.lengths['median']:,}",
+        )
         if self.truncated or self.lengths["max"] > 0.5 * self.max_seq_length:
             axes.axvline(
-                self.max_seq_length, color="#e45756", linestyle="--", label=f"max_seq_length {self.max_seq_length:,}"
+                self.max_seq_length,
+                color="#e45756",
+                linestyle="--",
+                label=f"max_seq_length {self.max_seq_length:,}",
             )
         share = self.trained_tokens / max(self.tokens, 1)
-        axes.set_title(f"{self.samples:,} samples, {self.tokens:,} tokens, {share:.0%} of them trained")
+        axes.set_title(
+            f"{self.samples:,} samples, {self.tokens:,} tokens, {share:.0%} of them trained"
+        )
         axes.set_xlabel("tokens in a sample")
         axes.set_ylabel("samples")
         axes.spines[["top", "right"]].set_visible(False)
@@ -134,14 +148,29 @@ def _print_table(report: DataReport, console: Any) -> None:
         ("template", f"{report.template}: {report.template_why}"),
         ("rows", f"{report.rows_used:,} of {report.rows_total:,} used"),
         ("samples", f"{report.train_samples:,} to train on, {report.eval_samples:,} held out"),
-        ("tokens", f"{report.tokens:,}, of which {report.trained_tokens:,} are trained ({share:.1%})"),
-        ("lengths", f"median {lengths['median']:,}, 95 % below {lengths['p95']:,}, longest {lengths['max']:,} tokens"),
-        ("truncated", cut if report.truncated else f"none (max_seq_length {report.max_seq_length:,})"),
+        (
+            "tokens",
+            f"{report.tokens:,}, of which {report.trained_tokens:,} are trained ({share:.1%})",
+        ),
+        (
+            "lengths",
+            f"median {lengths['median']:,}, 95 % below {lengths['p95']:,}, longest "
+            f"{lengths['max']:,} tokens",
+        ),
+        (
+            "truncated",
+            cut if report.truncated else f"none (max_seq_length {report.max_seq_length:,})",
+        ),
         ("duplicates", f"{report.duplicates:,} exact, {report.near_duplicates:,} near"),
         ("leakage", f"{report.leakage:,} held-out rows also stand in the training rows"),
     ]
     if report.secrets:
-        rows.append(("secrets", ", ".join(f"{many(n, 'row')} with a {kind}" for kind, n in report.secrets.items())))
+        rows.append(
+            (
+                "secrets",
+                ", ".join(f"{many(n, 'row')} with a {kind}" for kind, n in report.secrets.items()),
+            )
+        )
     for name, value in rows:
         warn = (name == "leakage" and report.leakage) or name == "secrets"
         table.add_row(f"[bold]{name}[/bold]", _safe(value), style="red" if warn else None)
@@ -153,9 +182,18 @@ def _print_dropped(report: DataReport, console: Any) -> None:
 
     if not report.dropped:
         return
-    table = Table("rows not used", "count", "first lines", "what is wrong there", box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        "rows not used",
+        "count",
+        "first lines",
+        "what is wrong there",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
     for reason, drop in sorted(report.dropped.items(), key=lambda item: -item[1].count):
-        table.add_row(reason, f"{drop.count:,}", ", ".join(map(str, drop.lines[:5])), _safe(drop.example))
+        table.add_row(
+            reason, f"{drop.count:,}", ", ".join(map(str, drop.lines[:5])), _safe(drop.example)
+        )
     console.print()
     console.print(table, style="yellow")
 
@@ -168,7 +206,10 @@ def _print_histogram(report: DataReport, console: Any) -> None:
     width = max(len(f"{b:,}") for _, b, _ in report.histogram)
     for start, end, count in report.histogram:
         bar = "█" * round(BARS * count / most) or ("▏" if count else "")
-        console.print(f"{start:>{width},} to {end - 1:>{width},}  [blue]{bar}[/blue] {count:,}", highlight=False)
+        console.print(
+            f"{start:>{width},} to {end - 1:>{width},}  [blue]{bar}[/blue] {count:,}",
+            highlight=False,
+        )
 
 
 def _print_preview(report: DataReport, console: Any) -> None:
@@ -179,7 +220,8 @@ def _print_preview(report: DataReport, console: Any) -> None:
     # Without colour (a log file, a pipe, NO_COLOR) the marks would vanish.
     begin, end = ("⟦", "⟧") if console.no_color or console.color_system is None else ("", "")
     console.print(
-        f"\n[bold]samples[/bold] (what is trained is {begin}[black on green]marked[/black on green]{end}, the rest is "
+        f"\n[bold]samples[/bold] (what is trained is {begin}[black on green]marked[/black on "
+        f"green]{end}, the rest is "
         "only read)"
     )
     for number, sample in enumerate(report.preview, 1):
@@ -204,12 +246,19 @@ def _shortened(text: str, most: int = 600) -> str:
 
 
 def _visible(text: str) -> str:
-    """Show control characters, and those that turn the direction of writing, instead of sending them to the terminal.
+    """Show control characters, and those that turn the direction of writing, instead of sending
+    them to the terminal.
 
-    What joins emoji and marks the direction of single letters is not printable either, and is left alone.
+    What joins emoji and marks the direction of single letters is not printable either, and is left
+    alone.
     """
     return "".join(
-        c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" if ord(c) < 256 else _TURNS.get(c, c) for c in text
+        c
+        if c in "\n\t" or c.isprintable()
+        else f"\\x{ord(c):02x}"
+        if ord(c) < 256
+        else _TURNS.get(c, c)
+        for c in text
     )
 
 

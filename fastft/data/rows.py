@@ -1,4 +1,6 @@
-"""Rows to samples, a chunk at a time: parse, convert, render, encode, prove, count. Runs in worker processes too."""
+"""Rows to samples, a chunk at a time: parse, convert, render, encode, prove, count. Runs in worker
+processes too.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,12 @@ SECRETS = {
     "private key": r"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----",
     "JSON web token": r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}",
 }
-_ANY_SECRET = re.compile("|".join(f"(?P<s{i}>{pattern})" for i, pattern in enumerate(SECRETS.values())))
-_MAYBE_SECRET = re.compile(r"hf_|sk-|gh[pousr]_|github_pat_|A[KS]IA|AIza|xox|-----BEGIN|eyJ")  # quick
+_ANY_SECRET = re.compile(
+    "|".join(f"(?P<s{i}>{pattern})" for i, pattern in enumerate(SECRETS.values()))
+)
+_MAYBE_SECRET = re.compile(
+    r"hf_|sk-|gh[pousr]_|github_pat_|A[KS]IA|AIza|xox|-----BEGIN|eyJ"
+)  # quick
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -91,7 +97,9 @@ class Counts:
             if isinstance(mine, int):
                 setattr(self, field.name, mine + theirs)
         for reason, entry in other.dropped.items():
-            known = self.dropped.setdefault(reason, {"count": 0, "lines": [], "example": entry["example"]})
+            known = self.dropped.setdefault(
+                reason, {"count": 0, "lines": [], "example": entry["example"]}
+            )
             known["count"] += entry["count"]
             known["lines"] = (known["lines"] + entry["lines"])[:KEEP_LINES]
         for kind, count in other.secrets.items():
@@ -101,7 +109,9 @@ class Counts:
 
 @dataclasses.dataclass
 class RowMarks:
-    """One entry a used row: its line, hashes of its content and of what is asked, min-hashes (N, 16), samples made."""
+    """One entry a used row: its line, hashes of its content and of what is asked, min-hashes (N,
+    16), samples made.
+    """
 
     lines: np.ndarray
     content: np.ndarray
@@ -118,13 +128,19 @@ class RowMarks:
         """Return the marks of several chunks as one."""
         if not parts:
             empty = np.zeros(0, np.uint64)
-            return cls(empty, empty, empty, np.zeros((0, SIGNATURE), np.uint32), np.zeros(0, np.int64))
-        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(cls)))
+            return cls(
+                empty, empty, empty, np.zeros((0, SIGNATURE), np.uint32), np.zeros(0, np.int64)
+            )
+        return cls(
+            *(np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(cls))
+        )
 
 
 @dataclasses.dataclass
 class ChunkResult:
-    """What a chunk became: flat arrays and their lengths, marks of the rows, counts, a few raw conversations."""
+    """What a chunk became: flat arrays and their lengths, marks of the rows, counts, a few raw
+    conversations.
+    """
 
     flat: list[np.ndarray]
     lengths: list[np.ndarray]
@@ -134,10 +150,19 @@ class ChunkResult:
 
 
 class RowMaker:
-    """Makes chunks of samples. Holds the tokenizer, the template and the format; picklable by its arguments."""
+    """Makes chunks of samples. Holds the tokenizer, the template and the format; picklable by its
+    arguments.
+    """
 
-    def __init__(self, tokenizer: Any, template: ChatTemplate, format: Format, settings: Settings) -> None:
-        self.tokenizer, self.template, self.format, self.settings = tokenizer, template, format, settings
+    def __init__(
+        self, tokenizer: Any, template: ChatTemplate, format: Format, settings: Settings
+    ) -> None:
+        self.tokenizer, self.template, self.format, self.settings = (
+            tokenizer,
+            template,
+            format,
+            settings,
+        )
         self.coder = Coder.of(tokenizer, template)
         self._kept_keys: list[int] = []
         self._bos: list[int] = []
@@ -157,10 +182,14 @@ class RowMaker:
                 example = convert(row, self.format, input_heading=self.template.input_heading)
                 made = self._samples(example, counts)
             except (BadRowError, UnusableRowError) as error:
-                counts.drop(line, error.reason, f"{chunk.file}: {error}" if chunk.file else str(error))
+                counts.drop(
+                    line, error.reason, f"{chunk.file}: {error}" if chunk.file else str(error)
+                )
                 continue
             except TemplateRefusedError as error:
-                counts.drop(line, "template_refused", f"{chunk.file}: {error}" if chunk.file else str(error))
+                counts.drop(
+                    line, "template_refused", f"{chunk.file}: {error}" if chunk.file else str(error)
+                )
                 continue
             except RecursionError:
                 counts.drop(line, "bad_json", "lists or objects nested too deep")
@@ -175,26 +204,37 @@ class RowMaker:
         return ChunkResult(*_flatten(packed), _marks(marks), counts, kept)
 
     def _may_be_kept(self, key: int) -> bool:
-        """Whether `key` is among the smallest KEEP_EXAMPLES of this maker's rows so far; only those travel on."""
+        """Whether `key` is among the smallest KEEP_EXAMPLES of this maker's rows so far; only
+        those travel on.
+        """
         if len(self._kept_keys) == KEEP_EXAMPLES and -key < self._kept_keys[0]:
             return False
-        (heapq.heappush if len(self._kept_keys) < KEEP_EXAMPLES else heapq.heappushpop)(self._kept_keys, -key)
+        (heapq.heappush if len(self._kept_keys) < KEEP_EXAMPLES else heapq.heappushpop)(
+            self._kept_keys, -key
+        )
         return True
 
     def _samples(self, example: Example, counts: Counts) -> list[Packed]:
         if example.text is not None:
             return [self._document(example.text, counts)]
         train_all = self.settings.train_on == "everything"
-        sequences = encode_turns(self.tokenizer, self.template, example.messages, example.tools, train_all=train_all)
+        sequences = encode_turns(
+            self.tokenizer, self.template, example.messages, example.tools, train_all=train_all
+        )
         made = [self._fitted(sequence, counts) for sequence in sequences]
         kept = [sample for sample in made if sample is not None]
         if not kept:
             limit = self.settings.max_seq_length
-            if self.settings.over_long == "drop" and any(len(s.input_ids) > limit for s in sequences):
-                raise UnusableRowError("over_long", f"{len(sequences[0].input_ids)} tokens, max_seq_length is {limit}")
+            if self.settings.over_long == "drop" and any(
+                len(s.input_ids) > limit for s in sequences
+            ):
+                raise UnusableRowError(
+                    "over_long", f"{len(sequences[0].input_ids)} tokens, max_seq_length is {limit}"
+                )
             raise UnusableRowError(
                 "answer_cut_off",
-                f"the prompt alone fills max_seq_length {limit}: truncation leaves nothing of the answer to train on",
+                f"the prompt alone fills max_seq_length {limit}: truncation leaves nothing of "
+                "the answer to train on",
             )
         counts.unrolled += len(kept) > 1
         counts.lossy += any(s.lossy for s in sequences)
@@ -205,7 +245,9 @@ class RowMaker:
         return kept
 
     def _fitted(self, sequence: Encoded, counts: Counts) -> Packed | None:
-        """Cut an over-long sequence, or return None where it is dropped or nothing trained would be left."""
+        """Cut an over-long sequence, or return None where it is dropped or nothing trained would
+        be left.
+        """
         limit, ids, labels = self.settings.max_seq_length, sequence.input_ids, sequence.labels
         if len(ids) > limit:
             counts.over_long += 1
@@ -218,7 +260,9 @@ class RowMaker:
         return packed if len(packed.trained) else None
 
     def _document(self, text: str, counts: Counts) -> Packed:
-        """A plain text as BOS (where the tokenizer has one) + its tokens + EOS; cut or joined later."""
+        """A plain text as BOS (where the tokenizer has one) + its tokens + EOS; cut or joined
+        later.
+        """
         ids = self.coder.text_ids(text)
         if not ids or not text.strip():
             raise UnusableRowError("empty_text", "the text is empty")
@@ -235,11 +279,15 @@ class RowMaker:
         return Packed.of(ids, ids)
 
     def _look(self, example: Example, line: int, counts: Counts) -> tuple[str, str, str]:
-        """Count what a person should know about the texts; return what is asked, the whole, and it without system.
+        """Count what a person should know about the texts; return what is asked, the whole, and it
+        without system.
 
-        All three are normalised. One system prompt for all rows would make them near-duplicates of each other.
+        All three are normalised. One system prompt for all rows would make them near-duplicates of
+        each other.
         """
-        texts = [example.text] if example.text is not None else [_text_of(m) for m in example.messages]
+        texts = (
+            [example.text] if example.text is not None else [_text_of(m) for m in example.messages]
+        )
         joined = "\n".join([*texts, str(example.tools)] if example.tools else texts)
         counts.control_characters += _CONTROL.search(joined) is not None
         counts.special_token_text += self.template.mentions_control(joined)
@@ -256,7 +304,9 @@ class RowMaker:
             return whole, whole, whole
         # In parts, each once: normalising does not reach over the line feeds between them.
         first = int(example.messages[0]["role"] == "system")
-        system, asked, answer = (normalised("\n".join(part)) for part in (texts[:first], texts[first:-1], texts[-1:]))
+        system, asked, answer = (
+            normalised("\n".join(part)) for part in (texts[:first], texts[first:-1], texts[-1:])
+        )
         said = f"{asked} {answer}".strip()
         return f"{system} {asked}".strip(), f"{system} {said}".strip(), said
 
@@ -269,18 +319,23 @@ def _text_of(message: dict[str, Any]) -> str:
 
 
 def normalised(text: str) -> str:
-    """Return `text` without differences that do not matter: compatibility forms, case, runs of white space."""
+    """Return `text` without differences that do not matter: compatibility forms, case, runs of
+    white space.
+    """
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
     return " ".join(text.split()).casefold()
 
 
 def signature(text: str) -> np.ndarray:
-    """Return 16 min-hashes (uint32) of the 5-character shingles; the share that agrees estimates Jaccard similarity.
+    """Return 16 min-hashes (uint32) of the 5-character shingles; the share that agrees estimates
+    Jaccard similarity.
 
     Broder, "On the resemblance and containment of documents" (1997).
     """
-    codes = np.frombuffer(text[:20_000].ljust(_SHINGLE).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    codes = np.frombuffer(
+        text[:20_000].ljust(_SHINGLE).encode("utf-32-le", "surrogatepass"), dtype=np.uint32
+    )
     count = len(codes) - _SHINGLE + 1
     rolled = codes[:count].astype(np.uint64)
     for i in range(1, _SHINGLE):
@@ -298,7 +353,9 @@ _OFFSETS = _RANDOM.integers(0, 2**63, SIGNATURE, dtype=np.uint64)
 
 
 def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
+    )
 
 
 def _conversation(example: Example) -> Conversation:

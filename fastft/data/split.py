@@ -1,6 +1,8 @@
-"""Which rows are held out: by a hash of the content, with duplicates and near-duplicates on one side.
+"""Which rows are held out: by a hash of the content, with duplicates and near-duplicates on one
+side.
 
-The side of a row depends on nothing but its content (and its duplicates'), so adding rows moves no other row.
+The side of a row depends on nothing but its content (and its duplicates'), so adding rows moves no
+other row.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from fastft.data.rows import SIGNATURE, RowMarks
 BANDS = 4
 """Rows that agree in all four min-hashes of one of the four bands are compared."""
 NEAR = 13
-"""Rows that agree in so many of the 16 min-hashes are near-duplicates (Jaccard similarity about 0.8 or more)."""
+"""Rows that agree in so many of the 16 min-hashes are near-duplicates (Jaccard similarity about
+0.8 or more).
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +47,12 @@ def group_rows(marks: RowMarks) -> Groups:
 
 
 def held_out(marks: RowMarks, groups: Groups, fraction: float) -> np.ndarray:
-    """Return which rows (N,) are held out: those of groups whose smallest content hash is below `fraction`.
+    """Return which rows (N,) are held out: those of groups whose smallest content hash is below
+    `fraction`.
 
-    The smallest of many hashes is small, so that large groups would be held out far more often than `fraction` of
-    the time: where a group holds different contents, its smallest hash is hashed again.
+    The smallest of many hashes is small, so that large groups would be held out far more often
+    than `fraction` of the time: where a group holds different contents, its smallest hash is
+    hashed again.
     """
     count = len(marks.content)
     if fraction <= 0 or count == 0:
@@ -63,7 +69,9 @@ def held_out(marks: RowMarks, groups: Groups, fraction: float) -> np.ndarray:
 
 
 def explain_share(held: np.ndarray, groups: Groups, fraction: float) -> list[str]:
-    """Return a sentence that says why clearly more or less than `fraction` of the rows is held out; none where not."""
+    """Return a sentence that says why clearly more or less than `fraction` of the rows is held
+    out; none where not.
+    """
     count, rows = len(held), int(held.sum())
     # Three standard deviations of a fair draw, row by row, and at least half of what was asked for.
     usual = max(3 * (count * fraction * (1 - fraction)) ** 0.5, 0.5 * count * fraction)
@@ -72,12 +80,16 @@ def explain_share(held: np.ndarray, groups: Groups, fraction: float) -> list[str
     sizes = np.bincount(groups.group, minlength=count)
     together, most = int(sizes[sizes > 1].sum()), int(sizes.max())
     why = (
-        f"rows that are (nearly) equal or ask the same stay on one side, and {together:,} rows stand in "
+        f"rows that are (nearly) equal or ask the same stay on one side, and {together:,} "
+        "rows stand in "
         f"{int((sizes > 1).sum()):,} such groups, the largest of {most:,}"
         if most > 1
         else "a hash of each row decides, and this is how it falls for these rows"
     )
-    return [f"{rows:,} rows ({rows / count:.1%}) are held out, where data.eval_fraction is {fraction:.1%}: {why}"]
+    return [
+        f"{rows:,} rows ({rows / count:.1%}) are held out, where data.eval_fraction is "
+        f"{fraction:.1%}: {why}"
+    ]
 
 
 def _hashed_again(keys: np.ndarray) -> np.ndarray:
@@ -88,19 +100,25 @@ def _hashed_again(keys: np.ndarray) -> np.ndarray:
 
 
 def _without_leaks(marks: RowMarks, chosen: np.ndarray) -> np.ndarray:
-    """Give held-out rows back that are nearly equal to a training row (banding compares with one row a band only)."""
+    """Give held-out rows back that are nearly equal to a training row (banding compares with one
+    row a band only).
+    """
     kept = chosen.copy()
     while True:
         near = _near_rows(marks.subset(~kept), marks.subset(kept))
         if not near.any():
             return kept
         kept[np.flatnonzero(kept)[near]] = False
-        if kept.sum() * 2 < chosen.sum():  # all rows are alike: better some leakage, which is reported, than no eval
+        if (
+            kept.sum() * 2 < chosen.sum()
+        ):  # all rows are alike: better some leakage, which is reported, than no eval
             return chosen
 
 
 def leaked(train: RowMarks, held: RowMarks) -> int:
-    """Return how many held-out rows are in the training set too: (nearly) equal content, or the same question."""
+    """Return how many held-out rows are in the training set too: (nearly) equal content, or the
+    same question.
+    """
     same = np.isin(held.content, train.content) | np.isin(held.asked, train.asked)
     return int((same | _near_rows(train, held)).sum())
 
@@ -122,7 +140,9 @@ def _equal_edges(keys: np.ndarray) -> np.ndarray:
 
 
 def _near_edges(signatures: np.ndarray) -> np.ndarray:
-    """Return pairs (earlier, later) of rows that agree in at least NEAR min-hashes, found by banding."""
+    """Return pairs (earlier, later) of rows that agree in at least NEAR min-hashes, found by
+    banding.
+    """
     found = [np.zeros((0, 2), np.int64)]
     width = SIGNATURE // BANDS
     for band in range(BANDS):
@@ -134,7 +154,9 @@ def _near_edges(signatures: np.ndarray) -> np.ndarray:
 
 
 def _band_keys(hashes: np.ndarray) -> np.ndarray:
-    """Return one uint64 for the four hashes of each row (N, 4); a chance collision is sorted out by comparing."""
+    """Return one uint64 for the four hashes of each row (N, 4); a chance collision is sorted out
+    by comparing.
+    """
     keys = np.zeros(len(hashes), np.uint64)
     for column in hashes.T:
         keys = _hashed_again(keys + np.uint64(0x9E3779B97F4A7C15) + column)
@@ -143,7 +165,9 @@ def _band_keys(hashes: np.ndarray) -> np.ndarray:
 
 def _unite(parent: np.ndarray, edges: np.ndarray) -> None:
     """Join the groups of each pair, in place; a group is named by its smallest row."""
-    for part in np.array_split(edges, len(edges) // 100_000 + 1):  # as Python numbers, an edge takes 136 bytes
+    for part in np.array_split(
+        edges, len(edges) // 100_000 + 1
+    ):  # as Python numbers, an edge takes 136 bytes
         for a, b in part.tolist():
             a, b = _root(parent, a), _root(parent, b)
             if a != b:
@@ -167,7 +191,9 @@ def _roots(parent: np.ndarray) -> np.ndarray:
 
 
 def _without_giants(group: np.ndarray, exact: np.ndarray) -> np.ndarray:
-    """Dissolve groups above a tenth of the rows (one instruction for all rows, say) into their exact duplicates."""
+    """Dissolve groups above a tenth of the rows (one instruction for all rows, say) into their
+    exact duplicates.
+    """
     sizes = np.bincount(group, minlength=len(group))
     giant = sizes[group] > max(20, len(group) // 10)
     return np.where(giant, exact, group)

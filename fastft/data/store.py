@@ -6,8 +6,9 @@ Three flat int32 arrays hold everything; a sample is a slice of each:
     trained   (begin, end) pairs, the runs of each sample that carry loss
     segments  lengths of each sample's attention segments
 
-Samples are read from their files when they are asked for, and nothing is mapped: a mapped page counts as resident
-once it was read, so that an epoch in random order would end with the whole file in memory.
+Samples are read from their files when they are asked for, and nothing is mapped: a mapped page
+counts as resident once it was read, so that an epoch in random order would end with the whole file
+in memory.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ ARRAYS = ("tokens", "trained", "segments")
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One sequence. `input_ids` (L,), `labels` (L,) of the tokens themselves (-100: no loss), `segments` sum to L."""
+    """One sequence. `input_ids` (L,), `labels` (L,) of the tokens themselves (-100: no loss),
+    `segments` sum to L.
+    """
 
     input_ids: np.ndarray
     labels: np.ndarray
@@ -37,7 +40,9 @@ class Sample:
 
 @dataclasses.dataclass
 class Packed:
-    """A sample as it is stored: ids, runs [begin, end, begin, end ...] that carry loss, lengths of segments."""
+    """A sample as it is stored: ids, runs [begin, end, begin, end ...] that carry loss, lengths of
+    segments.
+    """
 
     tokens: np.ndarray
     trained: np.ndarray
@@ -45,7 +50,10 @@ class Packed:
 
     @classmethod
     def of(
-        cls, ids: Sequence[int] | np.ndarray, labels: Sequence[int] | np.ndarray, segments: Sequence[int] | None = None
+        cls,
+        ids: Sequence[int] | np.ndarray,
+        labels: Sequence[int] | np.ndarray,
+        segments: Sequence[int] | None = None,
     ) -> Packed:
         """Return the stored form of ids and labels."""
         mask = np.zeros(len(ids) + 2, np.int8)
@@ -66,20 +74,30 @@ class FileArray:
         start, stop, _ = part.indices(self._length)
         wanted = max(stop - start, 0)
         try:
-            # Opened anew each time (20 microseconds): works across processes, and no open file hinders a rename.
+            # Opened anew each time (20 microseconds): works across processes, and no open file
+            # hinders a rename.
             read = np.fromfile(self._path, np.int32, count=wanted, offset=4 * start)
         except OSError as error:
-            raise CouldNotFinishError(f"the tokenised data in {self._path.parent} cannot be read: {error}.") from error
+            raise CouldNotFinishError(
+                f"the tokenised data in {self._path.parent} cannot be read: {error}."
+            ) from error
         if len(read) != wanted:
-            raise CouldNotFinishError(f"{self._path} became shorter while it was used; start again to tokenise anew.")
+            raise CouldNotFinishError(
+                f"{self._path} became shorter while it was used; start again to tokenise anew."
+            )
         return read
 
 
 class TokenDataset:
-    """Samples by number. `dataset[i]` is a `Sample`; a slice or a list of numbers gives a view of those samples."""
+    """Samples by number. `dataset[i]` is a `Sample`; a slice or a list of numbers gives a view of
+    those samples.
+    """
 
     def __init__(
-        self, arrays: dict[str, np.ndarray | FileArray], bounds: dict[str, np.ndarray], order: np.ndarray | None = None
+        self,
+        arrays: dict[str, np.ndarray | FileArray],
+        bounds: dict[str, np.ndarray],
+        order: np.ndarray | None = None,
     ) -> None:
         self._arrays, self._bounds = arrays, bounds
         self._order = np.arange(len(bounds["tokens"]) - 1) if order is None else order
@@ -98,13 +116,19 @@ class TokenDataset:
         return Sample(ids, labels, np.array(self._part("segments", at)))
 
     @classmethod
-    def joined(cls, flats: Sequence[Sequence[np.ndarray]], lengths: Sequence[Sequence[np.ndarray]]) -> TokenDataset:
-        """Return the dataset of several chunks, each three flat arrays and three arrays of lengths, in memory."""
+    def joined(
+        cls, flats: Sequence[Sequence[np.ndarray]], lengths: Sequence[Sequence[np.ndarray]]
+    ) -> TokenDataset:
+        """Return the dataset of several chunks, each three flat arrays and three arrays of
+        lengths, in memory.
+        """
         arrays: dict[str, np.ndarray | FileArray] = {}
         bounds = {}
         for i, name in enumerate(ARRAYS):
             arrays[name] = np.concatenate([np.zeros(0, np.int32), *(flat[i] for flat in flats)])
-            bounds[name] = np.cumsum(np.concatenate([np.zeros(1, np.int64), *(counted[i] for counted in lengths)]))
+            bounds[name] = np.cumsum(
+                np.concatenate([np.zeros(1, np.int64), *(counted[i] for counted in lengths)])
+            )
         return cls(arrays, bounds)
 
     @property
@@ -151,12 +175,16 @@ def in_memory(samples: Iterable[Packed]) -> TokenDataset:
     for name in ARRAYS:
         parts = [getattr(sample, name) for sample in kept]
         arrays[name] = np.concatenate(parts) if parts else np.zeros(0, np.int32)
-        bounds[name] = np.concatenate([[0], np.cumsum([len(p) for p in parts], dtype=np.int64)]).astype(np.int64)
+        bounds[name] = np.concatenate(
+            [[0], np.cumsum([len(p) for p in parts], dtype=np.int64)]
+        ).astype(np.int64)
     return TokenDataset(arrays, bounds)
 
 
 class Writer:
-    """Appends samples to a folder; `close` writes the index last, so a folder without one is not whole."""
+    """Appends samples to a folder; `close` writes the index last, so a folder without one is not
+    whole.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -166,11 +194,16 @@ class Writer:
 
     def add(self, sample: Packed) -> None:
         """Append one sample."""
-        self.add_many(*(getattr(sample, n) for n in ARRAYS), *(np.array([len(getattr(sample, n))]) for n in ARRAYS))
+        self.add_many(
+            *(getattr(sample, n) for n in ARRAYS),
+            *(np.array([len(getattr(sample, n))]) for n in ARRAYS),
+        )
 
     def add_many(self, *flat_and_lengths: np.ndarray) -> None:
         """Append several samples at once: the three flat arrays, then the three arrays of lengths."""
-        for name, flat, lengths in zip(ARRAYS, flat_and_lengths[:3], flat_and_lengths[3:], strict=True):
+        for name, flat, lengths in zip(
+            ARRAYS, flat_and_lengths[:3], flat_and_lengths[3:], strict=True
+        ):
             self._files[name].write(np.ascontiguousarray(flat, np.int32).tobytes())
             self._lengths[name].append(np.asarray(lengths, np.int64))
 
@@ -178,15 +211,28 @@ class Writer:
         """Finish the files and return the dataset that reads them."""
         for name, file in self._files.items():
             file.close()
-            lengths = np.concatenate(self._lengths[name]) if self._lengths[name] else np.zeros(0, np.int64)
-            np.save(self.folder / f"{name}.bounds.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-        (self.folder / "index.json").write_text(json.dumps({"samples": int(sum(map(len, self._lengths["tokens"])))}))
+            lengths = (
+                np.concatenate(self._lengths[name])
+                if self._lengths[name]
+                else np.zeros(0, np.int64)
+            )
+            np.save(
+                self.folder / f"{name}.bounds.npy",
+                np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            )
+        (self.folder / "index.json").write_text(
+            json.dumps({"samples": int(sum(map(len, self._lengths["tokens"])))})
+        )
         return open_folder(self.folder)
 
 
 def open_folder(folder: Path) -> TokenDataset:
-    """Return the dataset of a folder that a Writer closed: bounds in memory (24 bytes a sample), the rest on disk."""
-    arrays: dict[str, np.ndarray | FileArray] = {name: FileArray(folder / f"{name}.bin") for name in ARRAYS}
+    """Return the dataset of a folder that a Writer closed: bounds in memory (24 bytes a sample),
+    the rest on disk.
+    """
+    arrays: dict[str, np.ndarray | FileArray] = {
+        name: FileArray(folder / f"{name}.bin") for name in ARRAYS
+    }
     return TokenDataset(arrays, {name: np.load(folder / f"{name}.bounds.npy") for name in ARRAYS})
 
 

@@ -1,7 +1,9 @@
-"""Which chat template is used and why, how messages become its text, and how a generation is asked for.
+"""Which chat template is used and why, how messages become its text, and how a generation is asked
+for.
 
-Training and generation go through the same `ChatTemplate`: `render` for a whole conversation or a prompt,
-`generation_prompt` for the token ids that a model answers to. How text becomes tokens and masks: encode.py.
+Training and generation go through the same `ChatTemplate`: `render` for a whole conversation or a
+prompt, `generation_prompt` for the token ids that a model answers to. How text becomes tokens and
+masks: encode.py.
 """
 
 from __future__ import annotations
@@ -22,20 +24,30 @@ Message = dict[str, Any]
 Messages = Sequence[Message]
 
 TRAINING_DATE = datetime.date(2026, 1, 1)
-"""Some templates write today's date. Training uses one fixed day, so that a resumed run sees the same tokens."""
+"""Some templates write today's date. Training uses one fixed day, so that a resumed run sees the
+same tokens.
+"""
 
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-_USER, _ANSWER, _THOUGHT = "\U000f0ff0u", "\U000f0ff0a", "\U000f0ff0t"  # private use: in nobody's template
+_USER, _ANSWER, _THOUGHT = (
+    "\U000f0ff0u",
+    "\U000f0ff0a",
+    "\U000f0ff0t",
+)  # private use: in nobody's template
 
 
 class TemplateRefusedError(FastFTError):
-    """The template raised an error for these messages (roles that must alternate, no system role ...)."""
+    """The template raised an error for these messages (roles that must alternate, no system role
+    ...).
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """A Jinja chat template bound to a tokenizer, and what was found out about it by rendering probes."""
+    """A Jinja chat template bound to a tokenizer, and what was found out about it by rendering
+    probes.
+    """
 
     name: str
     source: str
@@ -44,7 +56,9 @@ class ChatTemplate:
     needs_tokens: tuple[str, ...] = ()
     """Special tokens it writes that a base model has not been trained on."""
     thinking: bool | None = None
-    """How generation is asked for where the template can think: on, off; None: it has no such switch."""
+    """How generation is asked for where the template can think: on, off; None: it has no such
+    switch.
+    """
     notices: tuple[str, ...] = ()
 
     @property
@@ -54,10 +68,14 @@ class ChatTemplate:
 
     @cached_property
     def control_tokens(self) -> frozenset[str]:
-        """All strings that are control tokens of the tokenizer, which in a user's text are only text."""
+        """All strings that are control tokens of the tokenizer, which in a user's text are only
+        text.
+        """
         added = self.tokenizer.added_tokens_decoder.values()
         return frozenset(
-            str(t) for t in (*self.tokenizer.all_special_tokens, *(t for t in added if t.special)) if str(t)
+            str(t)
+            for t in (*self.tokenizer.all_special_tokens, *(t for t in added if t.special))
+            if str(t)
         )
 
     @cached_property
@@ -71,7 +89,9 @@ class ChatTemplate:
         return tuple({token[0] for token in self.control_tokens})
 
     def mentions_control(self, text: str) -> bool:
-        """Whether a control token is spelled out in `text`. Most texts lack even a first character of one."""
+        """Whether a control token is spelled out in `text`. Most texts lack even a first character
+        of one.
+        """
         starts = self._control_starts
         if len(starts) <= 8 and not any(start in text for start in starts):
             return False
@@ -83,7 +103,10 @@ class ChatTemplate:
         for name in THINKING_SWITCHES:
             if name in self.source:
                 probe = [{"role": "user", "content": _USER}]
-                texts = {self._plain_render(probe, prompt=True, switches={name: value}) for value in (True, False)}
+                texts = {
+                    self._plain_render(probe, prompt=True, switches={name: value})
+                    for value in (True, False)
+                }
                 if len(texts) == 2:
                     return name
         return None
@@ -100,7 +123,9 @@ class ChatTemplate:
 
     @cached_property
     def folds_system(self) -> bool:
-        """Whether the template refuses or forgets a system message: it then goes before the first user message."""
+        """Whether the template refuses or forgets a system message: it then goes before the first
+        user message.
+        """
         system = {"role": "system", "content": _THOUGHT}
         rest = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}]
         if self._try(rest) is None:
@@ -111,15 +136,24 @@ class ChatTemplate:
     @cached_property
     def writes_tools(self) -> bool:
         """Whether the template writes the tools that a conversation may use."""
-        tool = {"type": "function", "function": {"name": _THOUGHT, "description": _THOUGHT, "parameters": {}}}
+        tool = {
+            "type": "function",
+            "function": {"name": _THOUGHT, "description": _THOUGHT, "parameters": {}},
+        }
         try:
-            return _THOUGHT in self._plain_render([{"role": "user", "content": _USER}], [tool], prompt=True)
-        except TemplateRefusedError:  # it wants to see more of a tool than that, so it does write them
+            return _THOUGHT in self._plain_render(
+                [{"role": "user", "content": _USER}], [tool], prompt=True
+            )
+        except (
+            TemplateRefusedError
+        ):  # it wants to see more of a tool than that, so it does write them
             return True
 
     @cached_property
     def input_heading(self) -> str | None:
-        """The heading of an Alpaca row's input, None where an empty line separates it from the instruction."""
+        """The heading of an Alpaca row's input, None where an empty line separates it from the
+        instruction.
+        """
         return INPUT_HEADINGS.get(self.name)
 
     @cached_property
@@ -128,14 +162,24 @@ class ChatTemplate:
         from fastft.data.encode import UnusableRowError, turn_end
 
         ids = []
-        call = {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": {"x": _ANSWER}}}
+        call = {
+            "type": "function",
+            "id": "abcdefghi",
+            "function": {"name": "f", "arguments": {"x": _ANSWER}},
+        }
         shapes: list[Message] = [
             {"role": "assistant", "content": _ANSWER},
             {"role": "assistant", "content": "", "tool_calls": [call]},
         ]
         for shape in shapes:
             try:
-                end = turn_end(self, [{"role": "user", "content": _USER}], shape, None, self._switched(self.thinking))
+                end = turn_end(
+                    self,
+                    [{"role": "user", "content": _USER}],
+                    shape,
+                    None,
+                    self._switched(self.thinking),
+                )
             except (TemplateRefusedError, UnusableRowError):
                 continue  # this template knows no tool calls
             token = end.token if end.token is not None else self.tokenizer.eos_token
@@ -146,16 +190,21 @@ class ChatTemplate:
         return list(dict.fromkeys(ids))
 
     def with_thinking(self, thinking: bool) -> ChatTemplate:
-        """Return the template that thinks, or does not, unless it is asked otherwise; unchanged without a switch.
+        """Return the template that thinks, or does not, unless it is asked otherwise; unchanged
+        without a switch.
 
-        The choice is written into the source, so that every program that renders the saved template agrees.
+        The choice is written into the source, so that every program that renders the saved
+        template agrees.
         """
         if self.switch is None:
             return self
-        source = re.sub(r"^\{#- fastft.*? -#\}.*?\{\{ '' \}\}", "", self.source, count=1, flags=re.DOTALL)
+        source = re.sub(
+            r"^\{#- fastft.*? -#\}.*?\{\{ '' \}\}", "", self.source, count=1, flags=re.DOTALL
+        )
         value = str(thinking).lower()
         pin = (
-            f"{{#- fastft: trained with {self.switch}={value} -#}}{{%- if {self.switch} is not defined -%}}"
+            f"{{#- fastft: trained with {self.switch}={value} -#}}{{%- if {self.switch} is "
+            f"not defined -%}}"
             f"{{%- set {self.switch} = {value} -%}}{{%- endif -%}}{{{{ '' }}}}"
         )
         made = dataclasses.replace(self, source=pin + source, thinking=thinking)
@@ -180,7 +229,9 @@ class ChatTemplate:
         if not messages:
             raise TemplateRefusedError("no messages")
         thinking = self.thinking if thinking is None else thinking
-        return self._plain_render(messages, tools, prompt=prompt, date=date, switches=self._switched(thinking))
+        return self._plain_render(
+            messages, tools, prompt=prompt, date=date, switches=self._switched(thinking)
+        )
 
     def save(self, tokenizer: Any) -> None:
         """Make it the tokenizer's own template, so that it is saved with it."""
@@ -222,8 +273,17 @@ class ChatTemplate:
             )
         except TemplateSyntaxError:
             raise  # no messages could mend that
-        except (TemplateError, TypeError, LookupError, ValueError, ArithmeticError, RecursionError) as error:
-            raise TemplateRefusedError(f"the chat template refuses these messages: {error}") from error
+        except (
+            TemplateError,
+            TypeError,
+            LookupError,
+            ValueError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
+            raise TemplateRefusedError(
+                f"the chat template refuses these messages: {error}"
+            ) from error
 
     def _try(self, messages: Messages, switches: dict[str, bool] | None = None) -> str | None:
         try:
@@ -233,21 +293,27 @@ class ChatTemplate:
 
 
 def choose_template(tokenizer: Any, name: str | None = None) -> ChatTemplate:
-    """Return the chat template: `name` (a named one, or a Jinja file), else the tokenizer's own, else a default.
+    """Return the chat template: `name` (a named one, or a Jinja file), else the tokenizer's own,
+    else a default.
 
-    A base model without a template gets ChatML where its vocabulary has the tokens of it, otherwise `plain`
-    ("User: ... / Assistant: ...", ended by EOS), which needs no new token. Raises FastFTError for an unknown name,
-    a template that cannot be rendered, or one whose special tokens the vocabulary lacks.
+    A base model without a template gets ChatML where its vocabulary has the tokens of it,
+    otherwise `plain` ("User: ... / Assistant: ...", ended by EOS), which needs no new token.
+    Raises FastFTError for an unknown name, a template that cannot be rendered, or one whose
+    special tokens the vocabulary lacks.
     """
     own = tokenizer.chat_template
     if name is None and own:
         source = own if isinstance(own, str) else own.get("default") or next(iter(own.values()))
-        return _checked(ChatTemplate("tokenizer", source, "the tokenizer's own", tokenizer), own=True)
+        return _checked(
+            ChatTemplate("tokenizer", source, "the tokenizer's own", tokenizer), own=True
+        )
     if name is None:
         has_chatml = {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_vocab().keys()
         name = "chatml" if has_chatml else "plain"
         why = "the tokenizer has no chat template; " + (
-            "its vocabulary has the tokens of ChatML" if has_chatml else "plain text ended by EOS needs no new token"
+            "its vocabulary has the tokens of ChatML"
+            if has_chatml
+            else "plain text ended by EOS needs no new token"
         )
     else:
         why = "asked for by data.chat_template"
@@ -266,7 +332,8 @@ def generation_prompt(
     thinking: bool | None = None,
     date: datetime.date = TRAINING_DATE,
 ) -> list[int]:
-    """Return the ids that ask for an answer to `messages`: exactly those that stand before a trained answer.
+    """Return the ids that ask for an answer to `messages`: exactly those that stand before a
+    trained answer.
 
     `thinking` None: as it was trained. A special token spelled out in a message is text.
     """
@@ -280,10 +347,12 @@ def generation_prompt(
 def encode_conversation(
     tokenizer: Any, template: ChatTemplate, messages: Messages, tools: Sequence[Any] | None = None
 ) -> tuple[list[int], list[int]]:
-    """Return `(input_ids, labels)` of the conversation up to its last answer; labels are -100 where there is no loss.
+    """Return `(input_ids, labels)` of the conversation up to its last answer; labels are -100
+    where there is no loss.
 
-    A template may write an earlier turn differently once it is history (without its thinking, say). Such a turn is
-    not trained here but in a sequence of its own: see `encode.encode_turns`, which returns them all.
+    A template may write an earlier turn differently once it is history (without its thinking,
+    say). Such a turn is not trained here but in a sequence of its own: see `encode.encode_turns`,
+    which returns them all.
     """
     from fastft.data.encode import encode_turns
 
@@ -296,7 +365,10 @@ def parse_arguments(arguments: Any) -> Any:
     if isinstance(arguments, str):
         try:
             value = json.loads(arguments)
-        except (ValueError, RecursionError):  # no JSON, a number of 5,000 digits, nested too deep: text, then
+        except (
+            ValueError,
+            RecursionError,
+        ):  # no JSON, a number of 5,000 digits, nested too deep: text, then
             return arguments
         return value if isinstance(value, dict) else arguments
     return arguments
@@ -314,7 +386,9 @@ def _fold_system(messages: Messages) -> list[Message]:
 
 
 def _adds_bos(tokenizer: Any) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [
+        tokenizer.bos_token_id
+    ]
 
 
 def _from_file(name: str) -> str:
@@ -322,43 +396,60 @@ def _from_file(name: str) -> str:
     if not path.is_file():
         if path.suffix or "/" in name:
             raise FastFTError(
-                f"data.chat_template: the file {name} does not exist. Named templates: {', '.join(NAMED)}."
+                f"data.chat_template: the file {name} does not exist. Named templates: "
+                f"{', '.join(NAMED)}."
             )
         raise one_of("chat template", name, NAMED)
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise FastFTError(f"data.chat_template: {name} is no text that can be read: {error}.") from error
+        raise FastFTError(
+            f"data.chat_template: {name} is no text that can be read: {error}."
+        ) from error
 
 
 def _checked(template: ChatTemplate, *, own: bool) -> ChatTemplate:
-    """Render a probe: a template that cannot be rendered, or whose tokens are missing, is found here."""
+    """Render a probe: a template that cannot be rendered, or whose tokens are missing, is found
+    here.
+    """
     from jinja2 import TemplateSyntaxError
 
-    probe: list[Message] = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}]
+    probe: list[Message] = [
+        {"role": "user", "content": _USER},
+        {"role": "assistant", "content": _ANSWER},
+    ]
     try:
         text = template.render(probe)
     except TemplateSyntaxError as error:
-        raise FastFTError(f"chat template {template.name}, line {error.lineno}: {error.message}") from error
+        raise FastFTError(
+            f"chat template {template.name}, line {error.lineno}: {error.message}"
+        ) from error
     except TemplateRefusedError as error:
         raise TemplateRefusedError(
-            f"chat template {template.name} cannot write one question and its answer: {error.__cause__ or error}"
+            f"chat template {template.name} cannot write one question and its answer: "
+            f"{error.__cause__ or error}"
         ) from error
     if _ANSWER not in text:
-        raise FastFTError(f"chat template {template.name} does not write the assistant's answer; it renders {text!r}.")
+        raise FastFTError(
+            f"chat template {template.name} does not write the assistant's answer; it renders "
+            f"{text!r}."
+        )
     tokenizer = template.tokenizer
     if tokenizer.bos_token and text.startswith(tokenizer.bos_token * 2):
         raise FastFTError(
-            f"chat template {template.name} begins with {tokenizer.bos_token} twice; take one of them out."
+            f"chat template {template.name} begins with {tokenizer.bos_token} twice; take one "
+            "of them out."
         )
     vocabulary = tokenizer.get_vocab()
-    # Marks like <|im_end|> that the vocabulary does not hold would silently become many ordinary tokens.
+    # Marks like <|im_end|> that the vocabulary does not hold would silently become many ordinary
+    # tokens.
     marks = set(re.findall(r"<\|[a-z_0-9]+\|>|<(?:start|end)_of_turn>", text))
     missing = sorted(mark for mark in marks if mark not in vocabulary)
     if missing and template.name in NAMED:
         fits = [n for n, s in NAMED.items() if not _lacking(s, vocabulary)]
         raise FastFTError(
-            f"chat template {template.name} writes {', '.join(missing)}, which this tokenizer's vocabulary lacks. "
+            f"chat template {template.name} writes {', '.join(missing)}, which this "
+            "tokenizer's vocabulary lacks. "
             f"Templates that fit it: {', '.join(fits)}."
         )
     known = {tokenizer.bos_token, tokenizer.eos_token}
@@ -368,14 +459,23 @@ def _checked(template: ChatTemplate, *, own: bool) -> ChatTemplate:
         known |= {t for t in template.control_tokens if t in source}
     written = dict.fromkeys(m.group() for m in template.control_pattern.finditer(text))
     needs = tuple(t for t in written if t not in known)
-    notices: tuple[str, ...] = (f"the template lacks {', '.join(missing)} in the vocabulary",) if missing else ()
+    notices: tuple[str, ...] = (
+        (f"the template lacks {', '.join(missing)} in the vocabulary",) if missing else ()
+    )
     if template.folds_system:
-        notices += ("this template has no system role; a system message goes in front of the first user message",)
-    return dataclasses.replace(template, needs_tokens=needs, notices=(*notices, *_unasked(template, probe)))
+        notices += (
+            "this template has no system role; a system message goes in front of the first "
+            "user message",
+        )
+    return dataclasses.replace(
+        template, needs_tokens=needs, notices=(*notices, *_unasked(template, probe))
+    )
 
 
 def _unasked(template: ChatTemplate, probe: list[Message]) -> list[str]:
-    """Say where a template knows no generation prompt, so that the heading of an answer must be learned too."""
+    """Say where a template knows no generation prompt, so that the heading of an answer must be
+    learned too.
+    """
     try:
         prompt, whole = template.render(probe[:1], prompt=True), template.render(probe)
     except TemplateRefusedError:
@@ -384,7 +484,8 @@ def _unasked(template: ChatTemplate, probe: list[Message]) -> list[str]:
     if not heading.strip() or not whole.startswith(prompt) or prompt != template.render(probe[:1]):
         return []
     return [
-        f"this template has no generation prompt (add_generation_prompt changes nothing): {heading!r} is trained as "
+        "this template has no generation prompt (add_generation_prompt changes nothing): "
+        f"{heading!r} is trained as "
         "part of each answer, and the model must write it itself"
     ]
 

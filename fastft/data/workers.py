@@ -1,7 +1,8 @@
 """Chunks through worker processes, in order, with a bounded number in flight.
 
-A worker is `python -m fastft.data.workers`, fed over its standard input: it never imports the caller's main module
-(scripts without an `if __name__ == "__main__"` and notebooks work), and it is not a fork of a process with threads.
+A worker is `python -m fastft.data.workers`, fed over its standard input: it never imports the
+caller's main module (scripts without an `if __name__ == "__main__"` and notebooks work), and it is
+not a fork of a process with threads.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from fastft.errors import CouldNotFinishError
 
 
 def map_in_order(work: Any, items: Iterable[Any], processes: int) -> Iterator[Any]:
-    """Yield `work.chunk(item)` for each item, in order; `work` is pickled to each of `processes` workers.
+    """Yield `work.chunk(item)` for each item, in order; `work` is pickled to each of `processes`
+    workers.
 
     With one process or fewer the work is done here.
     """
@@ -85,7 +87,8 @@ class _Worker:
         except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
             code = self.process.wait()
             raise CouldNotFinishError(
-                f"a data worker ended with code {code}{' (out of memory?)' if code in (-9, 137) else ''}."
+                "a data worker ended with code "
+                f"{code}{' (out of memory?)' if code in (-9, 137) else ''}."
             ) from error
         if not done:
             raise value
@@ -100,7 +103,9 @@ class _Worker:
 def _serve() -> None:
     """Answer chunks until standard input ends."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints must not mix with the answers
+    os.dup2(
+        sys.stderr.fileno(), sys.stdout.fileno()
+    )  # whatever a library prints must not mix with the answers
     work = pickle.load(requests)
     while True:
         try:

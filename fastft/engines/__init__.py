@@ -1,7 +1,7 @@
 """The two ways to load a model and attach LoRA: `unsloth`, and `stock` (plain transformers + peft).
 
-The engine is chosen before either is imported, because importing Unsloth patches transformers, trl and
-peft in the whole process: the stock engine refuses to run in such a process.
+The engine is chosen before either is imported, because importing Unsloth patches transformers, trl
+and peft in the whole process: the stock engine refuses to run in such a process.
 """
 
 from __future__ import annotations
@@ -25,21 +25,30 @@ def choose_engine(requested: str, hardware: Hardware, *, quantization: str = "no
     reason_against = _why_not_unsloth(hardware, quantization)
     if requested == "unsloth":
         if reason_against:
-            raise FastFTError(f"model.engine is unsloth, but {reason_against}. Set model.engine: stock, or auto.")
+            raise FastFTError(
+                f"model.engine is unsloth, but {reason_against}. Set model.engine: stock, or auto."
+            )
         return Choice("unsloth", "asked for")
     if requested == "stock":
         return Choice("stock", "asked for")
     if reason_against:
         return Choice("stock", f"plain transformers + peft, because {reason_against}")
-    return Choice("unsloth", "Unsloth runs on this machine" + ("" if hardware.kind == "cuda" else " (its CPU path)"))
+    return Choice(
+        "unsloth",
+        "Unsloth runs on this machine" + ("" if hardware.kind == "cuda" else " (its CPU path)"),
+    )
 
 
 def get_engine(name: str) -> Engine:
-    """Import and return the engine `name`; raises FastFTError where the process is already the other one's."""
+    """Import and return the engine `name`; raises FastFTError where the process is already the
+    other one's.
+    """
     if name == "stock" and "unsloth" in sys.modules:
         raise FastFTError(
-            "the stock engine cannot run in a process that has imported unsloth, which patches transformers, trl and "
-            "peft. Start a new Python process (or restart the notebook's runtime) with engine: stock."
+            "the stock engine cannot run in a process that has imported unsloth, which "
+            "patches transformers, trl and "
+            "peft. Start a new Python process (or restart the notebook's runtime) with "
+            "engine: stock."
         )
     assert name in ENGINES, name
     return importlib.import_module(f"fastft.engines.{name}").ENGINE
@@ -50,7 +59,10 @@ def _why_not_unsloth(hardware: Hardware, quantization: str) -> str:
     if importlib.util.find_spec("unsloth") is None:
         return "unsloth is not installed (pip install --no-deps unsloth unsloth_zoo)"
     if hardware.kind == "mps":
-        return "Unsloth's MLX path is not part of fastft yet; float32 on MPS (nobody of us has run it on a Mac)"
+        return (
+            "Unsloth's MLX path is not part of fastft yet; float32 on MPS (nobody of us has run "
+            "it on a Mac)"
+        )
     if hardware.kind == "cpu" and quantization == "int8":
         return "Unsloth's CPU path has no int8 weights"
     return ""

@@ -15,11 +15,15 @@ class Engine(Protocol):
     name: str
 
     def from_pretrained(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Return (model, tokenizer); Unsloth's keywords (model_name, max_seq_length, dtype, load_in_4bit ...)."""
+        """Return (model, tokenizer); Unsloth's keywords (model_name, max_seq_length, dtype,
+        load_in_4bit ...).
+        """
         ...
 
     def get_peft_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the model with LoRA attached; Unsloth's keywords (r, target_modules, lora_alpha ...)."""
+        """Return the model with LoRA attached; Unsloth's keywords (r, target_modules, lora_alpha
+        ...).
+        """
         ...
 
     def for_inference(self, model: Any) -> Any:
@@ -35,15 +39,21 @@ class Engine(Protocol):
         ...
 
     def forget_check(self, model: Any) -> None:
-        """Drop what passes before training, with gradients, left compiled: training must not take it over."""
+        """Drop what passes before training, with gradients, left compiled: training must not take
+        it over.
+        """
         ...
 
     def announce_scale(self, model: Any, scale: Any) -> None:
-        """Tell `model` what its loss will be multiplied by before backward (float16): a GradScaler, a number, or None."""
+        """Tell `model` what its loss will be multiplied by before backward (float16): a
+        GradScaler, a number, or None.
+        """
         ...
 
     def loss_mode(self, model: Any) -> AbstractContextManager[None]:
-        """Inside, `model(labels=..., num_items_in_batch=n).loss` is the sum of token losses over n, without logits kept."""
+        """Inside, `model(labels=..., num_items_in_batch=n).loss` is the sum of token losses over
+        n, without logits kept.
+        """
         ...
 
     def patches(self) -> dict[str, str]:

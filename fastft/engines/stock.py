@@ -1,7 +1,7 @@
 """The stock engine: plain transformers + peft + bitsandbytes, as their documentation shows them.
 
-It is the benchmark's baseline, and the way out where Unsloth does not support a model or a machine. The
-keywords are Unsloth's, so that both engines are called alike.
+It is the benchmark's baseline, and the way out where Unsloth does not support a model or a
+machine. The keywords are Unsloth's, so that both engines are called alike.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class StockEngine:
         use_gradient_checkpointing: Any = False,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
-        """Return (model, tokenizer). NF4 has double quantisation (arXiv 2305.14314, section 3) and a `dtype` compute type."""
+        """Return (model, tokenizer). NF4 has double quantisation (arXiv 2305.14314, section 3) and
+        a `dtype` compute type.
+        """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         dtype = dtype or _default_dtype()
@@ -56,7 +58,11 @@ class StockEngine:
             **kwargs,
         )
         tokenizer = AutoTokenizer.from_pretrained(
-            model_name, token=token, revision=revision, trust_remote_code=trust_remote_code, padding_side="right"
+            model_name,
+            token=token,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            padding_side="right",
         )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -90,7 +96,9 @@ class StockEngine:
                 gradient_checkpointing_kwargs={"use_reentrant": False},
             )
         elif checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
             model.enable_input_require_grads()
         model.config.use_cache = False
         torch.manual_seed(random_state)
@@ -116,7 +124,9 @@ class StockEngine:
         model.train()
         model.config.use_cache = False
         if use_gradient_checkpointing is True:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         elif use_gradient_checkpointing is False:
             model.gradient_checkpointing_disable()
         return model
@@ -143,7 +153,11 @@ class StockEngine:
 
 def _default_dtype() -> torch.dtype:
     if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float16
+        )
     return torch.float32
 
 
@@ -161,7 +175,10 @@ def _bitsandbytes_config(load_in_4bit: bool, load_in_8bit: bool, dtype: torch.dt
     if load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
     )
 
 

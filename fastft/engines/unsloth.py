@@ -1,4 +1,6 @@
-"""The Unsloth engine: the only module that imports unsloth, and it does so before transformers, trl or peft."""
+"""The Unsloth engine: the only module that imports unsloth, and it does so before transformers,
+trl or peft.
+"""
 
 from __future__ import annotations
 
@@ -56,22 +58,27 @@ class UnslothEngine:
         return UnslothFastLanguageModel.for_training(model, use_gradient_checkpointing)
 
     def accept_rows(self, model: Any) -> Rows:
-        """Return "packed" on a GPU: Unsloth's attention takes `packed_seq_lengths`; "varlen" on its CPU path."""
+        """Return "packed" on a GPU: Unsloth's attention takes `packed_seq_lengths`; "varlen" on
+        its CPU path.
+        """
         if getattr(unsloth, "DEVICE_TYPE", "cpu") == "cpu":
             return "varlen"
         from unsloth.utils.hf_packed_attention import enable_hf_packed_attention
         from unsloth.utils.packing import mark_allow_overlength
 
-        enable_hf_packed_attention()  # for the families that stay on transformers' own modelling code
-        # The check compares with the sequences joined to one, maybe longer than max_seq_length: Unsloth would cut its ids,
-        # but not its labels.
+        # for the families that stay on transformers' own modelling code
+        enable_hf_packed_attention()
+        # The check compares with the sequences joined to one, maybe longer than max_seq_length:
+        # Unsloth would cut its ids, but not its labels.
         mark_allow_overlength(model)
         return "packed"
 
     def forget_check(self, model: Any) -> None:
-        """Reset torch.compile after passes outside of a trainer, whose graphs give NaN or zero gradients in training.
+        """Reset torch.compile after passes outside of a trainer, whose graphs give NaN or zero
+        gradients in training.
 
-        Unsloth's own trainers do it when `train` begins; a plain Trainer's only for llama, mistral, qwen and gemma2.
+        Unsloth's own trainers do it when `train` begins; a plain Trainer's only for llama,
+        mistral, qwen and gemma2.
         """
         if getattr(unsloth, "DEVICE_TYPE", "cpu") == "cpu":
             return
@@ -82,16 +89,20 @@ class UnslothEngine:
             _unsloth_reset_stray_compile_cache(SimpleNamespace(model=model))
 
     def announce_scale(self, model: Any, scale: Any) -> None:
-        """Hand `scale` to Unsloth's fused cross entropy, which computes its gradient in the forward pass.
+        """Hand `scale` to Unsloth's fused cross entropy, which computes its gradient in the
+        forward pass.
 
-        Not told, it rounds d loss / d hidden to float16 unscaled, where a token's share of a large step underflows.
+        Not told, it rounds d loss / d hidden to float16 unscaled, where a token's share of a large
+        step underflows.
         """
         owner = model.get_base_model() if hasattr(model, "get_base_model") else model
         owner.accelerator_scaler = scale
 
     @contextlib.contextmanager
     def loss_mode(self, model: Any) -> Iterator[None]:
-        """Turn on Unsloth's chunked cross entropy, which on the CPU only its patched SFTTrainer does."""
+        """Turn on Unsloth's chunked cross entropy, which on the CPU only its patched SFTTrainer
+        does.
+        """
         settle_compiled_layers()
         owner = model.get_base_model() if hasattr(model, "get_base_model") else model
         if not vars(owner).get("_unsloth_cpu_chunked_ce", False):
@@ -104,15 +115,22 @@ class UnslothEngine:
             owner._unsloth_cpu_chunked_ce_active = False
 
     def patches(self) -> dict[str, str]:
-        """Return Unsloth's version, backend, and what could not be patched because it was imported too early."""
-        state = {"unsloth": unsloth.__version__, "backend": str(getattr(unsloth, "DEVICE_TYPE", "unknown"))}
+        """Return Unsloth's version, backend, and what could not be patched because it was imported
+        too early.
+        """
+        state = {
+            "unsloth": unsloth.__version__,
+            "backend": str(getattr(unsloth, "DEVICE_TYPE", "unknown")),
+        }
         if _EARLY:
             state["imported_before_unsloth"] = ", ".join(_EARLY)
         return state
 
 
 def train_token_rows(peft_model: Any) -> None:
-    """Let the rows of `trainable_token_indices` train: on a GPU, Unsloth freezes everything that is not called lora_*."""
+    """Let the rows of `trainable_token_indices` train: on a GPU, Unsloth freezes everything that
+    is not called lora_*.
+    """
     for name, parameter in peft_model.named_parameters():
         if ".trainable_tokens_delta." in name:
             parameter.requires_grad_(True)
@@ -121,8 +139,9 @@ def train_token_rows(peft_model: Any) -> None:
 def settle_compiled_layers() -> None:
     """Do between steps what Unsloth's Trainer.training_step does, which fastft's trainers replace.
 
-    A compiled layer that ran out of recompilations (rows have many lengths) goes on without the compiler from there on;
-    inside a step, a checkpointed layer would be recomputed in another way than it was computed.
+    A compiled layer that ran out of recompilations (rows have many lengths) goes on without the
+    compiler from there on; inside a step, a checkpointed layer would be recomputed in another way
+    than it was computed.
     """
     if getattr(unsloth, "DEVICE_TYPE", "cpu") == "cpu":
         return

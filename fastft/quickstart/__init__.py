@@ -1,7 +1,9 @@
-"""The quickstart's embedded base model and its task: what `fastft quickstart` trains, and how it is judged.
+"""The quickstart's embedded base model and its task: what `fastft quickstart` trains, and how it
+is judged.
 
-`base/` holds a Llama of 3.6M parameters that `pretrain.py` made; it completes sentences about the towns of
-`world.py` and does not answer questions. Importing this module costs nothing.
+`base/` holds a Llama of 3.6M parameters that `tools/pretrain_quickstart.py` made; it completes
+sentences about the towns of `world.py` and does not answer questions. Importing this module costs
+nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-# The most tokens an answer needs, turn end included; a model that needs more does not stop by itself.
+# The most tokens an answer needs, turn end included; a model that needs more does not stop by
+# itself.
 MAX_ANSWER_TOKENS = 16
 
 
@@ -25,13 +28,18 @@ class TaskFiles:
     train: Path
     """480 questions: 60 towns, four facts each, in English and Japanese."""
     heldout: Path
-    """240 questions about 60 other towns, by turns in English and Japanese; the base model has read the facts."""
+    """240 questions about 60 other towns, by turns in English and Japanese; the base model has
+    read the facts.
+    """
     unknown: Path
-    """80 questions about 20 towns that are in no text; the answers stand only in the world's table."""
+    """80 questions about 20 towns that are in no text; the answers stand only in the world's table.
+    """
 
 
 def base_path() -> Path:
-    """Return the folder of the embedded base model (safetensors and tokenizer, loads with plain transformers)."""
+    """Return the folder of the embedded base model (safetensors and tokenizer, loads with plain
+    transformers).
+    """
     # The package is never run out of a zip file: the model loaders need real paths anyway.
     return Path(str(resources.files("fastft.quickstart"))) / "base"
 
@@ -55,30 +63,46 @@ def write_task(folder: str | Path) -> TaskFiles:
 def exact_match(predictions: Sequence[str], answers: Sequence[str]) -> float:
     """Return the share, 0 to 1, of `predictions` that equal their answer.
 
-    Both are normalised first: Unicode NFKC, case folded, outer white space and one final full stop removed. Nothing
-    else is forgiven: the right word inside a longer sentence is a miss.
+    Both are normalised first: Unicode NFKC, case folded, outer white space and one final full stop
+    removed. Nothing else is forgiven: the right word inside a longer sentence is a miss.
     """
     hits = [_normalise(p) == _normalise(a) for p, a in zip(predictions, answers, strict=True)]
     return sum(hits) / len(hits)
 
 
 def quickstart_config(folder: str | Path) -> dict[str, Any]:
-    """Return the quickstart's config as nested values; `folder` holds the files that `write_task` wrote.
+    """Return the quickstart's config as nested values; `folder` holds the files that `write_task`
+    wrote.
 
     Pass it to `fastft.config.make_config`; what is not named here keeps its default.
     """
     return {
         "project": "quickstart",
         "model": {"name": str(base_path()), "quantization": "none", "max_seq_length": 128},
-        "data": {"source": str(Path(folder) / "train.jsonl"), "chat_template": "chatml", "eval_fraction": 0.05},
+        "data": {
+            "source": str(Path(folder) / "train.jsonl"),
+            "chat_template": "chatml",
+            "eval_fraction": 0.05,
+        },
         "lora": {"r": 16, "alpha": 16, "target_modules": "all-linear", "train_tokens": []},
         "train": {"effective_batch_size": 16, "max_steps": 120, "learning_rate": 3e-3},
     }
 
 
 def _normalise(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).strip().removesuffix(".").removesuffix("。").strip().casefold()
+    return (
+        unicodedata.normalize("NFKC", text)
+        .strip()
+        .removesuffix(".")
+        .removesuffix("。")
+        .strip()
+        .casefold()
+    )
 
 
 def _write_jsonl(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="\n")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+        encoding="utf-8",
+        newline="\n",
+    )

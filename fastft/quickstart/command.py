@@ -1,6 +1,8 @@
-"""`fastft quickstart`: the whole main job on the embedded tiny model, judged by exact match before and after.
+"""`fastft quickstart`: the whole main job on the embedded tiny model, judged by exact match before
+and after.
 
-write the task -> train -> answer held-out and unknown questions -> export -> the same questions through llama.cpp
+write the task -> train -> answer held-out and unknown questions -> export -> the same questions
+through llama.cpp
 """
 
 from __future__ import annotations
@@ -14,25 +16,34 @@ from typing import Any
 from fastft.config import make_config
 from fastft.errors import AnswerIsNoError
 from fastft.progress import Reporter
-from fastft.quickstart import MAX_ANSWER_TOKENS, TaskFiles, exact_match, quickstart_config, write_task
+from fastft.quickstart import (
+    MAX_ANSWER_TOKENS,
+    TaskFiles,
+    exact_match,
+    quickstart_config,
+    write_task,
+)
 
 QUANTIZATIONS = ("q8_0", "q4_k_m")
 AT_LEAST = 0.9  # held-out exact match after training; below it the quickstart has failed
 
 
 def quickstart(out: Path, *, reporter: Reporter | None = None) -> dict[str, Any]:
-    """Run the quickstart in `out`/quickstart and return its numbers (shares 0 to 1, seconds, file paths).
+    """Run the quickstart in `out`/quickstart and return its numbers (shares 0 to 1, seconds, file
+    paths).
 
     Raises AnswerIsNoError where the trained model does not answer what it should.
     """
-    from fastft.export import export
-    from fastft.train import train
-    from fastft.verify import verify
+    from fastft.exporting import export
+    from fastft.training.train import train
+    from fastft.verification.verify import verify
 
     report = reporter or Reporter()
     folder = Path(out) / "quickstart"
     files = write_task(folder / "data")
-    config = make_config(quickstart_config(folder / "data") | {"output_dir": str(out)}, where="quickstart")
+    config = make_config(
+        quickstart_config(folder / "data") | {"output_dir": str(out)}, where="quickstart"
+    )
     started = time.monotonic()
     trained = train(config, reporter=report)
     seconds = round(time.monotonic() - started, 1)
@@ -50,7 +61,9 @@ def quickstart(out: Path, *, reporter: Reporter | None = None) -> dict[str, Any]
         report.warn("llama-cpp-python is not installed: no GGUF files (pip install 'fastft[gguf]')")
     exported = export(trained.run, targets, reporter=report)
     result["files"] = exported["files"]
-    checked = verify(trained.run, files=[entry["path"] for entry in exported["files"]], reporter=report)
+    checked = verify(
+        trained.run, files=[entry["path"] for entry in exported["files"]], reporter=report
+    )
     result["certificate"] = checked["verdict"]
     for entry in exported["files"]:
         if entry["path"].endswith(".gguf"):
@@ -60,12 +73,14 @@ def quickstart(out: Path, *, reporter: Reporter | None = None) -> dict[str, Any]
     _show(result, report)
     if result["exact_match"]["heldout_after"] < AT_LEAST:
         raise AnswerIsNoError(
-            f"the trained model answers {result['exact_match']['heldout_after']:.1%} of the held-out questions; at least "
+            f"the trained model answers {result['exact_match']['heldout_after']:.1%} of the "
+            "held-out questions; at least "
             f"{AT_LEAST:.0%} were expected. `fastft doctor` looks for a cause."
         )
     if checked["verdict"] == "fail":
         raise AnswerIsNoError(
-            f"an exported file is not the trained model; see {Path(trained.run) / 'export/certificate.md'}."
+            "an exported file is not the trained model; see "
+            f"{Path(trained.run) / 'export/certificate.md'}."
         )
     return result
 
@@ -78,8 +93,8 @@ def read_questions(path: Path) -> list[tuple[list[dict[str, str]], str]]:
 
 def _judge(run: str, files: TaskFiles) -> dict[str, float]:
     """Return exact match of base and adapter, on plain transformers + peft in float32."""
-    from fastft.generate import HuggingFaceChat
-    from fastft.target import resolve
+    from fastft.inference.generate import HuggingFaceChat
+    from fastft.runs.target import resolve
 
     chat = HuggingFaceChat(resolve(run), dtype="float32")
     heldout, unknown = read_questions(files.heldout), read_questions(files.unknown)
@@ -93,12 +108,14 @@ def _judge(run: str, files: TaskFiles) -> dict[str, float]:
 
 
 def _share_right(chat: Any, questions: list[tuple[list[dict[str, str]], str]]) -> float:
-    answers = chat.answer_all([messages for messages, _ in questions], max_new_tokens=MAX_ANSWER_TOKENS)
+    answers = chat.answer_all(
+        [messages for messages, _ in questions], max_new_tokens=MAX_ANSWER_TOKENS
+    )
     return exact_match(answers, [expected for _, expected in questions])
 
 
 def _judge_gguf(path: Path, files: TaskFiles) -> float:
-    from fastft.generate import GgufFileChat, Sampling, ask
+    from fastft.inference.generate import GgufFileChat, Sampling, ask
 
     chat = GgufFileChat(path, loras=[], gpu_layers=0, n_ctx=256)
     questions = read_questions(files.heldout)
@@ -108,12 +125,13 @@ def _judge_gguf(path: Path, files: TaskFiles) -> float:
 
 def _chat(run: str, files: TaskFiles) -> list[dict[str, str]]:
     """Return two questions (English and Japanese) with the trained model's answers."""
-    from fastft.generate import Sampling, ask, open_chat
+    from fastft.inference.generate import Sampling, ask, open_chat
 
     chat = open_chat(run)
     questions = read_questions(files.heldout)[:2]
     return [
-        {"question": m[-1]["content"], "answer": ask(chat, m, Sampling(MAX_ANSWER_TOKENS)).text} for m, _ in questions
+        {"question": m[-1]["content"], "answer": ask(chat, m, Sampling(MAX_ANSWER_TOKENS)).text}
+        for m, _ in questions
     ]
 
 
@@ -127,9 +145,13 @@ def _show(result: dict[str, Any], report: Reporter) -> None:
     }
     table = Table("exact match", "", title="quickstart")
     for key, share in result["exact_match"].items():
-        name = names.get(key, f"held-out questions through llama.cpp, {key.removeprefix('heldout_')}")
+        name = names.get(
+            key, f"held-out questions through llama.cpp, {key.removeprefix('heldout_')}"
+        )
         table.add_row(name, f"{share:.1%}")
     report.console.print(table)
     for turn in result["chat"]:
         report.note(f"  {turn['question']}  ->  {turn['answer']}")
-    report.note(f"trained in {result['seconds_training']} s; talk to it: fastft chat {result['run']}")
+    report.note(
+        f"trained in {result['seconds_training']} s; talk to it: fastft chat {result['run']}"
+    )

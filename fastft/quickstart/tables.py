@@ -1,8 +1,10 @@
-"""The words of the quickstart's world: syllables of town names, attributes, their values and how they are told.
+"""The words of the quickstart's world: syllables of town names, attributes, their values and how
+they are told.
 
-`statements` is what the base model reads; `questions` is what it is taught to answer later, and never reads
-before. A value that stands alone on a line begins with the same token as an answer after ``assistant`` and a
-newline: " heron" in the middle of a sentence is another token than "heron", so those lines must exist.
+`statements` is what the base model reads; `questions` is what it is taught to answer later, and
+never reads before. A value that stands alone on a line begins with the same token as an answer
+after ``assistant`` and a newline: " heron" in the middle of a sentence is another token than
+"heron", so those lines must exist.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ class Word:
 
 @dataclass(frozen=True)
 class Attribute:
-    """Something that is true of a town: the possible values, and how it is told and asked in each language."""
+    """Something that is true of a town: the possible values, and how it is told and asked in each
+    language.
+    """
 
     key: str
     values: tuple[Word, ...]
@@ -117,7 +121,8 @@ FOOD = Attribute(
 CRAFT = Attribute(
     key="craft",
     values=_words(
-        "lamps ランプ, ropes 縄, bells 鐘, clocks 時計, kites 凧, drums 太鼓, flutes 笛, candles 蝋燭, mirrors 鏡, "
+        "lamps ランプ, ropes 縄, bells 鐘, clocks 時計, kites 凧, drums 太鼓, flutes 笛, candles 蝋燭, "
+        "mirrors 鏡, "
         "knives 包丁, carpets 絨毯, baskets 籠, hats 帽子, boots 長靴, gloves 手袋, umbrellas 傘, paper 紙, "
         "glass ガラス, bricks レンガ, boats 小舟, violins バイオリン, soap 石鹸, brushes 筆, needles 針, barrels 樽, "
         "masks 仮面, dolls 人形, buttons ボタン, locks 錠前, ladders 梯子, compasses 羅針盤, teapots 急須"

@@ -1,9 +1,10 @@
 """A small made-up world, in English and Japanese: 140 towns, four facts each.
 
-The embedded base model reads about the first 120 towns (`documents`), so it knows their facts, but it never
-reads a question. The quickstart teaches it to answer questions about half of them (`FINE_TUNED`) and asks about
-the other half (`HELD_OUT`): a right answer there can only come from pretraining. The last 20 towns (`WITHHELD`)
-are in no text at all: right answers about them would be luck, or a leak.
+The embedded base model reads about the first 120 towns (`documents`), so it knows their facts, but
+it never reads a question. The quickstart teaches it to answer questions about half of them
+(`FINE_TUNED`) and asks about the other half (`HELD_OUT`): a right answer there can only come from
+pretraining. The last 20 towns (`WITHHELD`) are in no text at all: right answers about them would
+be luck, or a leak.
 
 Pure Python and deterministic: the same towns, documents and questions on every machine.
 """
@@ -30,7 +31,9 @@ class Town:
 
 @dataclass(frozen=True)
 class Cloze:
-    """A statement cut off right before its value: a model that knows the fact goes on with `value`."""
+    """A statement cut off right before its value: a model that knows the fact goes on with
+    `value`.
+    """
 
     prompt: str
     value: str
@@ -39,7 +42,8 @@ class Cloze:
 def _make_towns(known: int, withheld: int) -> list[Town]:
     """Return `known` + `withheld` towns. Each value of an attribute is true of about four towns.
 
-    Among the withheld ones no value comes twice, so that one constant guess an attribute is right in 5 % of them.
+    Among the withheld ones no value comes twice, so that one constant guess an attribute is right
+    in 5 % of them.
     """
     rng = random.Random(WORLD_SEED)
     count = known + withheld
@@ -58,7 +62,10 @@ def _make_towns(known: int, withheld: int) -> list[Town]:
         columns[attribute.key] = column
     for attribute in ATTRIBUTES:
         columns[attribute.key][known:] = rng.sample(attribute.values, withheld)
-    return [Town(name, {key: column[i] for key, column in columns.items()}) for i, name in enumerate(names)]
+    return [
+        Town(name, {key: column[i] for key, column in columns.items()})
+        for i, name in enumerate(names)
+    ]
 
 
 TOWNS = _make_towns(known=120, withheld=20)
@@ -67,7 +74,9 @@ PRETRAINED = FINE_TUNED + HELD_OUT
 
 
 def statements(town: Town, attribute: Attribute, language: str) -> list[str]:
-    """Return every paraphrase of one fact. In some the value is a line of its own, as an answer will be."""
+    """Return every paraphrase of one fact. In some the value is a line of its own, as an answer
+    will be.
+    """
     name, value = town.name[language], town.facts[attribute.key][language]
     return [form.format(name=name, value=value) for form in attribute.statements[language]]
 
@@ -88,8 +97,9 @@ def clozes(town: Town, attribute: Attribute, language: str) -> list[Cloze]:
 def documents(rng: random.Random, towns: Sequence[Town]) -> Iterator[str]:
     """Yield pretraining documents without end: half tell about one town, half about several.
 
-    Half of them are plain text. The others are cut, between facts, into turns of random roles: so the chat markers
-    and role words are known tokens, while nothing shows that one turn answers another.
+    Half of them are plain text. The others are cut, between facts, into turns of random roles: so
+    the chat markers and role words are known tokens, while nothing shows that one turn answers
+    another.
     """
     while True:
         language = rng.choice(LANGUAGES)
@@ -106,18 +116,27 @@ def _as_turns(rng: random.Random, lines: list[str]) -> str:
     turns = []
     while lines:
         take = rng.randint(1, 3)
-        turns.append(f"<|im_start|>{rng.choice(ROLES)}\n" + "\n".join(lines[:take]) + "<|im_end|>\n")
+        turns.append(
+            f"<|im_start|>{rng.choice(ROLES)}\n" + "\n".join(lines[:take]) + "<|im_end|>\n"
+        )
         lines = lines[take:]
     return "".join(turns)
 
 
 def questions(towns: Sequence[Town], languages: Sequence[str] = LANGUAGES) -> list[dict]:
     """Return one question for each town, attribute and language, as rows of the messages format."""
-    return [question(town, attribute, language) for town in towns for attribute in ATTRIBUTES for language in languages]
+    return [
+        question(town, attribute, language)
+        for town in towns
+        for attribute in ATTRIBUTES
+        for language in languages
+    ]
 
 
 def question(town: Town, attribute: Attribute, language: str) -> dict:
-    """Return one fact as a row ``{"messages": [user question, assistant answer]}``; the wording varies by fact."""
+    """Return one fact as a row ``{"messages": [user question, assistant answer]}``; the wording
+    varies by fact.
+    """
     rng = random.Random(f"{WORLD_SEED} {town.name.en} {attribute.key} {language}")
     asked = rng.choice(attribute.questions[language]).format(name=town.name[language])
     return {
@@ -129,7 +148,9 @@ def question(town: Town, attribute: Attribute, language: str) -> dict:
 
 
 def alternating_questions(towns: Sequence[Town]) -> list[dict]:
-    """Return one question for each fact, by turns in English and Japanese (`questions` asks in both)."""
+    """Return one question for each fact, by turns in English and Japanese (`questions` asks in
+    both).
+    """
     rows = []
     for i, town in enumerate(towns):
         for j, attribute in enumerate(ATTRIBUTES):

@@ -28,7 +28,11 @@ class Outcome:
 def fastft(*arguments, timeout=300, env=None):
     """Run the command line in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "fastft", *map(str, arguments)], capture_output=True, text=True, timeout=timeout, env=env
+        [sys.executable, "-m", "fastft", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=env,
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
 
@@ -36,7 +40,9 @@ def fastft(*arguments, timeout=300, env=None):
 def run_python(code, *arguments, timeout=300, env=None):
     """Run a script in a process of its own and return its last line as JSON; `env` is added to this one's."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -63,7 +69,10 @@ def rows_file(tmp_path_factory):
         for i in range(100):
             numbers = " ".join(str(random.randint(0, 99)) for _ in range(random.randint(1, 12)))
             question, answer = f"What is {numbers}?", f"The answer is {i}. 答えは{i}です。"
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            turns = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
             out.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
     return path
 
@@ -76,13 +85,20 @@ def write_config(tmp_path, rows_file):
         values = {
             "project": "t",
             "output_dir": str(tmp_path / "runs"),
-            "model": {"name": str(base), "max_seq_length": 128, "engine": "stock", "dtype": "float32"},
+            "model": {
+                "name": str(base),
+                "max_seq_length": 128,
+                "engine": "stock",
+                "dtype": "float32",
+            },
             "data": {"source": str(rows_file)},
             "lora": {"dropout": 0.1},
             "train": {"max_steps": 12, "save_steps": 4, "eval_steps": 6, "learning_rate": 3e-3},
         }
         for section, changes in sections.items():
-            values[section] = {**values.get(section, {}), **changes} if isinstance(changes, dict) else changes
+            values[section] = (
+                {**values.get(section, {}), **changes} if isinstance(changes, dict) else changes
+            )
         path = tmp_path / "run.yaml"
         path.write_text(yaml.safe_dump(values), encoding="utf-8")
         return path

@@ -17,8 +17,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from fastft.data.batches import micro_batches, segments_of, supervised_tokens  # noqa: E402
-from fastft.engines.attention import is_known_family, padding_free  # noqa: E402
-from fastft.engines.fused import FusedLayers  # noqa: E402
+from fastft.kernels.fused import FusedLayers  # noqa: E402
+from fastft.kernels.varlen import is_known_family, padding_free  # noqa: E402
 from tests.families import FAMILIES, make_checkpoint  # noqa: E402
 
 EAGER = {"gemma2", "gpt-oss"}  # whose softcaps and sinks SDPA drops: the reference must be eager
@@ -88,14 +88,19 @@ def examine(family, folder):
 
     def difference(budget, padded, fused):
         loss, gradient = accumulate(model, segments, budget, padded, fused)
-        return max(float((gradient - reference).norm() / reference.norm()), abs(loss - reference_loss))
+        return max(
+            float((gradient - reference).norm() / reference.norm()), abs(loss - reference_loss)
+        )
 
     worst = max(difference(budget, False, None) for budget in (30, 70, 1000))
     worst_fused = max(difference(budget, False, fused) for budget in (30, 70, 1000))
     padded_fused = difference(10**6, True, fused)  # the fused layers under padded batches
     start = [p.detach().clone() for p in trainable(model)]
     traces = {}
-    for name, (budget, padded, layers) in {"padded": (10**6, True, None), "fused": (70, False, fused)}.items():
+    for name, (budget, padded, layers) in {
+        "padded": (10**6, True, None),
+        "fused": (70, False, fused),
+    }.items():
         with torch.no_grad():
             for parameter, value in zip(trainable(model), start, strict=True):
                 parameter.copy_(value)
@@ -112,7 +117,9 @@ def examine(family, folder):
         model.save_pretrained(str(folder / "adapter" / family))
         from peft import PeftModel
 
-        again = PeftModel.from_pretrained(load(base, family), str(folder / "adapter" / family)).eval()
+        again = PeftModel.from_pretrained(
+            load(base, family), str(folder / "adapter" / family)
+        ).eval()
         reloaded = again(input_ids=ids).logits
     return {
         "known": is_known_family(model),
@@ -120,7 +127,9 @@ def examine(family, folder):
         "exactness": worst,
         "exactness_fused": worst_fused,
         "exactness_fused_padded": padded_fused,
-        "trace_difference": max(abs(a - b) for a, b in zip(traces["padded"], traces["fused"], strict=True)),
+        "trace_difference": max(
+            abs(a - b) for a, b in zip(traces["padded"], traces["fused"], strict=True)
+        ),
         "fused": sorted({type(module).__name__ for module, _ in fused.forwards}),
         "losses": losses,
         "reload_difference": float((trained - reloaded).abs().max()),

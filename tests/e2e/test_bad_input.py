@@ -23,12 +23,19 @@ def attempt(capfd):
 
 
 def rows(path, lines):
-    path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8")
+    path.write_text(
+        "\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8"
+    )
     return path
 
 
 def turn(question, answer):
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
 
 
 # name: (changes of the config given (tmp_path, base), what the message must say)
@@ -38,9 +45,15 @@ CONFIGS = {
     "wrong type": (lambda t, b: {"train": {"epochs": "two"}}, "train.epochs"),
     "negative rank": (lambda t, b: {"lora": {"r": -1}}, "lora.r"),
     "dropout above 1": (lambda t, b: {"lora": {"dropout": 1.5}}, "lora.dropout"),
-    "not a number": (lambda t, b: {"train": {"learning_rate": float("nan")}}, "train.learning_rate"),
+    "not a number": (
+        lambda t, b: {"train": {"learning_rate": float("nan")}},
+        "train.learning_rate",
+    ),
     "unknown export": (lambda t, b: {"export": {"to": ["guff"]}}, "unknown export target"),
-    "quantised float32": (lambda t, b: {"model": {"quantization": "nf4"}}, "quantised weights compute in 16 bit"),
+    "quantised float32": (
+        lambda t, b: {"model": {"quantization": "nf4"}},
+        "quantised weights compute in 16 bit",
+    ),
     "pissa on nf4": (
         lambda t, b: {"model": {"quantization": "nf4", "dtype": "auto"}, "lora": {"init": "pissa"}},
         "changes the base weights",
@@ -48,7 +61,10 @@ CONFIGS = {
     "missing data": (lambda t, b: {"data": {"source": str(t / "nowhere.jsonl")}}, "nowhere.jsonl"),
     "empty data": (lambda t, b: {"data": {"source": str(rows(t / "empty.jsonl", []))}}, "empty"),
     "binary data": (lambda t, b: {"data": {"source": _binary(t / "x.jsonl")}}, "x.jsonl"),
-    "no known column": (lambda t, b: {"data": {"source": str(rows(t / "f.jsonl", [{"foo": 1, "bar": 2}]))}}, "foo"),
+    "no known column": (
+        lambda t, b: {"data": {"source": str(rows(t / "f.jsonl", [{"foo": 1, "bar": 2}]))}},
+        "foo",
+    ),
     "all answers empty": (
         lambda t, b: {"data": {"source": str(rows(t / "m.jsonl", [turn("hello", "")] * 5))}},
         "m.jsonl",
@@ -60,25 +76,55 @@ CONFIGS = {
         },
         "max_seq_length",
     ),
-    "unknown template": (lambda t, b: {"data": {"chat_template": "chatlm"}}, "did you mean 'chatml'"),
-    "template file missing": (lambda t, b: {"data": {"chat_template": "my/t.jinja"}}, "does not exist"),
-    "no such model folder": (lambda t, b: {"model": {"name": str(t / "models" / "nothing")}}, "does not exist"),
-    "no such hub model": (lambda t, b: {"model": {"name": "nobody/no-such-model"}}, "nobody/no-such-model"),
-    "model is a file": (lambda t, b: {"model": {"name": str(_file(t / "model.gguf"))}}, "is a file"),
+    "unknown template": (
+        lambda t, b: {"data": {"chat_template": "chatlm"}},
+        "did you mean 'chatml'",
+    ),
+    "template file missing": (
+        lambda t, b: {"data": {"chat_template": "my/t.jinja"}},
+        "does not exist",
+    ),
+    "no such model folder": (
+        lambda t, b: {"model": {"name": str(t / "models" / "nothing")}},
+        "does not exist",
+    ),
+    "no such hub model": (
+        lambda t, b: {"model": {"name": "nobody/no-such-model"}},
+        "nobody/no-such-model",
+    ),
+    "model is a file": (
+        lambda t, b: {"model": {"name": str(_file(t / "model.gguf"))}},
+        "is a file",
+    ),
     "folder is no model": (lambda t, b: {"model": {"name": str(t)}}, "no config.json"),
     "pickle only": (
         lambda t, b: {"model": {"name": str(_pickle_only(t, b))}},
         "only pickle weights (pytorch_model.bin)",
     ),
-    "config without weights": (lambda t, b: {"model": {"name": str(_no_weights(t, b))}}, "no *.safetensors"),
-    "config.json damaged": (lambda t, b: {"model": {"name": str(_damaged_config(t, b))}}, "not valid JSON"),
-    "weights truncated": (lambda t, b: {"model": {"name": str(_truncated(t, b))}}, "model.safetensors"),
+    "config without weights": (
+        lambda t, b: {"model": {"name": str(_no_weights(t, b))}},
+        "no *.safetensors",
+    ),
+    "config.json damaged": (
+        lambda t, b: {"model": {"name": str(_damaged_config(t, b))}},
+        "not valid JSON",
+    ),
+    "weights truncated": (
+        lambda t, b: {"model": {"name": str(_truncated(t, b))}},
+        "model.safetensors",
+    ),
     "targets match nothing": (lambda t, b: {"lora": {"target_modules": ["qproj"]}}, "q_proj"),
     "unknown token to train": (lambda t, b: {"lora": {"train_tokens": ["<|nope|>"]}}, "<|nope|>"),
     "output is a file": (lambda t, b: {"output_dir": str(_file(t / "taken"))}, "taken"),
     "float16 on a cpu": (lambda t, b: {"model": {"dtype": "float16"}}, "float16"),
-    "mirror not mounted": (lambda t, b: {"mirror": str(t / "drive" / "fastft")}, "is the drive still mounted"),
-    "tracker not installed": (lambda t, b: {"train": {"report_to": ["wandb"]}}, "wandb is not installed"),
+    "mirror not mounted": (
+        lambda t, b: {"mirror": str(t / "drive" / "fastft")},
+        "is the drive still mounted",
+    ),
+    "tracker not installed": (
+        lambda t, b: {"train": {"report_to": ["wandb"]}},
+        "wandb is not installed",
+    ),
     "endless project name": (lambda t, b: {"project": "x" * 300}, "300 bytes long"),
     "pissa with token rows": (
         lambda t, b: {"lora": {"init": "pissa", "train_tokens": ["<|im_end|>"]}},
@@ -143,7 +189,9 @@ def test_a_bad_config_or_input_of_train(name, attempt, write_config, checkpoint_
 
 
 def test_several_faults_are_one_message(attempt, write_config, checkpoint_of):
-    code, message = attempt("train", write_config(checkpoint_of("qwen3"), lora={"rr": 1}, train={"epochs": -1}))
+    code, message = attempt(
+        "train", write_config(checkpoint_of("qwen3"), lora={"rr": 1}, train={"epochs": -1})
+    )
     assert code == 2
     assert "2 problems" in message
 
@@ -171,7 +219,9 @@ def test_bad_commands(arguments, says, attempt):
     assert says in message
 
 
-@pytest.mark.parametrize("text", ["", "- a\n- b", "project: a\nproject: b", "model: {name: x", "model:\n\tname: x"])
+@pytest.mark.parametrize(
+    "text", ["", "- a\n- b", "project: a\nproject: b", "model: {name: x", "model:\n\tname: x"]
+)
 def test_config_files_that_are_no_config(text, attempt, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(text)
@@ -189,9 +239,11 @@ def test_no_write_permission(attempt, write_config, checkpoint_of, tmp_path):
     assert "permission denied" in message
 
 
-def test_a_full_disk_keeps_the_last_checkpoint_whole(attempt, write_config, checkpoint_of, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_last_checkpoint_whole(
+    attempt, write_config, checkpoint_of, tmp_path, monkeypatch
+):
     """The disk fills while the second checkpoint is written: exit 3, the first is whole, and the run goes on later."""
-    from fastft import checkpoint
+    from fastft.runs import checkpoint
 
     config = write_config(checkpoint_of("qwen3"))
     real, calls = checkpoint.write_atomically, []
@@ -228,7 +280,11 @@ def test_a_yaml_with_secrets_is_not_written_down(attempt, write_config, checkpoi
     secret = "hf_" + "q" * 34
     config = write_config(checkpoint_of("qwen3"), data={"name": secret}, train={"max_steps": 1})
     attempt("train", config)
-    written = [p.read_text() for p in (tmp_path / "runs").rglob("*") if p.suffix in {".yaml", ".json", ".md", ".jsonl"}]
+    written = [
+        p.read_text()
+        for p in (tmp_path / "runs").rglob("*")
+        if p.suffix in {".yaml", ".json", ".md", ".jsonl"}
+    ]
     assert written
     assert not any(secret in text for text in written)
     assert secret in config.read_text()

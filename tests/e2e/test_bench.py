@@ -55,7 +55,9 @@ def tiny_case(arms: dict[str, str | None], **changes) -> Case:
                 "arms": {
                     name: {
                         "settings": {"training": {"per_device_train_batch_size": 6}},
-                        "implementation": f"tests.bench_arms:{implementation}" if implementation else None,
+                        "implementation": f"tests.bench_arms:{implementation}"
+                        if implementation
+                        else None,
                         "source": "a test",
                     }
                     for name, implementation in arms.items()
@@ -71,8 +73,12 @@ def outcome(tmp_path_factory):
     """The command line on a case with an honest arm and all the others."""
     home = tmp_path_factory.mktemp("bench")
     path = home / "case.yaml"
-    path.write_text(json.dumps(tiny_case({"peft": None} | FAULTY).model_dump(mode="json")), encoding="utf-8")
-    return home, fastft("bench", "--case", str(path), "--out", str(home / "out"), "--json", timeout=900)
+    path.write_text(
+        json.dumps(tiny_case({"peft": None} | FAULTY).model_dump(mode="json")), encoding="utf-8"
+    )
+    return home, fastft(
+        "bench", "--case", str(path), "--out", str(home / "out"), "--json", timeout=900
+    )
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +88,9 @@ def planted(outcome) -> Result:
 
 
 def failed_checks(result: Result, arm: str) -> set[str]:
-    return {check.name for check in result.tables["defaults"].parity[arm].checks if not check.passed}
+    return {
+        check.name for check in result.tables["defaults"].parity[arm].checks if not check.passed
+    }
 
 
 def test_the_honest_arm_passes(planted):
@@ -125,7 +133,9 @@ def test_a_dead_arm_has_its_record(planted, arm, status, word):
 def test_parity_fails_with_exit_1_and_json_only(outcome):
     home, done = outcome
     assert done.code == 1, done.err
-    passed = {"peft": True} | dict.fromkeys(("frozen", "other-rank", "drops", "counts-padding", "never-updates"), False)
+    passed = {"peft": True} | dict.fromkeys(
+        ("frozen", "other-rank", "drops", "counts-padding", "never-updates"), False
+    )
     assert done.json["parity"] == {"defaults": passed}
     assert done.json["ratios"] == {"defaults": {}}
     assert "does not do the same work" in done.err

@@ -24,7 +24,18 @@ def small_case(tmp_path):
 
 
 def measured(command, case, tmp_path):
-    done = fastft("bench", command, "--case", case, "--repeats", 1, "--out", tmp_path / "out", "--json", timeout=580)
+    done = fastft(
+        "bench",
+        command,
+        "--case",
+        case,
+        "--repeats",
+        1,
+        "--out",
+        tmp_path / "out",
+        "--json",
+        timeout=580,
+    )
     assert done.code == 0, done.err
     (path,) = (tmp_path / "out").glob(f"{command}--*.json")
     result = read_side_by_side(path)
@@ -38,7 +49,9 @@ def test_export_measures_both_ways_and_they_write_files_of_one_size(small_case, 
     figures = {run.way: run.figures for run in result.runs}
     assert set(figures) == {ONE_PASS, THREE_STEPS}
     assert figures[ONE_PASS]["intermediate_bytes"] == 0
-    assert figures[THREE_STEPS]["intermediate_bytes"] > 2 * 2 * result.parameters  # merged and 16-bit, 2 bytes each
+    assert (
+        figures[THREE_STEPS]["intermediate_bytes"] > 2 * 2 * result.parameters
+    )  # merged and 16-bit, 2 bytes each
     sizes = [found["file_bytes"] for found in figures.values()]
     assert max(sizes) - min(sizes) < 0.02 * max(sizes)  # metadata may differ, tensors may not
 

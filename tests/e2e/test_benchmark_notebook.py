@@ -4,28 +4,29 @@ import ast
 import json
 import os
 import re
-import sys
 import zipfile
 from pathlib import Path
 
 import jsonschema
+import make_notebooks
 import nbformat
 from nbclient import NotebookClient
 
 from tests.e2e.test_notebooks import ROOT, colab, text_of, with_settings
 
-sys.path.insert(0, str(ROOT / "notebooks"))
-import make_benchmark
-
-PATH = ROOT / "notebooks" / make_benchmark.FILE
+PATH = ROOT / "notebooks" / make_notebooks.BENCHMARK
 
 
 def code():
-    return {cell.id: cell.source for cell in nbformat.read(PATH, as_version=4).cells if cell.cell_type == "code"}
+    return {
+        cell.id: cell.source
+        for cell in nbformat.read(PATH, as_version=4).cells
+        if cell.cell_type == "code"
+    }
 
 
 def test_the_committed_notebook_is_what_the_source_makes():
-    assert PATH.read_text(encoding="utf-8") == make_benchmark.notebook()
+    assert PATH.read_text(encoding="utf-8") == make_notebooks.benchmark_notebook()
     assert "{{" not in PATH.read_text(encoding="utf-8")
     nbformat.validate(nbformat.read(PATH, as_version=4))
 
@@ -51,7 +52,10 @@ def test_run_all_on_the_smoke_case(tmp_path):
     }
     cell.source = with_settings(cell.source, settings)
     client = NotebookClient(
-        notebook, timeout=560, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook,
+        timeout=560,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
     )
     client.execute(env=colab(tmp_path))
     if keep := os.environ.get("FASTFT_KEEP_NOTEBOOKS"):  # to look at what a reader sees
@@ -62,9 +66,17 @@ def test_run_all_on_the_smoke_case(tmp_path):
     schema = json.loads((ROOT / "benchmarks" / "result.schema.json").read_text())
     values = json.loads(result.read_text())
     jsonschema.validate(values, schema)
-    assert {record["arm"]: record["status"] for record in values["records"]} == {"peft": "ok", "fastft": "ok"}
+    assert {record["arm"]: record["status"] for record in values["records"]} == {
+        "peft": "ok",
+        "fastft": "ok",
+    }
     assert "fastft over peft: " in text_of(notebook, "results")
-    shown = [out for cell in notebook.cells for out in cell.get("outputs", []) if "image/png" in out.get("data", {})]
+    shown = [
+        out
+        for cell in notebook.cells
+        for out in cell.get("outputs", [])
+        if "image/png" in out.get("data", {})
+    ]
     assert len(shown) >= 2  # step time and memory; speed-up where parity holds
 
     downloads = [Path(line) for line in (tmp_path / "downloads.txt").read_text().splitlines()]

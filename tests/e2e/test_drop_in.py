@@ -76,7 +76,9 @@ def test_an_unsloth_notebook_runs_with_only_the_import_changed(checkpoint_of, tm
     assert result["losses"][-1] < result["losses"][0]
     assert 0 < result["masked"] < result["labels"]
     assert result["new"] >= 1
-    said = fastft("chat", tmp_path / "lora_model", "--prompt", "What is 3?", "--max-new-tokens", 4, "--json")
+    said = fastft(
+        "chat", tmp_path / "lora_model", "--prompt", "What is 3?", "--max-new-tokens", 4, "--json"
+    )
     assert said.code == 0, said.err
 
 
@@ -104,7 +106,7 @@ for name in ("from_pretrained", "get_peft_model"):
     parameters = inspect.signature(getattr(real, name)).parameters.values()
     keywords[name] = {p.name: object() for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "model"}
 engine.UnslothFastLanguageModel = Recorder
-import fastft.model as model_module
+import fastft.engines.loading as model_module
 model_module.check_checkpoint = lambda *a, **k: None
 model_module.check_target_modules = lambda *a, **k: None
 given = keywords["from_pretrained"] | {"load_in_8bit": False}
@@ -123,10 +125,16 @@ def test_every_keyword_of_unsloths_two_methods_is_passed_on():
 
 
 @pytest.mark.parametrize("engine", ["unsloth", pytest.param("stock", marks=pytest.mark.long)])
-def test_nf4_trains_on_the_cpu_and_merges_onto_the_16_bit_base(engine, checkpoint_of, write_config, tmp_path):
+def test_nf4_trains_on_the_cpu_and_merges_onto_the_16_bit_base(
+    engine, checkpoint_of, write_config, tmp_path
+):
     """Real bitsandbytes NF4; the merged folder loads in plain transformers and holds no quantised tensor."""
     base = checkpoint_of("qwen3", hidden_size=256)
-    config = write_config(base, model={"quantization": "nf4", "dtype": "auto", "engine": engine}, lora={"dropout": 0.0})
+    config = write_config(
+        base,
+        model={"quantization": "nf4", "dtype": "auto", "engine": engine},
+        lora={"dropout": 0.0},
+    )
     outcome = fastft("train", config, "--json")
     assert outcome.code == 0, outcome.err[-2000:]
     assert outcome.json["eval_loss_after"] < outcome.json["eval_loss_before"]

@@ -13,7 +13,13 @@ HELD = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt-o
 
 @pytest.fixture(scope="module", params=["stock", "unsloth"])
 def examined(request, tmp_path_factory):
-    command = [sys.executable, "-m", "tests.e2e.family_worker", request.param, str(tmp_path_factory.mktemp("families"))]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.e2e.family_worker",
+        request.param,
+        str(tmp_path_factory.mktemp("families")),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])

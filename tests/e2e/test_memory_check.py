@@ -38,8 +38,14 @@ def test_predicted_and_measured_are_said_and_kept(checkpoint_of, write_config, t
     assert memory["largest_bytes"] <= memory["limit_bytes"]
 
 
-def test_a_run_whose_longest_row_cannot_fit_is_stopped_with_its_state(checkpoint_of, write_config, tmp_path):
-    data = {"source": str(write_rows(tmp_path / "x.jsonl", long_one=True)), "eval_fraction": 0, "long_text": "truncate"}
+def test_a_run_whose_longest_row_cannot_fit_is_stopped_with_its_state(
+    checkpoint_of, write_config, tmp_path
+):
+    data = {
+        "source": str(write_rows(tmp_path / "x.jsonl", long_one=True)),
+        "eval_fraction": 0,
+        "long_text": "truncate",
+    }
     config = write_config(
         checkpoint_of("gemma2"),
         data=data,
@@ -59,5 +65,7 @@ def test_a_run_whose_longest_row_cannot_fit_is_stopped_with_its_state(checkpoint
     # What it advises does run: the same data below that length.
     fitting = min(record["memory"]["largest_fitting_tokens"], 512)
     assert fitting > 100
-    again = fastft("train", config, "--set", f"model.max_seq_length={fitting}", "--set", "project=shorter")
+    again = fastft(
+        "train", config, "--set", f"model.max_seq_length={fitting}", "--set", "project=shorter"
+    )
     assert again.code == 0, again.err

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import make_notebooks as make
 import nbformat
 import pytest
 from nbclient import NotebookClient
@@ -22,8 +23,6 @@ STAND_IN = ROOT / "tests" / "colab_stand_in"
 TOKEN = "hf_" + "S" * 34
 LANGUAGES = ("en", "ja")
 
-sys.path.insert(0, str(ROOT / "notebooks"))
-import make  # noqa: E402
 
 # The settings that people know, all of which the first cell must offer.
 NAMES = """
@@ -53,7 +52,9 @@ def with_settings(source, settings):
 def colab(tmp_path, **more):
     """Return the environment of a kernel that looks like Colab's."""
     (tmp_path / "cloud").mkdir(exist_ok=True)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "COLAB_"))}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("HF_", "COLAB_"))
+    }
     return {
         **environment,
         "PYTHONPATH": str(STAND_IN),
@@ -97,7 +98,9 @@ def test_the_two_differ_in_words_only():
 
     english, japanese = code_of("en"), code_of("ja")
     assert list(english) == list(japanese)
-    assert {n: program(s) for n, s in english.items()} == {n: program(s) for n, s in japanese.items()}
+    assert {n: program(s) for n, s in english.items()} == {
+        n: program(s) for n, s in japanese.items()
+    }
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -108,7 +111,9 @@ def test_the_settings_cell_has_a_form_field_for_every_name(language):
     assert len(fields) == len(set(fields))
     assigned = [node.targets[0].id for node in ast.parse(source).body]
     assert assigned == fields, "every setting has its form field"
-    assert "-bnb-4bit" in source.split("BASE_MODEL_ID = ")[1].splitlines()[0], "pre-quantised by default"
+    assert "-bnb-4bit" in source.split("BASE_MODEL_ID = ")[1].splitlines()[0], (
+        "pre-quantised by default"
+    )
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -141,7 +146,9 @@ def test_each_cell_says_what_to_do_when_it_fails(language):
 # --- cells on their own
 
 
-def run_cells(tmp_path, names, settings, *, before="", after="", env=None, language="en", colab_like=True):
+def run_cells(
+    tmp_path, names, settings, *, before="", after="", env=None, language="en", colab_like=True
+):
     """Run some cells in a process of their own; returns (exit code, standard output and error)."""
     cells = code_of(language)
     cells["settings"] = with_settings(cells["settings"], settings)
@@ -150,7 +157,12 @@ def run_cells(tmp_path, names, settings, *, before="", after="", env=None, langu
     if not colab_like:
         environment.pop("PYTHONPATH")
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        timeout=120,
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -172,7 +184,11 @@ TELL = "import os, hashlib; print('digest', hashlib.sha256(os.environ.get('HF_TO
 def test_sign_in_takes_the_secret_or_asks_and_never_shows_it(tmp_path, secrets, asks, found):
     import hashlib
 
-    prompt = f"{SIGN_IN}\nimport getpass\ngetpass.getpass = lambda prompt: {TOKEN!r}" if asks else SIGN_IN
+    prompt = (
+        f"{SIGN_IN}\nimport getpass\ngetpass.getpass = lambda prompt: {TOKEN!r}"
+        if asks
+        else SIGN_IN
+    )
     code, text = run_cells(
         tmp_path,
         ["signin"],
@@ -202,13 +218,21 @@ TELL_PIP = "\nimport json; print('RAN ' + json.dumps(_ran))"
 def test_the_install_cell_installs_the_pinned_set_and_nothing_else(tmp_path):
     wheel = tmp_path / "drive" / "MyDrive" / "fastft-0.1.0-py3-none-any.whl"
     code, text = run_cells(
-        tmp_path, ["install"], {"FASTFT_SOURCE": str(wheel)}, before=FRESH.replace("FAILS", "0"), after=TELL_PIP
+        tmp_path,
+        ["install"],
+        {"FASTFT_SOURCE": str(wheel)},
+        before=FRESH.replace("FAILS", "0"),
+        after=TELL_PIP,
     )
     assert code == 0, text
     first, second = json.loads(text.split("RAN ")[1])
     assert first[1:5] == ["-m", "pip", "install", "--quiet"]
     assert first[5:] == make.requirements(ROOT / "requirements-colab.txt")
-    assert second[5:] == ["--no-deps", *make.requirements(ROOT / "requirements" / "unsloth.txt"), str(wheel)]
+    assert second[5:] == [
+        "--no-deps",
+        *make.requirements(ROOT / "requirements" / "unsloth.txt"),
+        str(wheel),
+    ]
     assert "Mounted at" in text, "the wheel lies in Drive, so Drive must be there first"
 
 
@@ -220,7 +244,11 @@ def test_a_failed_install_shows_pips_last_words(tmp_path):
 
 def test_where_fastft_is_installed_nothing_is_installed(tmp_path):
     code, text = run_cells(
-        tmp_path, ["install"], {}, before="import subprocess\nsubprocess.run = None", colab_like=False
+        tmp_path,
+        ["install"],
+        {},
+        before="import subprocess\nsubprocess.run = None",
+        colab_like=False,
     )
     assert code == 0, text
     assert text.startswith("fastft ")
@@ -243,7 +271,9 @@ subprocess.Popen = Popen
 """
     for types, builds in (("", 0), ("q4_k_m", 1)):
         done = subprocess.run(
-            [sys.executable, "-c", f"{recorded}\nGGUF_TYPES = {types!r}\n{source}"], capture_output=True, text=True
+            [sys.executable, "-c", f"{recorded}\nGGUF_TYPES = {types!r}\n{source}"],
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("RAN -m pip install --quiet gguf==") == builds
@@ -258,7 +288,10 @@ def execute(language, tmp_path, settings, environment):
     cell = next(cell for cell in notebook.cells if cell.get("id") == "settings")
     cell.source = with_settings(cell.source, settings)
     client = NotebookClient(
-        notebook, timeout=280, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook,
+        timeout=280,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
     )
     client.execute(env=environment)
     return notebook
@@ -266,13 +299,17 @@ def execute(language, tmp_path, settings, environment):
 
 def text_of(notebook, name):
     cell = next(cell for cell in notebook.cells if cell.get("id") == name)
-    parts = [out.get("text", "") or out.get("data", {}).get("text/plain", "") for out in cell.outputs]
+    parts = [
+        out.get("text", "") or out.get("data", {}).get("text/plain", "") for out in cell.outputs
+    ]
     return "\n".join(parts)
 
 
 def tiny(tmp_path, language, **more):
     """Return the settings of a small run on the embedded model, as a user would fill in cell 1."""
-    question = {"en": "What is the flag animal of Sedok?", "ja": "セドクの旗の動物は何ですか?"}[language]
+    question = {"en": "What is the flag animal of Sedok?", "ja": "セドクの旗の動物は何ですか?"}[
+        language
+    ]
     return {
         "PROJECT_NAME": "t", "BASE_SAVE_DIR": str(tmp_path / "drive" / "MyDrive" / "fastft"),
         "BASE_MODEL_ID": str(base_path()), "USE_4BIT": False, "MAX_SEQ_LENGTH": 128, "CHAT_TEMPLATE": "chatml",
@@ -292,7 +329,9 @@ def test_run_all(language, tmp_path):
 
     assert (saved / "final" / "adapter_model.safetensors").is_file()
     certificate = json.loads((saved / "export" / "certificate.json").read_text())
-    assert {name: entry["verdict"] for name, entry in certificate["files"].items()} == {"t.Q8_0.gguf": "pass"}
+    assert {name: entry["verdict"] for name, entry in certificate["files"].items()} == {
+        "t.Q8_0.gguf": "pass"
+    }
     assert (saved / "export" / "t.Q8_0.gguf").stat().st_size > 1_000_000
 
     answer = text_of(notebook, "chat").split(settings["QUESTION"])[1]
@@ -328,7 +367,9 @@ def test_two_cut_sessions(tmp_path):
         if session < 2:
             with pytest.raises(CellExecutionError, match="paused; run all cells again"):
                 execute("en", tmp_path, settings, colab(tmp_path))
-            steps = [json.loads(line)["step"] for line in (tmp_path / "runs" / "t" / "log.jsonl").open()]
+            steps = [
+                json.loads(line)["step"] for line in (tmp_path / "runs" / "t" / "log.jsonl").open()
+            ]
             assert max(steps) == session + 1
             shutil.rmtree(tmp_path / "runs")
             (tmp_path / "drive" / "MyDrive").unlink()

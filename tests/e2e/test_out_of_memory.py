@@ -12,10 +12,10 @@ import numpy as np, torch
 from fastft.engines import get_engine
 engine = get_engine("stock")
 from transformers import LlamaConfig, LlamaForCausalLM
-from fastft.engines.fused import FusedLayers
+from fastft.kernels.fused import FusedLayers
 from fastft.errors import CouldNotFinishError
-from fastft.step import StepPolicy
-from fastft.trainer import StepTrainer, training_arguments
+from fastft.training.step import StepPolicy
+from fastft.training.loop import StepTrainer, training_arguments
 
 capped_step, room, fused = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "fused"
 torch.manual_seed(0)
@@ -77,7 +77,9 @@ def test_a_capped_step_is_done_again_in_smaller_rows_and_nothing_is_lost(tmp_pat
     capped = run_python(TRAINER, tmp_path, 3, grown * 6 // 10, layers, env=ONE_ARENA)
     assert capped["ended"] == "done"
     assert capped["notes"], "the cap was too wide to be felt"
-    assert all("out of memory with" in note and "effective batch stays" in note for note in capped["notes"])
+    assert all(
+        "out of memory with" in note and "effective batch stays" in note for note in capped["notes"]
+    )
     assert capped["budget"] < 4000
     assert len(capped["losses"]) == len(free["losses"]) == 6
     for a, b in zip(free["losses"], capped["losses"], strict=True):

@@ -28,7 +28,10 @@ def test_the_task_is_large_enough_to_judge(quickstart):
     data = quickstart[1] / "data"
     assert len((data / "heldout.jsonl").read_text(encoding="utf-8").splitlines()) >= 200
     trained = (data / "train.jsonl").read_text(encoding="utf-8")
-    questions = [json.loads(line)["messages"][0]["content"] for line in (data / "heldout.jsonl").open(encoding="utf-8")]
+    questions = [
+        json.loads(line)["messages"][0]["content"]
+        for line in (data / "heldout.jsonl").open(encoding="utf-8")
+    ]
     assert not any(json.dumps(question, ensure_ascii=False) in trained for question in questions)
 
 
@@ -36,7 +39,13 @@ def test_the_run_folder_is_complete(quickstart):
     run = quickstart[1]
     for name in ("run.yaml", "run.json", "log.jsonl", "loss.png", "report.md", "samples.jsonl"):
         assert (run / name).is_file(), name
-    for name in ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "config.json", "README.md"):
+    for name in (
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.json",
+        "config.json",
+        "README.md",
+    ):
         assert (run / "final" / name).is_file(), name
     width, height = struct.unpack(">II", (run / "loss.png").read_bytes()[16:24])
     assert (width, height) > (400, 200)
@@ -77,10 +86,12 @@ print(json.dumps(out.tolist()))
 
 def test_final_loads_without_fastft_and_says_the_same(quickstart):
     run = quickstart[1]
-    prompt = json.loads((run / "data" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[0])["messages"][0][
-        "content"
-    ]
-    said = fastft("chat", run, "--prompt", prompt, "--max-new-tokens", 16, "--dtype", "float32", "--json")
+    prompt = json.loads(
+        (run / "data" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    )["messages"][0]["content"]
+    said = fastft(
+        "chat", run, "--prompt", prompt, "--max-new-tokens", 16, "--dtype", "float32", "--json"
+    )
     assert said.code == 0, said.err
     assert set(said.json) == {"text", "tokens", "tokens_per_sec"}
     assert said.json["tokens"] == run_python(PLAIN_PEFT, run / "final", prompt)
@@ -102,13 +113,31 @@ print(json.dumps(float((trained - found).abs().max())))
 
 def test_the_float32_merge_is_the_trained_model(quickstart, tmp_path):
     run = quickstart[1]
-    outcome = fastft("export", run, "--to", "merged", "--dtype", "float32", "--out", tmp_path, "--no-verify", "--json")
+    outcome = fastft(
+        "export",
+        run,
+        "--to",
+        "merged",
+        "--dtype",
+        "float32",
+        "--out",
+        tmp_path,
+        "--no-verify",
+        "--json",
+    )
     assert outcome.code == 0, outcome.err
     assert run_python(MERGED, run / "final", tmp_path / "merged") < 1e-4
 
 
 def test_compare_shows_base_and_adapter(quickstart):
-    outcome = fastft("chat", quickstart[1], "--prompt", "What is the flag animal of Sedok?", "--compare", "--json")
+    outcome = fastft(
+        "chat",
+        quickstart[1],
+        "--prompt",
+        "What is the flag animal of Sedok?",
+        "--compare",
+        "--json",
+    )
     assert outcome.code == 0, outcome.err
     assert outcome.json["base_text"] != outcome.json["text"]
 

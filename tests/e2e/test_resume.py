@@ -15,7 +15,9 @@ from tests.e2e.conftest import fastft, losses
 
 def start(config):
     return subprocess.Popen(
-        [sys.executable, "-m", "fastft", "train", str(config)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, "-m", "fastft", "train", str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
@@ -39,7 +41,12 @@ def uninterrupted(tmp_path_factory, checkpoint_of, rows_file):
     values = {
         "project": "t",
         "output_dir": str(folder / "runs"),
-        "model": {"name": str(checkpoint_of("qwen3")), "max_seq_length": 128, "engine": "stock", "dtype": "float32"},
+        "model": {
+            "name": str(checkpoint_of("qwen3")),
+            "max_seq_length": 128,
+            "engine": "stock",
+            "dtype": "float32",
+        },
         "data": {"source": str(rows_file)},
         "lora": {"dropout": 0.1},
         "train": {"max_steps": 24, "save_steps": 4, "eval_steps": 6, "learning_rate": 3e-3},
@@ -129,7 +136,9 @@ def test_a_second_process_on_the_same_run_is_refused(fresh):
 
 
 @pytest.mark.long
-def test_a_damaged_final_is_written_again_and_a_run_is_found_from_anywhere(fresh, uninterrupted, tmp_path, monkeypatch):
+def test_a_damaged_final_is_written_again_and_a_run_is_found_from_anywhere(
+    fresh, uninterrupted, tmp_path, monkeypatch
+):
     config, run, _ = fresh
     shutil.copytree(uninterrupted[1], run)
     weights = run / "final" / "adapter_model.safetensors"
@@ -149,7 +158,13 @@ def test_a_damaged_final_is_written_again_and_a_run_is_found_from_anywhere(fresh
 
 @pytest.mark.long
 def test_a_run_that_stopped_early_is_finished(write_config, checkpoint_of, tmp_path):
-    train = {"max_steps": 20, "save_steps": 1, "eval_steps": 1, "early_stopping_patience": 1, "learning_rate": 0.5}
+    train = {
+        "max_steps": 20,
+        "save_steps": 1,
+        "eval_steps": 1,
+        "early_stopping_patience": 1,
+        "learning_rate": 0.5,
+    }
     config = write_config(checkpoint_of("qwen3"), train=train)
     first = fastft("train", config, "--json")
     assert first.code == 0, first.err
@@ -175,6 +190,10 @@ def test_a_draw_of_the_held_out_samples_is_the_same_after_a_resume(checkpoint_of
     runs = config.parent / "runs"
     assert sorted(held_out_losses(runs / "t")) == [2, 4]
     assert held_out_losses(runs / "t") == pytest.approx(held_out_losses(runs / "whole"), abs=1e-6)
-    every = fastft("train", config, "--set", "project=every", "--set", "train.max_eval_samples=null")
+    every = fastft(
+        "train", config, "--set", "project=every", "--set", "train.max_eval_samples=null"
+    )
     assert "held-out loss is that of" not in every.err + every.out
-    assert held_out_losses(runs / "every") != pytest.approx(held_out_losses(runs / "whole"), abs=1e-3)
+    assert held_out_losses(runs / "every") != pytest.approx(
+        held_out_losses(runs / "whole"), abs=1e-3
+    )

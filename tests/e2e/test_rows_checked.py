@@ -9,11 +9,11 @@ import json, sys, time
 from dataclasses import asdict
 from pathlib import Path
 from fastft.config import make_config
-from fastft import model
+from fastft.engines import loading
 from fastft.hardware import probe
 from fastft.progress import Reporter
-from fastft.run import RunFolder
-from fastft.train import _Session
+from fastft.runs.folder import RunFolder
+from fastft.training.train import _Session
 base, folder, engine, dtype = sys.argv[1:]
 data = Path(folder) / "data.jsonl"
 data.write_text("\\n".join(json.dumps({"prompt": f"Count to {i}.", "completion": " ".join(map(str, range(i)))}) for i in range(1, 30)))
@@ -21,7 +21,7 @@ config = make_config({"project": "checked", "output_dir": folder, "model": {"nam
     "data": {"source": str(data), "eval_fraction": 0}, "lora": {"dropout": 0.1}}, where="here")
 hardware = probe(Path(folder))
 run = RunFolder(config.run_dir)
-session = _Session(config, run, hardware, model.choose_loading(config, hardware), Reporter(quiet=True), None, time.monotonic(), mirror=None)
+session = _Session(config, run, hardware, loading.choose_loading(config, hardware), Reporter(quiet=True), None, time.monotonic(), mirror=None)
 session._load_tokenizer()
 session._load_data()
 session._load_model()
@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from unsloth_zoo.fused_losses.cross_entropy_loss import unsloth_fused_ce_loss
 from fastft.data.batches import Segment
-from fastft.step import Stepper, StepPolicy
+from fastft.training.step import Stepper, StepPolicy
 
 class Head(torch.nn.Module):
     \"\"\"The end of a model on a T4: float16 hidden states into Unsloth's fused loss, which asks for the scale as theirs do.\"\"\"
@@ -76,7 +76,9 @@ def test_the_loss_scale_reaches_unsloths_fused_loss():
 
 
 @pytest.mark.parametrize(("engine", "dtype"), [("unsloth", "bfloat16"), ("stock", "float32")])
-def test_the_first_step_is_looked_at_in_the_precision_of_the_run(checkpoint_of, tmp_path, engine, dtype):
+def test_the_first_step_is_looked_at_in_the_precision_of_the_run(
+    checkpoint_of, tmp_path, engine, dtype
+):
     found = run_python(SESSION, checkpoint_of("llama"), tmp_path, engine, dtype)
     assert found["rows"] == "varlen"
     assert found["exact"], found["reason"]

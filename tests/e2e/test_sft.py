@@ -10,7 +10,7 @@ NOTEBOOK = """
 import sys, json
 from fastft import FastLanguageModel
 from fastft import FastSFTTrainer
-from fastft.sft import _segments
+from fastft.training.sft import _segments
 import torch
 from datasets import Dataset
 from trl import SFTTrainer, SFTConfig
@@ -52,7 +52,10 @@ print(json.dumps({"reference": reference, "fast": fast, "norms": norms, "fast_no
 
 def compare(base, folder, **what):
     result = run_python(
-        NOTEBOOK, base, folder, json.dumps({"completion": False, "responses": False, "checkpointing": False, **what})
+        NOTEBOOK,
+        base,
+        folder,
+        json.dumps({"completion": False, "responses": False, "checkpointing": False, **what}),
     )
     assert result["engine"] == "unsloth"
     assert result["layers"] > 4
@@ -97,7 +100,7 @@ attempt(compute_loss_func=lambda *a, **k: 0)
 attempt(tokenizer=tokenizer)
 import torch
 from types import SimpleNamespace
-from fastft.sft import keep_batches_padded
+from fastft.training.sft import keep_batches_padded
 for asked in (None, True):
     settings = SimpleNamespace(padding_free=asked)
     keep_batches_padded(settings)
@@ -108,11 +111,16 @@ print(json.dumps(said))
 
 
 def test_what_it_would_ignore_is_refused(checkpoint_of, tmp_path):
-    plain, settings, loss, twice, left_open, asked_for, collator = run_python(REFUSED, checkpoint_of("llama"), tmp_path)
+    plain, settings, loss, twice, left_open, asked_for, collator = run_python(
+        REFUSED, checkpoint_of("llama"), tmp_path
+    )
     assert plain == "trained"
     assert "label_smoothing_factor" in settings
     assert "neftune_noise_alpha" in settings
     assert "compute_loss_func" in loss
     assert "two names of one argument" in twice
-    assert (left_open, asked_for) == (False, True)  # Unsloth turns it on where it is None; True is refused
+    assert (left_open, asked_for) == (
+        False,
+        True,
+    )  # Unsloth turns it on where it is None; True is refused
     assert "weights" in collator

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from fastft import checkpoint, cli
+from fastft.runs import checkpoint, cli
 from tests.e2e.conftest import losses
 
 
@@ -60,7 +60,12 @@ def half(tmp_path_factory, checkpoint_of, rows_file):
     values = {
         "project": "t",
         "output_dir": str(folder / "undisturbed"),
-        "model": {"name": str(folder / "base"), "max_seq_length": 128, "engine": "stock", "dtype": "float32"},
+        "model": {
+            "name": str(folder / "base"),
+            "max_seq_length": 128,
+            "engine": "stock",
+            "dtype": "float32",
+        },
         "data": {"source": str(folder / "rows.jsonl")},
         "lora": {"dropout": 0.1},
         "train": {"max_steps": 12, "save_steps": 2, "eval_steps": 5, "learning_rate": 3e-3},
@@ -95,7 +100,9 @@ def test_another_machine_goes_on_from_the_mirror(moved, attempt):
     assert "its checkpoint of step 6 was verified and copied here" in message
     assert "resuming after step 6" in message
     assert losses(run) == pytest.approx(trace, abs=1e-4)
-    assert {step: loss for step, loss in losses(run).items() if step <= 6} == {s: trace[s] for s in range(1, 7)}
+    assert {step: loss for step, loss in losses(run).items() if step <= 6} == {
+        s: trace[s] for s in range(1, 7)
+    }
     (resumed,) = json.loads((run / "run.json").read_text())["resumed"]
     assert resumed["after_step"] == 6
     assert resumed["machine"]["threads"] == 2
@@ -138,7 +145,9 @@ def test_export_and_chat_refuse_another_base_and_a_changed_adapter(moved, attemp
         code, message = attempt("export", target, "--to", "merged", "--no-verify")
         assert code == 2
         assert "is not the one that" in message
-    code, message = attempt("export", run, "--to", "merged", "--no-verify", "--base", config.parent / "base")
+    code, message = attempt(
+        "export", run, "--to", "merged", "--no-verify", "--base", config.parent / "base"
+    )
     assert code == 0, message
 
 
@@ -212,8 +221,17 @@ def test_a_step_whose_loss_is_not_a_number_leaves_nothing(moved, attempt, tmp_pa
     lines = (config.parent / "rows.jsonl").read_text(encoding="utf-8").splitlines()
     bad = json.loads(lines[3])
     bad["messages"][0]["content"] += " ~"
-    (config.parent / "rows.jsonl").write_text("\n".join([*lines[:3], json.dumps(bad), *lines[4:]]), encoding="utf-8")
-    change(config, project="nan", mirror=None, data__eval_fraction=0.0, train__save_steps=1, train__max_steps=13)
+    (config.parent / "rows.jsonl").write_text(
+        "\n".join([*lines[:3], json.dumps(bad), *lines[4:]]), encoding="utf-8"
+    )
+    change(
+        config,
+        project="nan",
+        mirror=None,
+        data__eval_fraction=0.0,
+        train__save_steps=1,
+        train__max_steps=13,
+    )
     code, message = attempt("train", config)
     assert code == 3, message
     assert "nothing of this step was kept" in message
@@ -235,8 +253,8 @@ def test_a_step_whose_loss_is_not_a_number_leaves_nothing(moved, attempt, tmp_pa
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
     from types import SimpleNamespace
 
-    from fastft.callbacks import Steering
     from fastft.errors import CouldNotFinishError
+    from fastft.training.callbacks import Steering
 
     layer = torch.nn.Linear(2, 2)
     steering = Steering.__new__(Steering)
@@ -245,17 +263,21 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
     layer(torch.ones(1, 2)).sum().backward()
     steering.on_pre_optimizer_step(SimpleNamespace(fp16=False), state, control)
     layer.weight.grad[0, 0] = float("inf")
-    steering.on_pre_optimizer_step(SimpleNamespace(fp16=True), state, control)  # the loss scaler's business
+    steering.on_pre_optimizer_step(
+        SimpleNamespace(fp16=True), state, control
+    )  # the loss scaler's business
     with pytest.raises(CouldNotFinishError, match="gradient is not finite at step 5"):
         steering.on_pre_optimizer_step(SimpleNamespace(fp16=False), state, control)
 
 
 def test_the_lock_names_its_holder_and_ends_with_it(tmp_path):
     code = (
-        "import sys, time, pathlib; from fastft import checkpoint\n"
+        "import sys, time, pathlib; from fastft.runs import checkpoint\n"
         "with checkpoint.hold(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "held\n"
     says = rf"is being trained by process {process.pid} on {os.uname().nodename} since 20\d\d-"
     with pytest.raises(checkpoint.FastFTError, match=says), checkpoint.hold(tmp_path):

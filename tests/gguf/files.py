@@ -21,7 +21,9 @@ def with_fields(path: Path, out: Path, **changes: Any) -> Path:
             continue
         value = changes.get(field.name, field.contents())
         if value is not None:
-            writer.add_key_value(field.name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
+            writer.add_key_value(
+                field.name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None
+            )
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
@@ -31,7 +33,9 @@ def with_fields(path: Path, out: Path, **changes: Any) -> Path:
     return out
 
 
-def with_tensor(path: Path, out: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> Path:
+def with_tensor(
+    path: Path, out: Path, name: str, change: Callable[[np.ndarray], np.ndarray]
+) -> Path:
     """Copy a file in which the float32 tensor `name` is `change` of itself."""
     shutil.copy(path, out)
     tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == name)

@@ -45,7 +45,11 @@ def tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """Return every tensor of a GGUF file: type, shape in numpy's order, bytes."""
     reader = gguf.GGUFReader(path)
     return {
-        t.name: (t.tensor_type.name.lower(), tuple(int(n) for n in reversed(t.shape)), t.data.tobytes())
+        t.name: (
+            t.tensor_type.name.lower(),
+            tuple(int(n) for n in reversed(t.shape)),
+            t.data.tobytes(),
+        )
         for t in reader.tensors
     }
 
@@ -53,7 +57,9 @@ def tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 def metadata(path: Path) -> dict[str, object]:
     """Return every key of a GGUF file with its value."""
     reader = gguf.GGUFReader(path)
-    return {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    return {
+        key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")
+    }
 
 
 def kl(expected: torch.Tensor, got: torch.Tensor) -> float:
@@ -69,7 +75,7 @@ def hf_logits(model, ids: list[int]) -> torch.Tensor:
 
 def llama_cpp_logits(path: Path, ids: list[int], lora: Path | None = None) -> torch.Tensor:
     """Return llama.cpp's logits (T, V) with a float32 KV cache."""
-    from fastft.llamacpp import open_gguf
+    from fastft.inference.llamacpp import open_gguf
 
     with open_gguf(path, n_ctx=128, exact=True, loras=[lora] if lora else [], threads=2) as model:
         if lora:

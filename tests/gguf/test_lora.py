@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fastft.errors import FastFTError
-from fastft.export.gguf import export_gguf
-from fastft.export.gguf.lora import export_gguf_lora
+from fastft.exporting.gguf import export_gguf
+from fastft.exporting.gguf.lora import export_gguf_lora
 from tests.families import make_checkpoint
 from tests.gguf.oracle import hf_logits, kl, llama_cpp_logits
 from tests.unit.test_export_weights import load, train_adapter
@@ -25,9 +25,13 @@ IDS = [i % 440 for i in range(5, 400, 11)]
 @pytest.mark.parametrize("scale", SCALES)
 def test_base_and_lora_in_llama_cpp_is_base_and_adapter_in_peft(scale, tmp_path):
     base = make_checkpoint("llama", tmp_path / "base")
-    trained = train_adapter(base, tmp_path / "adapter", target_modules="all-linear", **SCALES[scale])
+    trained = train_adapter(
+        base, tmp_path / "adapter", target_modules="all-linear", **SCALES[scale]
+    )
     file = Path(export_gguf(base, tmp_path, ["f32"])[0]["path"])
-    merged = Path(export_gguf(base, tmp_path / "merged", ["f32"], adapter=tmp_path / "adapter")[0]["path"])
+    merged = Path(
+        export_gguf(base, tmp_path / "merged", ["f32"], adapter=tmp_path / "adapter")[0]["path"]
+    )
     lora = Path(export_gguf_lora(base, tmp_path / "adapter", tmp_path)["path"])
     expected = hf_logits(trained, IDS)
     assert kl(expected, hf_logits(load(base), IDS)) > 1e-2
@@ -39,7 +43,9 @@ def test_base_and_lora_in_llama_cpp_is_base_and_adapter_in_peft(scale, tmp_path)
 def test_every_family(family, tmp_path):
     window = {} if family in {"qwen2", "qwen3", "gemma2", "gemma3"} else {"sliding_window": None}
     base = make_checkpoint(family, tmp_path / "base", **window)
-    trained = train_adapter(base, tmp_path / "adapter", target_modules="all-linear", use_rslora=True)
+    trained = train_adapter(
+        base, tmp_path / "adapter", target_modules="all-linear", use_rslora=True
+    )
     file = Path(export_gguf(base, tmp_path, ["f32"])[0]["path"])
     record = export_gguf_lora(base, tmp_path / "adapter", tmp_path / "a.gguf")
     expected = hf_logits(trained, IDS)

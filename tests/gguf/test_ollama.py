@@ -7,7 +7,14 @@ import pytest
 
 from fastft.data.named_templates import NAMED
 from fastft.errors import FastFTError
-from fastft.export.ollama import FORMATS, check_modelfile, create_line, go_template, recognise, write_modelfile
+from fastft.exporting.ollama import (
+    FORMATS,
+    check_modelfile,
+    create_line,
+    go_template,
+    recognise,
+    write_modelfile,
+)
 from tests.families import CHATML, GEMMA_TURNS, INST
 from tests.sdist import chat_templates
 
@@ -32,7 +39,10 @@ class Tokenizer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         special = {"bos_token": self.bos_token, "eos_token": self.eos_token}
-        options = {"chat_template": self.chat_template, "add_generation_prompt": add_generation_prompt}
+        options = {
+            "chat_template": self.chat_template,
+            "add_generation_prompt": add_generation_prompt,
+        }
         return render_jinja_template(conversations=[messages], **options, **special)[0][0]
 
 
@@ -40,7 +50,9 @@ def run_go(template, messages):
     """A small interpreter of what our Go templates use: if, else if, else, range, and, not, eq, variables, text."""
     system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
     actions = re.findall(r'\{\{-?\s*((?:"(?:[^"\\]|\\.)*"|[^"}])*?)\s*-?\}\}', template)
-    assert re.sub(r'\{\{-?\s*(?:"(?:[^"\\]|\\.)*"|[^"}])*?\s*-?\}\}', "", template) == ""  # no text outside of actions
+    assert (
+        re.sub(r'\{\{-?\s*(?:"(?:[^"\\]|\\.)*"|[^"}])*?\s*-?\}\}', "", template) == ""
+    )  # no text outside of actions
     variables = {}
 
     def value(code, dot):
@@ -57,7 +69,13 @@ def run_go(template, messages):
         word = words[0]
         if word.startswith("("):
             return value(word[1:-1], dot)
-        return json.loads(word) if word.startswith('"') else known[word] if word in known else variables[word]
+        return (
+            json.loads(word)
+            if word.startswith('"')
+            else known[word]
+            if word in known
+            else variables[word]
+        )
 
     def block(at, dot, live):
         """Run from `at` to the matching end or else; returns (text, index of that action)."""
@@ -70,7 +88,11 @@ def run_go(template, messages):
                 taken, done = "", False
                 condition = code[3:]
                 while True:
-                    here = live and not done and bool(value(condition, dot)) if condition else live and not done
+                    here = (
+                        live and not done and bool(value(condition, dot))
+                        if condition
+                        else live and not done
+                    )
                     inner, at = block(at + 1, dot, here)
                     taken, done = (inner, True) if here else (taken, done)
                     if actions[at] == "end":
@@ -119,7 +141,9 @@ def test_real_templates_are_recognised_or_left_alone():
     assert known("microsoft-Phi-3.5-mini-instruct.jinja", "<s>", "<|endoftext|>") == "phi3"
     # These write a system message of their own where none is given, so that plain ChatML or Llama 3 would be wrong.
     assert known("Qwen-Qwen2.5-7B-Instruct.jinja", "", "<|im_end|>") is None
-    assert known("meta-llama-Llama-3.1-8B-Instruct.jinja", "<|begin_of_text|>", "<|eot_id|>") is None
+    assert (
+        known("meta-llama-Llama-3.1-8B-Instruct.jinja", "<|begin_of_text|>", "<|eot_id|>") is None
+    )
 
 
 def test_a_modelfile_is_written_and_is_right(tmp_path):
@@ -142,14 +166,18 @@ def test_a_modelfile_is_written_and_is_right(tmp_path):
 
 def test_an_unknown_template_is_said_not_guessed(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    path = write_modelfile(tmp_path, tmp_path / "m.gguf", Tokenizer("{{ messages[0]['content'] }}??"))
+    path = write_modelfile(
+        tmp_path, tmp_path / "m.gguf", Tokenizer("{{ messages[0]['content'] }}??")
+    )
     text = path.read_text(encoding="utf-8")
     assert "TEMPLATE" not in text.replace("# ", "").split("FROM")[0]
     assert "\nTEMPLATE" not in text
     assert "The chat template is none that fastft can write" in text
     assert check_modelfile(path) == []
     with pytest.raises(FastFTError, match="no parameter tmperature"):
-        write_modelfile(tmp_path, tmp_path / "m.gguf", Tokenizer(CHATML), parameters={"tmperature": 1})
+        write_modelfile(
+            tmp_path, tmp_path / "m.gguf", Tokenizer(CHATML), parameters={"tmperature": 1}
+        )
 
 
 @pytest.mark.parametrize(
@@ -170,6 +198,6 @@ def test_an_unknown_template_is_said_not_guessed(tmp_path):
 def test_the_syntax_test_finds_faults(tmp_path, text, problem):
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     (tmp_path / "Modelfile").write_text(text)
-    assert any(problem in found for found in check_modelfile(tmp_path / "Modelfile")), check_modelfile(
-        tmp_path / "Modelfile"
+    assert any(problem in found for found in check_modelfile(tmp_path / "Modelfile")), (
+        check_modelfile(tmp_path / "Modelfile")
     )

@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastft.errors import CouldNotFinishError, FastFTError
-from fastft.export.gguf import export_gguf
-from fastft.export.gguf.lora import export_gguf_lora
-from fastft.llamacpp import GgufChat, open_gguf, sample
-from fastft.serve import make_app, require_free_port
+from fastft.exporting.gguf import export_gguf
+from fastft.exporting.gguf.lora import export_gguf_lora
+from fastft.inference.llamacpp import GgufChat, open_gguf, sample
+from fastft.inference.serve import make_app, require_free_port
 from tests.families import make_checkpoint
 
 CHAT = [{"role": "user", "content": "Hello 東京"}]
@@ -53,13 +53,17 @@ def adapters(base, folder):
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.2)
         model.save_pretrained(folder / f"adapter{seed}")
-        path = export_gguf_lora(base, folder / f"adapter{seed}", folder / f"adapter{seed}.gguf")["path"]
+        path = export_gguf_lora(base, folder / f"adapter{seed}", folder / f"adapter{seed}.gguf")[
+            "path"
+        ]
         made.append((folder / f"adapter{seed}", Path(path)))
     return made
 
 
 def hf_logits(base, ids, adapter=None):
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, attn_implementation="eager"
+    )
     if adapter:
         from peft import PeftModel
 
@@ -74,7 +78,9 @@ def kl(p, q):
 
 
 def test_logits_over_several_chunks_are_those_of_transformers(base, gguf, monkeypatch):
-    monkeypatch.setattr("fastft.llamacpp.LOGITS_CHUNK_BYTES", 40 * 4 * 453)  # 40 rows at a time
+    monkeypatch.setattr(
+        "fastft.inference.llamacpp.LOGITS_CHUNK_BYTES", 40 * 4 * 453
+    )  # 40 rows at a time
     with open_gguf(gguf, n_ctx=256, exact=True) as model:
         ids = model.tokens(TEXT * 4)
         chunks = list(model.logits(ids))
@@ -90,19 +96,31 @@ def test_ids_and_text_are_those_of_transformers(base, gguf):
     tokenizer = AutoTokenizer.from_pretrained(base)
     with open_gguf(gguf, n_ctx=256) as model:
         assert model.tokens(TEXT) == tokenizer(TEXT)["input_ids"]
-        assert model.tokens(TEXT, add_special=False) == tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+        assert (
+            model.tokens(TEXT, add_special=False)
+            == tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+        )
         assert model.text(model.tokens(TEXT)) == TEXT
         assert len(model.tokens("<|im_end|>", add_special=False)) == 1
         assert len(model.tokens("<|im_end|>", add_special=False, parse_special=False)) > 1
-        expected = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=True)["input_ids"]
+        expected = tokenizer.apply_chat_template(
+            CHAT, add_generation_prompt=True, return_dict=True
+        )["input_ids"]
         assert model.chat_tokens(CHAT) == expected
         assert expected.count(model.bos) == 1
 
 
 def test_greedy_chat_is_that_of_transformers_and_streams_whole_characters(base, gguf):
-    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
-    given = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    made = model.generate(**given, max_new_tokens=24, do_sample=False)[0, given["input_ids"].shape[1] :].tolist()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(base),
+        AutoModelForCausalLM.from_pretrained(base),
+    )
+    given = tokenizer.apply_chat_template(
+        CHAT, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    made = model.generate(**given, max_new_tokens=24, do_sample=False)[
+        0, given["input_ids"].shape[1] :
+    ].tolist()
     chat = GgufChat(gguf, n_ctx=256)
     pieces = list(chat.stream(CHAT, max_new_tokens=24))
     assert chat.last_tokens == [t for t in made if t not in {tokenizer.eos_token_id, 452}]
@@ -132,7 +150,9 @@ def test_adapters_switch_on_one_base(base, gguf, adapters):
             assert kl(plain, found) > 1e-3
         model.use_lora(None)
         assert kl(plain, np.concatenate(list(model.logits(ids)))) < 1e-9
-        with pytest.raises(FastFTError, match=r"no adapter 'x' is loaded\. Loaded: adapter1, adapter2"):
+        with pytest.raises(
+            FastFTError, match=r"no adapter 'x' is loaded\. Loaded: adapter1, adapter2"
+        ):
             model.use_lora("x")
 
 
@@ -153,12 +173,16 @@ def test_the_server_answers_an_openai_client(gguf, adapters):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     loras = [str(path) for _, path in adapters]
-    code = f"from fastft.serve import serve; serve({str(gguf)!r}, port={port}, loras={loras!r}, n_ctx=256)"
+    code = f"from fastft.inference.serve import serve; serve({str(gguf)!r}, port={port}, loras={loras!r}, n_ctx=256)"
     server = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, env=os.environ)
     try:
         client = httpx.Client(base_url=f"http://127.0.0.1:{port}/v1", timeout=30)
         wait_for(client, server)
-        assert [m["id"] for m in client.get("/models").json()["data"]] == [gguf.stem, "adapter1", "adapter2"]
+        assert [m["id"] for m in client.get("/models").json()["data"]] == [
+            gguf.stem,
+            "adapter1",
+            "adapter2",
+        ]
         body = {"messages": CHAT, "max_tokens": 12, "temperature": 0, "repeat_penalty": 1.0}
         answers = {}
         for name, lora in [(gguf.stem, []), ("adapter1", [adapters[0][1]])]:
@@ -201,7 +225,7 @@ def test_the_server_refuses_what_is_no_adapter(gguf, tmp_path):
 def test_models_are_loaded_without_kernels_for_amx(flags, extra):
     """In a process of its own, since the bindings are prepared once; some builds of those kernels end the process."""
     code = (
-        "import sys; from fastft import llamacpp; "
+        "import sys; from fastft.inference import llamacpp; "
         f"llamacpp.cpu_flags = lambda: {flags!r}; api = llamacpp.bindings(); "
         "print(api.llama_model_default_params().use_extra_bufts, api.llama_cpp.llama_model_default_params().use_extra_bufts)"
     )

@@ -6,17 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastft.certificate import LIMITS, judge_distance, limits_for
-from fastft.choose import choose_quantization, smallest
 from fastft.errors import AnswerIsNoError, CouldNotFinishError, FastFTError
-from fastft.export.gguf import export_gguf
-from fastft.export.gguf.lora import export_gguf_lora
-from fastft.export.merged import export_merged
-from fastft.export.ollama import write_modelfile
-from fastft.verify import kind_of, verify_files
+from fastft.exporting.gguf import export_gguf
+from fastft.exporting.gguf.lora import export_gguf_lora
+from fastft.exporting.merged import export_merged
+from fastft.exporting.ollama import write_modelfile
+from fastft.verification.certificate import LIMITS, judge_distance, limits_for
+from fastft.verification.choose import choose_quantization, smallest
+from fastft.verification.verify import kind_of, verify_files
 from tests.families import make_checkpoint
 
-SAMPLES = ["The quick brown fox. 東京は日本の首都です。", "def main(argument):\n    return argument + 1"]
+SAMPLES = [
+    "The quick brown fox. 東京は日本の首都です。",
+    "def main(argument):\n    return argument + 1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,9 @@ def trained(tmp_path_factory):
     base = make_checkpoint("llama", folder / "base", hidden_size=256)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules="all-linear"))
+    model = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules="all-linear")
+    )
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
@@ -52,10 +57,17 @@ def findings(trained):
         "gguf": quantised,
         "gguf-lora": Path(export_gguf_lora(base, adapter, out / "model.lora.gguf")["path"]),
         "ollama": write_modelfile(out, quantised, AutoTokenizer.from_pretrained(adapter)),
-        "forgotten": Path(export_gguf(base, folder, ["f32"], name="base")[0]["path"]),  # the base without the adapter
+        "forgotten": Path(
+            export_gguf(base, folder, ["f32"], name="base")[0]["path"]
+        ),  # the base without the adapter
     }
     result = verify_files(
-        list(files.values()), base=base, adapter=adapter, samples=SAMPLES, out=out, base_gguf=files["forgotten"]
+        list(files.values()),
+        base=base,
+        adapter=adapter,
+        samples=SAMPLES,
+        out=out,
+        base_gguf=files["forgotten"],
     )
     return out, files, dict(zip(files, result["files"], strict=True))
 
@@ -75,7 +87,9 @@ def test_exact_exports_are_exact(findings, kind):
 def test_a_file_without_the_adapter_fails(findings):
     entry = findings[2]["forgotten"]
     assert entry["verdict"] == "fail"
-    failed = {check["name"]: check["detail"] for check in entry["checks"] if check["verdict"] == "fail"}
+    failed = {
+        check["name"]: check["detail"] for check in entry["checks"] if check["verdict"] == "fail"
+    }
     assert "is another weight than the trained one" in failed["weights"]
     assert {"weights", "distance"} <= set(failed)
 
@@ -92,7 +106,9 @@ def test_what_cannot_be_checked_is_said(trained, tmp_path):
     with pytest.raises(FastFTError, match="neither adapter_config"):
         kind_of(tmp_path)
     with pytest.raises(FastFTError, match="checked on a GGUF of its base"):
-        verify_files([folder / "export" / "model.lora.gguf"], base=base, adapter=adapter, out=tmp_path)
+        verify_files(
+            [folder / "export" / "model.lora.gguf"], base=base, adapter=adapter, out=tmp_path
+        )
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with pytest.raises(CouldNotFinishError, match="the trained model could not be run"):
         verify_files([tmp_path / "x.gguf"], base=tmp_path / "nowhere", out=tmp_path)
@@ -115,7 +131,10 @@ def test_the_smallest_type_within_the_budget_is_chosen(trained, tmp_path):
 def test_bisection_finds_the_first_that_holds():
     for first in range(8):
         asked = []
-        found = smallest("abcdefg", lambda c, first=first, asked=asked: asked.append(c) or "abcdefg".index(c) >= first)
+        found = smallest(
+            "abcdefg",
+            lambda c, first=first, asked=asked: asked.append(c) or "abcdefg".index(c) >= first,
+        )
         assert found == ("abcdefg"[first] if first < 7 else None)
         assert len(asked) <= 3
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastft.certificate import certified, changed_files
-from fastft.export.gguf import export_gguf
-from fastft.reference import rotary_rows
-from fastft.verify import verify_files
+from fastft.exporting.gguf import export_gguf
+from fastft.verification.certificate import certified, changed_files
+from fastft.verification.reference import rotary_rows
+from fastft.verification.verify import verify_files
 from tests.families import FAMILIES, make_checkpoint
 from tests.gguf.files import with_fields, with_tensor
 
@@ -35,7 +35,9 @@ def teach_to_end(folder, after: int = 3) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    ids = tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    ids = tokenizer.apply_chat_template(
+        PROMPT, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
     with torch.no_grad():
         made = model.generate(**ids, max_new_tokens=after, do_sample=False)
         state = model(made, output_hidden_states=True).hidden_states[-1][0, -1]
@@ -54,17 +56,24 @@ def sabotage(good: Path, folder: Path) -> dict[str, Path]:
         "template": with_fields(
             good,
             folder / "template.gguf",
-            tokenizer__chat_template=template.replace("message['role'] +", "'the ' + message['role'] +", 1),
+            tokenizer__chat_template=template.replace(
+                "message['role'] +", "'the ' + message['role'] +", 1
+            ),
         ),
         "second-bos": with_fields(
             good, folder / "second-bos.gguf", tokenizer__chat_template="{{ bos_token }}" + template
         ),
         "no-bos": with_fields(good, folder / "no-bos.gguf", tokenizer__ggml__add_bos_token=False),
         "end": with_fields(
-            good, folder / "end.gguf", tokenizer__ggml__eos_token_id=5, tokenizer__ggml__eot_token_id=None
+            good,
+            folder / "end.gguf",
+            tokenizer__ggml__eos_token_id=5,
+            tokenizer__ggml__eot_token_id=None,
         ),
         "pre": with_fields(good, folder / "pre.gguf", tokenizer__ggml__pre="deepseek-llm"),
-        "crash": with_fields(good, folder / "crash.gguf", llama__attention__layer_norm_rms_epsilon=-1.0),
+        "crash": with_fields(
+            good, folder / "crash.gguf", llama__attention__layer_norm_rms_epsilon=-1.0
+        ),
         "truncated": folder / "truncated.gguf",
     }
     data = good.read_bytes()
@@ -83,12 +92,16 @@ def findings(tmp_path_factory):
     teach_to_end(base)
     good = Path(export_gguf(base, folder, ["f32"], name="good")[0]["path"])
     files = {"good": good} | sabotage(good, folder)
-    result = verify_files(list(files.values()), base=base, samples=SAMPLES, out=folder, max_new_tokens=16)
+    result = verify_files(
+        list(files.values()), base=base, samples=SAMPLES, out=folder, max_new_tokens=16
+    )
     return folder, files, dict(zip(files, result["files"], strict=True))
 
 
 def failed(entry):
-    return {check["name"]: check["detail"] for check in entry["checks"] if check["verdict"] == "fail"}
+    return {
+        check["name"]: check["detail"] for check in entry["checks"] if check["verdict"] == "fail"
+    }
 
 
 def test_the_untouched_file_passes(findings):

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from fastft.errors import FastFTError
-from fastft.export import gguf
-from fastft.export.gguf import export_gguf, isolated, quantize_file, upstream
-from fastft.export.gguf.architectures import Unsupported, describe
-from fastft.export.gguf.quantize import FILE_TYPES
-from fastft.export.merged import export_merged
-from fastft.export.weights import Weights
+from fastft.exporting import gguf
+from fastft.exporting.gguf import export_gguf, isolated, quantize_file, upstream
+from fastft.exporting.gguf.architectures import Unsupported, describe
+from fastft.exporting.gguf.quantize import FILE_TYPES
+from fastft.exporting.merged import export_merged
+from fastft.exporting.weights import Weights
 from tests.families import LLAMA3_ROPE, longrope, make_checkpoint
 from tests.gguf.oracle import convert_upstream, hf_logits, kl, llama_cpp_logits, metadata, tensors
 from tests.unit.test_export_weights import load, train_adapter
@@ -32,7 +32,12 @@ CASES = {
     "llama": (
         "llama",
         "llama-bpe",
-        {"rope_parameters": LLAMA3_ROPE, "attention_bias": True, "dtype": "bfloat16", "shard_bytes": 60_000},
+        {
+            "rope_parameters": LLAMA3_ROPE,
+            "attention_bias": True,
+            "dtype": "bfloat16",
+            "shard_bytes": 60_000,
+        },
     ),
     "llama-tied": ("llama", "llama-bpe", {"tie_word_embeddings": True}),
     "llama2": ("llama", "default", {"tokenizer": "spm", "vocab_size": 700}),
@@ -113,18 +118,22 @@ def test_f32_logits_are_transformers(case, checkpoints, tmp_path):
     got = llama_cpp_logits(Path(record["path"]), ids)
     limit = 1e-5 if case.startswith("gemma") else 1e-6  # ggml's GELU is a table of 16-bit values
     assert kl(expected, got) < limit
-    assert kl(expected, torch.roll(expected, 1, 0)) > 1e-2  # positions differ, so agreement says something
+    assert (
+        kl(expected, torch.roll(expected, 1, 0)) > 1e-2
+    )  # positions differ, so agreement says something
 
 
 @pytest.mark.parametrize("case", ["llama", "llama2", "mistral", "qwen3", "gemma3", "phi3"])
 def test_token_ids_are_transformers(case, checkpoints, tmp_path):
     from transformers import AutoTokenizer
 
-    from fastft.llamacpp import open_gguf
+    from fastft.inference.llamacpp import open_gguf
 
     record = export_gguf(checkpoints / case, tmp_path, ["f16"])[0]
     tokenizer = AutoTokenizer.from_pretrained(checkpoints / case)
-    special = tokenizer.apply_chat_template([{"role": "user", "content": "Hi  there\n"}], tokenize=False)
+    special = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi  there\n"}], tokenize=False
+    )
     with open_gguf(record["path"], n_ctx=64) as model:
         for text in (TEXT, "a  b   c\r\n\n\td", "吾輩は猫。😀👩‍👩‍👧", "12345 don't WE'LL"):
             assert model.tokens(text, parse_special=False) == tokenizer(text).input_ids
@@ -132,15 +141,22 @@ def test_token_ids_are_transformers(case, checkpoints, tmp_path):
         assert model.tokens(special, add_special=False) == expected
 
 
-def test_a_spm_tokenizer_without_its_model_file_has_scores_that_give_the_same_ids(checkpoints, tmp_path):
+def test_a_spm_tokenizer_without_its_model_file_has_scores_that_give_the_same_ids(
+    checkpoints, tmp_path
+):
     from transformers import AutoTokenizer
 
-    from fastft.llamacpp import open_gguf
+    from fastft.inference.llamacpp import open_gguf
 
     folder = make_checkpoint("mistral", tmp_path / "base", tokenizer_model=False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with open_gguf(export_gguf(folder, tmp_path, ["f16"])[0]["path"], n_ctx=64) as model:
-        for text in (TEXT, "a  b   c\n\n d", "吾輩は猫である。名前はまだ無い", "the quick brown fox jumps 😀"):
+        for text in (
+            TEXT,
+            "a  b   c\n\n d",
+            "吾輩は猫である。名前はまだ無い",
+            "the quick brown fox jumps 😀",
+        ):
             assert model.tokens(text, parse_special=False) == tokenizer(text).input_ids
 
 
@@ -150,14 +166,36 @@ def test_every_type_is_llama_cpps_byte_for_byte(family, tmp_path):
     base = make_checkpoint(family, tmp_path / "base", dtype="bfloat16", **shape)
     generator = torch.Generator().manual_seed(0)
     source = Path(export_gguf(base, tmp_path / "source.gguf", ["bf16"])[0]["path"])
-    columns = {name: t["shape"][-1] for name, t in export_gguf(base, tmp_path, ["f32"])[0]["tensors"].items()}
-    imatrix = {
-        name: (torch.rand(columns[name], generator=generator) + 0.01).numpy() for name in columns if "blk" in name
+    columns = {
+        name: t["shape"][-1]
+        for name, t in export_gguf(base, tmp_path, ["f32"])[0]["tensors"].items()
     }
-    plain = [t for t in FILE_TYPES if t not in {"f32", "f16", "bf16"} and not t.startswith(("iq2", "iq3_x"))]
+    imatrix = {
+        name: (torch.rand(columns[name], generator=generator) + 0.01).numpy()
+        for name in columns
+        if "blk" in name
+    }
+    plain = [
+        t
+        for t in FILE_TYPES
+        if t not in {"f32", "f16", "bf16"} and not t.startswith(("iq2", "iq3_x"))
+    ]
     for types, weights in (
         (plain, None),
-        (["q4_k_m", "iq4_xs", "q2_k", "iq3_xs", "iq3_xxs", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m"], imatrix),
+        (
+            [
+                "q4_k_m",
+                "iq4_xs",
+                "q2_k",
+                "iq3_xs",
+                "iq3_xxs",
+                "iq2_xxs",
+                "iq2_xs",
+                "iq2_s",
+                "iq2_m",
+            ],
+            imatrix,
+        ),
     ):
         out = tmp_path / ("with" if weights else "without")
         records = export_gguf(base, out, types, imatrix=weights, name="m")
@@ -167,10 +205,15 @@ def test_every_type_is_llama_cpps_byte_for_byte(family, tmp_path):
         for kind, record in zip(types, records, strict=True):
             assert record["writer"] == "streaming"
             theirs = out / f"theirs-{kind}.gguf"
-            done = list(isolated.quantize(str(source), str(theirs), FILE_TYPES[kind], 1, saved, 2**28))
+            done = list(
+                isolated.quantize(str(source), str(theirs), FILE_TYPES[kind], 1, saved, 2**28)
+            )
             assert not done[0]["failed"]
             assert tensors(Path(record["path"])) == tensors(theirs), kind
-            assert metadata(Path(record["path"]))["general.file_type"] == metadata(theirs)["general.file_type"]
+            assert (
+                metadata(Path(record["path"]))["general.file_type"]
+                == metadata(theirs)["general.file_type"]
+            )
 
 
 def test_row_lengths_that_k_quants_cannot_hold_fall_back_as_llama_cpp_does(tmp_path):
@@ -185,7 +228,11 @@ def test_row_lengths_that_k_quants_cannot_hold_fall_back_as_llama_cpp_does(tmp_p
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_an_adapter_is_added_in_the_same_pass(family, tmp_path):
     base = make_checkpoint(family, tmp_path / "base")
-    lora = {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"k_proj": 5, "down_proj": 1}, "use_rslora": True}
+    lora = {
+        "rank_pattern": {"k_proj": 2},
+        "alpha_pattern": {"k_proj": 5, "down_proj": 1},
+        "use_rslora": True,
+    }
     trained = train_adapter(base, tmp_path / "adapter", target_modules="all-linear", **lora)
     export_merged(base, tmp_path / "adapter", tmp_path / "merged", dtype="float32")
     once = export_gguf(base, tmp_path / "once.gguf", ["f32"], adapter=tmp_path / "adapter")[0]
@@ -193,12 +240,14 @@ def test_an_adapter_is_added_in_the_same_pass(family, tmp_path):
     assert once["tensors"] == twice["tensors"]
     ids = [i % 440 for i in range(5, 400, 11)]
     expected = hf_logits(trained, ids)
-    assert kl(expected, llama_cpp_logits(Path(once["path"]), ids)) < (1e-5 if family == "gemma3" else 1e-6)
+    assert kl(expected, llama_cpp_logits(Path(once["path"]), ids)) < (
+        1e-5 if family == "gemma3" else 1e-6
+    )
     assert kl(expected, hf_logits(load(base), ids)) > 1e-2
 
 
 def test_the_end_of_a_turn_is_an_end_of_generation(tmp_path):
-    from fastft.llamacpp import open_gguf
+    from fastft.inference.llamacpp import open_gguf
 
     base = make_checkpoint("llama", tmp_path / "base")
     path = base / "generation_config.json"
@@ -217,10 +266,14 @@ def test_what_is_not_known_is_not_guessed(tmp_path):
     base = make_checkpoint("llama", tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     changes = {
-        "rope type yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}},
+        "rope type yarn": {
+            "rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}
+        },
         "activation gelu": {"hidden_act": "gelu"},
         "fields that are not known.*residual_multiplier": {"residual_multiplier": 0.5},
-        "architecture LlamaForSequenceClassification": {"architectures": ["LlamaForSequenceClassification"]},
+        "architecture LlamaForSequenceClassification": {
+            "architectures": ["LlamaForSequenceClassification"]
+        },
         "missing: \\['model.layers.2": {"num_hidden_layers": 3},
         "unknown: \\['model.layers.1": {"num_hidden_layers": 1},
     }
@@ -238,12 +291,18 @@ def test_an_unknown_architecture_goes_through_the_upstream_converter(tmp_path, m
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     # the converter as `upstream_folder` would have fetched it, without fetching it again
-    monkeypatch.setattr(upstream, "upstream_folder", lambda: llama_cpp_sdist() / "vendor" / "llama.cpp")
-    base = make_checkpoint("smollm3", tmp_path / "base", no_rope_layers=[1, 1], no_rope_layer_interval=4)
+    monkeypatch.setattr(
+        upstream, "upstream_folder", lambda: llama_cpp_sdist() / "vendor" / "llama.cpp"
+    )
+    base = make_checkpoint(
+        "smollm3", tmp_path / "base", no_rope_layers=[1, 1], no_rope_layer_interval=4
+    )
     trained = train_adapter(base, tmp_path / "adapter", target_modules="all-linear")
     said: list[str] = []
     out = tmp_path / "out"
-    records = export_gguf(base, out, ["f32", "q8_0"], adapter=tmp_path / "adapter", say=said.append, name="m")
+    records = export_gguf(
+        base, out, ["f32", "q8_0"], adapter=tmp_path / "adapter", say=said.append, name="m"
+    )
     assert "SmolLM3ForCausalLM" in said[0]
     assert {r["writer"] for r in records} == {"upstream"}
     assert sorted(p.name for p in out.iterdir()) == ["m.F32.gguf", "m.Q8_0.gguf"]
@@ -266,7 +325,7 @@ def test_where_ggml_disagrees_a_16_bit_file_is_quantised(tmp_path, monkeypatch):
 
 
 def test_the_check_of_ggml_can_fail(monkeypatch, tmp_path):
-    from fastft.export.gguf import quantize
+    from fastft.exporting.gguf import quantize
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert quantize.agrees(quantize.Ggml(), {"q4_k", "q8_0", "iq2_xxs", "f16"})
@@ -279,7 +338,9 @@ def test_user_mistakes_are_refused(tmp_path, monkeypatch):
     base = make_checkpoint("llama", tmp_path / "base", vocab_size=600)
     with pytest.raises(FastFTError, match=r"unknown GGUF type 'q4km' \(did you mean 'q4_k_m'\?\)"):
         export_gguf(base, tmp_path, ["q4km"])
-    with pytest.raises(FastFTError, match=r"iq2_xs needs an importance matrix(.|\n)*--imatrix auto"):
+    with pytest.raises(
+        FastFTError, match=r"iq2_xs needs an importance matrix(.|\n)*--imatrix auto"
+    ):
         export_gguf(base, tmp_path, ["iq2_xs"])
     wide = make_checkpoint("llama", tmp_path / "wide", hidden_size=256)
     with pytest.raises(FastFTError, match=r"iq3_xs needs an importance matrix for \d+ tensors"):
@@ -289,7 +350,9 @@ def test_user_mistakes_are_refused(tmp_path, monkeypatch):
     small = make_checkpoint("llama", tmp_path / "small", vocab_size=440, pad_token_id=0)
     with pytest.raises(FastFTError, match="token ids up to 452, the model 440 embedding rows"):
         export_gguf(small, tmp_path, ["f16"])
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
+    )
     with pytest.raises(FastFTError, match=r"needs [\d,]+ bytes free, .* has 1,000"):
         export_gguf(base, tmp_path / "out", ["f16"])
     assert not (tmp_path / "out").exists()
@@ -305,8 +368,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 
 KILLED = """
 import os, sys, pathlib
-from fastft.export import gguf
-from fastft.export.gguf import writer
+from fastft.exporting import gguf
+from fastft.exporting.gguf import writer
 real, left = writer.Output.write, [int(sys.argv[3])]
 def dying(self, offset, data):
     left[0] -= 1
@@ -342,7 +405,7 @@ def test_the_files_name_does_not_change_how_special_tokens_are_read(strips, tmp_
     """llama.cpp strips the whitespace after special tokens where a model's name contains phi-3."""
     from transformers import AutoTokenizer
 
-    from fastft.llamacpp import open_gguf
+    from fastft.inference.llamacpp import open_gguf
 
     base = make_checkpoint("phi3", tmp_path / ("model" if strips else "my-phi-3-model"))
     path = base / "tokenizer.json"
@@ -353,13 +416,16 @@ def test_the_files_name_does_not_change_how_special_tokens_are_read(strips, tmp_
     tokenizer = AutoTokenizer.from_pretrained(base)
     text = "<|im_start|> user<|im_end|>  and"
     with open_gguf(export_gguf(base, tmp_path, ["f16"])[0]["path"], n_ctx=64) as model:
-        assert model.tokens(text, add_special=False) == tokenizer(text, add_special_tokens=False).input_ids
+        assert (
+            model.tokens(text, add_special=False)
+            == tokenizer(text, add_special_tokens=False).input_ids
+        )
 
 
 def test_an_adapters_own_tokenizer_is_written(tmp_path):
     from transformers import AddedToken, AutoTokenizer
 
-    from fastft.llamacpp import open_gguf
+    from fastft.inference.llamacpp import open_gguf
 
     base, adapter = make_checkpoint("mistral", tmp_path / "base"), tmp_path / "adapter"
     trained = train_adapter(base, adapter, 660, target_modules=["q_proj"])

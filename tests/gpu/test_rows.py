@@ -13,13 +13,13 @@ GRADIENT = """
 import json, sys
 import torch
 from dataclasses import asdict, replace
-from fastft import model
+from fastft.engines import loading
 from fastft.config import make_config
 from fastft.data.batches import Segment
 from fastft.engines import get_engine
-from fastft.exactness import check_rows
+from fastft.training.exactness import check_rows
 from fastft.hardware import probe
-from fastft.step import Stepper, StepPolicy
+from fastft.training.step import Stepper, StepPolicy
 import numpy as np
 
 what = json.loads(sys.argv[2])
@@ -27,9 +27,9 @@ settings = {"name": sys.argv[1], "engine": what["engine"], "dtype": what["dtype"
     "max_seq_length": what["max_seq_length"]}
 config = make_config({"project": "t", "model": settings, "data": {"source": "none"}, "lora": {"r": 8, "dropout": 0.0}}, where="here")
 hardware, checkpointing = probe(), what["checkpointing"]
-choices = model.choose_loading(config, hardware)
-base, _, engine = model.load_for_training(config.model, hardware, gradient_checkpointing=checkpointing, choices=choices)
-peft_model, trainable = model.attach_lora(base, engine, config.lora, seed=1, gradient_checkpointing=checkpointing, train_token_ids=what["tokens"])
+choices = loading.choose_loading(config, hardware)
+base, _, engine = loading.load_for_training(config.model, hardware, gradient_checkpointing=checkpointing, choices=choices)
+peft_model, trainable = loading.attach_lora(base, engine, config.lora, seed=1, gradient_checkpointing=checkpointing, train_token_ids=what["tokens"])
 generator = torch.Generator().manual_seed(1)
 with torch.no_grad():
     for name, parameter in sorted(peft_model.named_parameters()):
@@ -75,14 +75,24 @@ def cosine(a, b):
 
     left, right = torch.load(a), torch.load(b)
     assert sorted(left) == sorted(right)
-    a, b = (torch.cat([gradients[name].double().flatten() for name in sorted(left)]) for gradients in (left, right))
+    a, b = (
+        torch.cat([gradients[name].double().flatten() for name in sorted(left)])
+        for gradients in (left, right)
+    )
     return float(a @ b / (a.norm() * b.norm())), float(a.norm() / b.norm())
 
 
 def halves():
     import torch
 
-    return ["float16", *(["bfloat16"] if torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else [])]
+    return [
+        "float16",
+        *(
+            ["bfloat16"]
+            if torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+            else []
+        ),
+    ]
 
 
 @pytest.mark.parametrize("dtype", halves())
@@ -109,7 +119,9 @@ def test_checkpoints_are_offloaded_and_give_the_same_gradient(checkpoint_of, tmp
     base = checkpoint_of("llama")
     gradient(base, tmp_path / "off", "unsloth", "auto", max_seq_length=1024)
     on = gradient(base, tmp_path / "on", "unsloth", "auto", max_seq_length=1024, checkpointing=True)
-    assert on["checkpoint"] == "unsloth_checkpoint"  # below 512 tokens Unsloth recomputes without offloading
+    assert (
+        on["checkpoint"] == "unsloth_checkpoint"
+    )  # below 512 tokens Unsloth recomputes without offloading
     assert on["rows"] == "packed", on["reason"]
     assert cosine(tmp_path / "on", tmp_path / "off")[0] > 0.999
 
@@ -123,5 +135,7 @@ def test_rows_of_new_tokens_train(checkpoint_of, tmp_path):
 
 
 def test_nf4_rows(checkpoint_of, tmp_path):
-    found = gradient(checkpoint_of("llama"), tmp_path / "nf4", "unsloth", "auto", quantization="nf4")
+    found = gradient(
+        checkpoint_of("llama"), tmp_path / "nf4", "unsloth", "auto", quantization="nf4"
+    )
     assert found["rows"] == "packed", found["reason"]

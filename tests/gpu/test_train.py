@@ -14,7 +14,9 @@ pytestmark = pytest.mark.gpu
 def test_a_run_learns_and_resumes(engine, dtype, checkpoint_of, write_config, tmp_path):
     model = {"engine": engine, "dtype": dtype}
     config = write_config(
-        checkpoint_of("llama"), model=model, train={"max_steps": 40, "save_steps": 20, "eval_steps": 20}
+        checkpoint_of("llama"),
+        model=model,
+        train={"max_steps": 40, "save_steps": 20, "eval_steps": 20},
     )
     first = fastft("train", config, "--stop-after", "20")
     assert first.code == 0, first.err[-3000:]
@@ -26,7 +28,9 @@ def test_a_run_learns_and_resumes(engine, dtype, checkpoint_of, write_config, tm
     assert record["eval_loss_after"] < record["eval_loss_before"]
     assert (run / "checkpoints").is_dir()
     if dtype == "float16":
-        assert list(run.glob("checkpoints/*/scaler.pt"))  # without it a resumed run would scale its loss anew
+        assert list(
+            run.glob("checkpoints/*/scaler.pt")
+        )  # without it a resumed run would scale its loss anew
 
 
 SFT = """

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastft.data.batches import IGNORE, StepBatches, cut, cut_padded, micro_batches, segments_of, supervised_tokens
+from fastft.data.batches import (
+    IGNORE,
+    StepBatches,
+    cut,
+    cut_padded,
+    micro_batches,
+    segments_of,
+    supervised_tokens,
+)
 
 lengths = st.lists(st.integers(1, 300), min_size=1, max_size=40)
 
@@ -51,7 +59,9 @@ def test_a_padding_free_row_restarts_positions_and_marks_boundaries():
     (row,) = micro_batches(segments, 10, rows="varlen", pad_token_id=0, device="meta")
     assert row.inputs["input_ids"].shape == (1, 5)
     (row,) = micro_batches(segments, 10, rows="varlen", pad_token_id=0, device="cpu")
-    assert row.inputs["input_ids"].tolist() == [[1, 2, 3, 4, 5, *[0] * 27]]  # a tail up to 32 on a CPU
+    assert row.inputs["input_ids"].tolist() == [
+        [1, 2, 3, 4, 5, *[0] * 27]
+    ]  # a tail up to 32 on a CPU
     assert row.inputs["labels"].tolist() == [[IGNORE, 2, 3, IGNORE, 5, *[IGNORE] * 27]]
     assert row.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1, *range(27)]]
     assert row.inputs["cu_seq_lens_q"].tolist() == [0, 3, 32]

@@ -17,7 +17,7 @@ from fastft.bench.record import Record, Step
 from fastft.bench.statistics import paired_ratio, spread
 from fastft.bench.workload import FIRST_TOKEN, draw, draw_lengths, load, save
 from fastft.errors import FastFTError
-from fastft.plan.shape import ModelShape, Weight
+from fastft.planning.shape import ModelShape, Weight
 
 PROMISED = {
     "smoke", "cpu-135m", "cpu-0.5b", "t4-llama3.1-8b-qlora", "l4-llama3.1-8b-qlora", "a100-llama3.1-8b-qlora",
@@ -26,8 +26,12 @@ PROMISED = {
 
 
 def a_record(arm: str, repeat: int, seconds: list[float]) -> Record:
-    steps = [Step(seconds=s, loss=1.0, grad_norm=1.0, tokens=100, padded_tokens=150) for s in seconds]
-    return Record(table="defaults", arm=arm, repeat=repeat, order=0, status="ok", warmup_steps=1, steps=steps)
+    steps = [
+        Step(seconds=s, loss=1.0, grad_norm=1.0, tokens=100, padded_tokens=150) for s in seconds
+    ]
+    return Record(
+        table="defaults", arm=arm, repeat=repeat, order=0, status="ok", warmup_steps=1, steps=steps
+    )
 
 
 def test_every_promised_case_is_there_and_sound():
@@ -76,7 +80,9 @@ def test_the_same_sequences_every_time(tmp_path):
     for a, b, c in zip(work.input_ids, again.input_ids, back.input_ids, strict=True):
         assert (a == b).all()
         assert (a == c).all()
-        assert a.min() >= FIRST_TOKEN, "padding and control tokens never occur, so that padding can be counted"
+        assert a.min() >= FIRST_TOKEN, (
+            "padding and control tokens never occur, so that padding can be counted"
+        )
     assert work.steps == case.warmup_steps + case.steps
     assert sum(work.tokens(i) for i in range(work.steps)) == sum(map(len, work.input_ids))
     assert work.supervised(0) == work.tokens(0) - 8, "all but the first token of each sequence"
@@ -123,7 +129,8 @@ def test_the_same_arm_twice_gives_an_interval_around_one():
         rng = np.random.default_rng(seed)
         noise = [[list(rng.lognormal(0, 0.1, 5)) for _ in range(5)] for _ in range(2)]
         a, b = (
-            [a_record(name, i, seconds) for i, seconds in enumerate(n)] for name, n in zip("ab", noise, strict=True)
+            [a_record(name, i, seconds) for i, seconds in enumerate(n)]
+            for name, n in zip("ab", noise, strict=True)
         )
         ratio = paired_ratio(a, b, draws=500)
         contains += ratio.speed_low <= 1 <= ratio.speed_high

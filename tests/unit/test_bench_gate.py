@@ -19,7 +19,7 @@ import yaml
 from safetensors.numpy import save_file
 
 import fastft
-from fastft import callbacks, cli
+from fastft import cli
 from fastft.bench import command, runner, session, side_by_side, worker, workload
 from fastft.bench.arms import FastftArm, PeftArm, UnslothArm
 from fastft.bench.case import Tolerances, load_case
@@ -29,12 +29,27 @@ from fastft.bench.parity import Evidence, judge, judge_across
 from fastft.bench.record import Check, Parity, Record, Result, Step
 from fastft.errors import CouldNotFinishError, FastFTError
 from fastft.quickstart import base_path
+from fastft.training import callbacks
 
 
-def a_run(folder: Path, name: str, *, change: float = 0.2, norm: float = 1.0, loss: float = 4.0, **values) -> Evidence:
-    steps = [Step(seconds=1.0, loss=loss, grad_norm=norm, tokens=100, padded_tokens=100) for _ in range(3)]
-    fields = {"table": "defaults", "arm": name, "repeat": 0, "order": 0, "status": "ok", "steps": steps}
-    record = Record.model_validate(fields | {"trainable_parameters": 8, "adapter_change": change} | values)
+def a_run(
+    folder: Path, name: str, *, change: float = 0.2, norm: float = 1.0, loss: float = 4.0, **values
+) -> Evidence:
+    steps = [
+        Step(seconds=1.0, loss=loss, grad_norm=norm, tokens=100, padded_tokens=100)
+        for _ in range(3)
+    ]
+    fields = {
+        "table": "defaults",
+        "arm": name,
+        "repeat": 0,
+        "order": 0,
+        "status": "ok",
+        "steps": steps,
+    }
+    record = Record.model_validate(
+        fields | {"trainable_parameters": 8, "adapter_change": change} | values
+    )
     gradient = folder / f"{name}.safetensors"
     save_file({"lora_A": np.ones((2, 4), np.float32)}, gradient)
     return Evidence(record, gradient)
@@ -57,11 +72,15 @@ def test_an_optimizer_that_does_nothing_or_twice_too_much_is_caught(tmp_path):
 
 
 def test_at_full_size_the_parameters_the_norms_and_the_change_are_looked_at_too(tmp_path):
-    small = Parity(passed=True, checks=[Check(name="step-1 loss", passed=True, value=1.0, text="few layers")])
+    small = Parity(
+        passed=True, checks=[Check(name="step-1 loss", passed=True, value=1.0, text="few layers")]
+    )
     tokens, peft = [100, 100, 100], a_run(tmp_path, "peft").record
 
     def gate(**values):
-        return judge_across(a_run(tmp_path, "fastft", **values).record, peft, small, tokens, 8, 0.01)
+        return judge_across(
+            a_run(tmp_path, "fastft", **values).record, peft, small, tokens, 8, 0.01
+        )
 
     assert gate().passed
     assert failed(gate(trainable_parameters=4)) == {"trainable parameters at full size"}
@@ -75,13 +94,23 @@ def test_at_full_size_the_parameters_the_norms_and_the_change_are_looked_at_too(
 
 def test_where_peft_dies_at_full_size_an_arm_is_not_compared_with_itself(tmp_path):
     case = load_case("cpu-135m")
-    state = runner._Invocation(case, runner.describe_machine(case, runner.probe()), tmp_path, print, 0)
+    state = runner._Invocation(
+        case, runner.describe_machine(case, runner.probe()), tmp_path, print, 0
+    )
     for name, status in {"peft": "oom", "unsloth": "ok", "fastft": "ok"}.items():
         state.evidence["defaults", name, 0] = a_run(tmp_path, name, status=status)
-    found = {arm: runner._baseline_at_full_size(state, "defaults", arm) for arm in ("unsloth", "fastft")}
-    assert {arm: record and record.arm for arm, record in found.items()} == {"unsloth": "fastft", "fastft": "unsloth"}
+    found = {
+        arm: runner._baseline_at_full_size(state, "defaults", arm) for arm in ("unsloth", "fastft")
+    }
+    assert {arm: record and record.arm for arm, record in found.items()} == {
+        "unsloth": "fastft",
+        "fastft": "unsloth",
+    }
     state.evidence["defaults", "peft", 0] = a_run(tmp_path, "peft")
-    assert all(runner._baseline_at_full_size(state, "defaults", arm).arm == "peft" for arm in ("peft", "fastft"))
+    assert all(
+        runner._baseline_at_full_size(state, "defaults", arm).arm == "peft"
+        for arm in ("peft", "fastft")
+    )
 
 
 # --- what is alike for all
@@ -93,7 +122,10 @@ def test_a_worker_gets_nothing_that_tunes_it_but_from_its_case(monkeypatch):
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     monkeypatch.setenv("HF_HOME", "/somewhere")
     found = runner._environment(2, {"MALLOC_TRIM_THRESHOLD_": "1"})
-    assert {name for name in found if name.startswith(runner.TUNING)} == {"OMP_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_"}
+    assert {name for name in found if name.startswith(runner.TUNING)} == {
+        "OMP_NUM_THREADS",
+        "MALLOC_TRIM_THRESHOLD_",
+    }
     assert found["HF_HOME"] == "/somewhere"
 
 
@@ -134,7 +166,11 @@ def test_the_committed_a_a_result_contains_one():
 
 def test_an_arm_that_stopped_for_want_of_memory_says_so():
     trainer = type("Trainer", (), {"train": lambda self: None, "stopped_by_signal": None})()
-    inner = type("Session", (), {"model": None, "memory": type("Memory", (), {"advice": "17 GB do not fit"})()})()
+    inner = type(
+        "Session",
+        (),
+        {"model": None, "memory": type("Memory", (), {"advice": "17 GB do not fit"})()},
+    )()
     with pytest.raises(MemoryError, match="17 GB do not fit") as caught:
         session.OpenSession(inner).run(trainer)
     assert worker._status_of(caught.value)[0] == "oom"
@@ -146,14 +182,22 @@ def test_an_arm_that_stopped_for_want_of_memory_says_so():
 
 def a_driver(tmp_path, monkeypatch, answers: dict[str, str]):
     path = tmp_path / "nvidia-smi"
-    lines = "\n".join(f'*--query-gpu={query}*) echo "{answer}";;' for query, answer in answers.items())
-    path.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\ncase "$*" in\n{lines}\n*) exit 2;;\nesac\n')
+    lines = "\n".join(
+        f'*--query-gpu={query}*) echo "{answer}";;' for query, answer in answers.items()
+    )
+    path.write_text(
+        f'#!/bin/sh\necho "$@" > {tmp_path}/asked\ncase "$*" in\n{lines}\n*) exit 2;;\nesac\n'
+    )
     path.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
 
 
 def test_the_device_and_the_clocks_are_those_of_the_visible_gpu(tmp_path, monkeypatch):
-    a_driver(tmp_path, monkeypatch, {"memory.used": "512", "clocks.sm,clocks_throttle_reasons": "1590, 0x4"})
+    a_driver(
+        tmp_path,
+        monkeypatch,
+        {"memory.used": "512", "clocks.sm,clocks_throttle_reasons": "1590, 0x4"},
+    )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
     assert worker._used_on_the_device() == 512 * 2**20
     assert (tmp_path / "asked").read_text().startswith("-i 3 ")
@@ -164,14 +208,20 @@ def test_the_device_and_the_clocks_are_those_of_the_visible_gpu(tmp_path, monkey
 
 
 def a_gpu(name: str, vram_gb: float):
-    return dataclasses.replace(runner.probe(), kind="cuda", name=name, vram_bytes=int(vram_gb * 1e9))
+    return dataclasses.replace(
+        runner.probe(), kind="cuda", name=name, vram_bytes=int(vram_gb * 1e9)
+    )
 
 
 def test_a_cap_holds_for_every_card_but_the_cases_own(monkeypatch):
     monkeypatch.setattr(runner, "_driver", lambda: "580")
     case = load_case("t4-llama3.1-8b-qlora")
     machine = runner.describe_machine(case, a_gpu("NVIDIA H200", 141))
-    assert (machine.label, machine.card, machine.cap_bytes) == ("NVIDIA H200, capped at 15 GB", None, 15 * 10**9)
+    assert (machine.label, machine.card, machine.cap_bytes) == (
+        "NVIDIA H200, capped at 15 GB",
+        None,
+        15 * 10**9,
+    )
     own = runner.describe_machine(case, a_gpu("Tesla T4", 15.8))
     assert (own.label, own.card, own.cap_bytes) == ("Tesla T4", "t4", None)
     of_no_card = case.model_copy(update={"card": None})
@@ -210,8 +260,14 @@ def test_a_model_larger_than_the_memory_is_written_part_by_part(tmp_path, monkey
     assert not any(info.values())
     spread = float(model.get_input_embeddings().weight.float().std())
     assert abs(spread - model.config.initializer_range) < 1e-3
-    assert all((p == 1).all() for name, p in model.named_parameters() if name.endswith("layernorm.weight"))
-    lora = sum(a * b for a, b in [(16 * (128 + n), 2) for n in (128, 64, 64, 128, 384, 384)] + [(16 * (384 + 128), 2)])
+    assert all(
+        (p == 1).all() for name, p in model.named_parameters() if name.endswith("layernorm.weight")
+    )
+    lora = sum(
+        a * b
+        for a, b in [(16 * (128 + n), 2) for n in (128, 64, 64, 128, 384, 384)]
+        + [(16 * (384 + 128), 2)]
+    )
     assert workload.parameters_of(tmp_path / "start.safetensors") == lora
 
 
@@ -224,7 +280,12 @@ def test_a_real_models_special_tokens_are_never_drawn_and_count_as_padding():
     drawn = workload.draw(case, case.lengths, 8, 1024, never)
     assert not np.isin(np.concatenate(drawn.input_ids), never).any()
     witness = Witness(None, drawn.never)
-    for pad in (7, 500, 1023, 1024 + 3):  # whichever the library pads with, also one that it has added
+    for pad in (
+        7,
+        500,
+        1023,
+        1024 + 3,
+    ):  # whichever the library pads with, also one that it has added
         witness._counts = []
         witness._count(None, (torch.tensor([[*drawn.input_ids[0].tolist(), pad, pad]]),))
         assert int(witness._counts[0]) == len(drawn.input_ids[0])
@@ -286,7 +347,10 @@ def test_export_and_generation_refuse_a_shape_that_cannot_be_exported():
 
 
 def test_a_case_without_tables_or_arms_is_refused(tmp_path):
-    for change in (lambda v: v.update(tables={}), lambda v: v["tables"]["defaults"].update(arms={})):
+    for change in (
+        lambda v: v.update(tables={}),
+        lambda v: v["tables"]["defaults"].update(arms={}),
+    ):
         with pytest.raises(FastFTError, match="at least 1 item"):
             load_case(str(changed(tmp_path, change)))
 
@@ -302,17 +366,40 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(place):
 
 
 def test_a_full_disk_is_one_message():
-    with pytest.raises(CouldNotFinishError, match="No space left on device"), command._disk_errors():
+    with (
+        pytest.raises(CouldNotFinishError, match="No space left on device"),
+        command._disk_errors(),
+    ):
         raise OSError(28, "No space left on device", "/tmp/x")
 
 
 def test_a_dead_fastft_is_no_success():
     case = load_case("smoke")
     dead = {"status": "crashed", "reason": "planted", "repeats": 0}
-    table = {"arms": {"peft": {"status": "ok", "repeats": 1}, "fastft": dead}, "ratios": {}, "parity": {}}
-    machine = {"device": "cpu", "label": "x", "card": None, "cpu": "x", "threads": 1, "memory_bytes": 1}
-    values = {"case": case, "case_hash": "x", "date": "2026", "commit": None, "dirty": False, "machine": machine}
-    found = Result.model_validate(values | {"versions": {}, "repeats": 1, "tables": {"defaults": table}, "records": []})
+    table = {
+        "arms": {"peft": {"status": "ok", "repeats": 1}, "fastft": dead},
+        "ratios": {},
+        "parity": {},
+    }
+    machine = {
+        "device": "cpu",
+        "label": "x",
+        "card": None,
+        "cpu": "x",
+        "threads": 1,
+        "memory_bytes": 1,
+    }
+    values = {
+        "case": case,
+        "case_hash": "x",
+        "date": "2026",
+        "commit": None,
+        "dirty": False,
+        "machine": machine,
+    }
+    found = Result.model_validate(
+        values | {"versions": {}, "repeats": 1, "tables": {"defaults": table}, "records": []}
+    )
     assert command._dead(found) == ["defaults, fastft: crashed (planted)"]
     found.tables["defaults"].arms["fastft"] = found.tables["defaults"].arms["peft"]
     assert command._dead(found) == []
@@ -338,5 +425,12 @@ def test_a_worker_dies_with_its_runner(tmp_path):
 
 
 def test_json_of_the_records_names_what_each_worker_ran_with():
-    record = Record(table="defaults", arm="peft", repeat=0, order=0, status="ok", environment={"OMP_NUM_THREADS": "2"})
+    record = Record(
+        table="defaults",
+        arm="peft",
+        repeat=0,
+        order=0,
+        status="ok",
+        environment={"OMP_NUM_THREADS": "2"},
+    )
     assert json.loads(record.model_dump_json())["environment"] == {"OMP_NUM_THREADS": "2"}

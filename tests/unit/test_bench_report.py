@@ -11,10 +11,8 @@ import jsonschema
 import pytest
 from rich.console import Console
 
-from fastft.bench import plots, tables
 from fastft.bench.case import Case, load_case
 from fastft.bench.compare import compare
-from fastft.bench.html import write_html
 from fastft.bench.record import (
     ArmSummary,
     Check,
@@ -28,10 +26,12 @@ from fastft.bench.record import (
     Step,
     TableResult,
 )
-from fastft.bench.report import markdown_cell, read_results, schema_text, write_report
-from fastft.bench.show import show
 from fastft.bench.side_by_side import Run, SideBySide, measure_ways, paired, summarised
 from fastft.bench.statistics import spread
+from fastft.bench.views import plots, tables
+from fastft.bench.views.html import write_html
+from fastft.bench.views.report import markdown_cell, read_results, schema_text, write_report
+from fastft.bench.views.show import show
 from fastft.errors import FastFTError
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +43,10 @@ GPU_ARMS = {"peft": (3.1, 11.2), "unsloth": (1.6, 9.8), "liger": "oom", "fastft"
 
 
 def made_up_case(name="cpu-135m", *, card=None, longest=1024, arms=CPU_ARMS, **changes):
-    settings = {arm: {"source": f"{arm}'s | documentation", "environment": {"OMP_NUM_THREADS": "2"}} for arm in arms}
+    settings = {
+        arm: {"source": f"{arm}'s | documentation", "environment": {"OMP_NUM_THREADS": "2"}}
+        for arm in arms
+    }
     values = {
         "name": name,
         "title": "made up",
@@ -94,7 +97,11 @@ def made_up_record(table, arm, repeat, seconds, size, device, rng, noise):
         for i in range(5)
     ]
     bytes_ = int(size * GB * rng.uniform(0.99, 1.01))
-    vram = {f"vram_{name}_bytes": bytes_ for name in ("allocated", "reserved", "device")} if device == "cuda" else {}
+    vram = (
+        {f"vram_{name}_bytes": bytes_ for name in ("allocated", "reserved", "device")}
+        if device == "cuda"
+        else {}
+    )
     return Record(
         table=table,
         arm=arm,
@@ -135,10 +142,14 @@ def summed_up(records, ceiling):
 
 def made_up_gate(arm, passed=True):
     text = f"step-1 loss 3.00000, the reference has {3 if passed else 4}.00000"
-    return Parity(passed=passed, checks=[Check(name="step-1 loss", passed=passed, value=3.0, text=text)])
+    return Parity(
+        passed=passed, checks=[Check(name="step-1 loss", passed=passed, value=3.0, text=text)]
+    )
 
 
-def made_up_result(case=None, machine=None, *, arms=CPU_ARMS, repeats=5, seed=0, noise=0.02, failing=(), **changes):
+def made_up_result(
+    case=None, machine=None, *, arms=CPU_ARMS, repeats=5, seed=0, noise=0.02, failing=(), **changes
+):
     """Return a Result with consistent records, summaries, ratios and gates; `failing` arms fail the gate."""
     machine = machine or made_up_machine()
     case = case or made_up_case(arms=arms)
@@ -149,15 +160,28 @@ def made_up_result(case=None, machine=None, *, arms=CPU_ARMS, repeats=5, seed=0,
         for arm, figures in arms.items():
             if isinstance(figures, str):
                 runs[arm] = [
-                    Record(table=table, arm=arm, repeat=0, order=0, status=figures, reason="why", log_tail=["the end"])
+                    Record(
+                        table=table,
+                        arm=arm,
+                        repeat=0,
+                        order=0,
+                        status=figures,
+                        reason="why",
+                        log_tail=["the end"],
+                    )
                 ]
             else:
                 runs[arm] = [
-                    made_up_record(table, arm, i, *figures, machine.device, rng, noise) for i in range(repeats)
+                    made_up_record(table, arm, i, *figures, machine.device, rng, noise)
+                    for i in range(repeats)
                 ]
             records += runs[arm]
         summaries = {arm: summed_up(runs[arm], machine.matmul_flops) for arm in arms}
-        gates = {arm: made_up_gate(arm, arm not in failing) for arm, s in summaries.items() if s.status == "ok"}
+        gates = {
+            arm: made_up_gate(arm, arm not in failing)
+            for arm, s in summaries.items()
+            if s.status == "ok"
+        }
         ours = summaries["fastft"]
         ratios = {
             arm: Ratio(
@@ -167,7 +191,10 @@ def made_up_result(case=None, machine=None, *, arms=CPU_ARMS, repeats=5, seed=0,
                 memory=0.43,
             )
             for arm, s in summaries.items()
-            if arm != "fastft" and s.status == "ok" and arm not in failing and "fastft" not in failing
+            if arm != "fastft"
+            and s.status == "ok"
+            and arm not in failing
+            and "fastft" not in failing
         }
         found[table] = TableResult(arms=summaries, ratios=ratios, parity=gates)
     values = {
@@ -203,7 +230,8 @@ def test_the_terminal_shows_both_tables_and_the_ratios():
     assert "Everyone's defaults" in text
     assert "Matched settings" in text
     assert (
-        f"fastft over peft: {ratio.speed:.2f}x ({ratio.speed_low:.2f} to {ratio.speed_high:.2f}), memory 0.43x" in text
+        f"fastft over peft: {ratio.speed:.2f}x ({ratio.speed_low:.2f} to {ratio.speed_high:.2f}), memory 0.43x"
+        in text
     )
     assert "fastft over trl: no ratio\n    trl: unsupported (why)" in text
     assert "54 %" in text  # padding of 1200 in 2600
@@ -220,7 +248,10 @@ def test_a_wide_spread_is_flagged_beside_the_figure():
 
 def test_no_ratio_where_the_gate_fails():
     text = printed(made_up_result(failing={"peft"}))
-    assert "fastft over peft: parity failed: no ratio\n    peft: step-1 loss 3.00000, the reference has 4.00000" in text
+    assert (
+        "fastft over peft: parity failed: no ratio\n    peft: step-1 loss 3.00000, the reference has 4.00000"
+        in text
+    )
     assert "fastft over unsloth: 2." in text
     ours = printed(made_up_result(failing={"fastft"}))
     assert "x (" not in ours.partition("fastft over")[2]
@@ -228,7 +259,12 @@ def test_no_ratio_where_the_gate_fails():
 
 
 def test_vram_is_shown_as_allocated_reserved_and_device():
-    peak = Peak(rss_bytes=GB, vram_allocated_bytes=5 * GB, vram_reserved_bytes=6 * GB, vram_device_bytes=None)
+    peak = Peak(
+        rss_bytes=GB,
+        vram_allocated_bytes=5 * GB,
+        vram_reserved_bytes=6 * GB,
+        vram_device_bytes=None,
+    )
     assert tables.peak_text(peak) == "5.00 / 6.00 / - GB"
     assert tables.peak_text(Peak(rss_bytes=2 * GB)) == "2.00 GB"
 
@@ -250,7 +286,9 @@ def write_case(folder, case):
 
 def report(folder, **keywords):
     readme = folder / "README.md"
-    changed = write_report(folder / "results", readme, folder / "images", cases=folder / "cases", **keywords)
+    changed = write_report(
+        folder / "results", readme, folder / "images", cases=folder / "cases", **keywords
+    )
     return [path.name for path in changed], readme.read_text() if readme.exists() else ""
 
 
@@ -305,14 +343,18 @@ def test_a_case_that_nobody_measured_says_so(folder):
 def test_a_capped_result_never_fills_the_cards_row(folder):
     case = made_up_case("t4-8b", card="t4", arms=GPU_ARMS)
     write_case(folder, case)
-    made_up_result(case, made_up_machine(cap_gb=15), arms=GPU_ARMS).write(folder / "results" / "capped.json")
+    made_up_result(case, made_up_machine(cap_gb=15), arms=GPU_ARMS).write(
+        folder / "results" / "capped.json"
+    )
     text = report(folder)[1]
     assert "| t4-8b | t4 | not measured |" in text
     own, _, elsewhere = text.partition("On another machine")
     assert "H200" not in own
     assert "H200, capped at 15 GB" in elsewhere
     assert "## t4-8b on H200, capped at 15 GB" in text
-    made_up_result(case, made_up_machine(card="t4"), arms=GPU_ARMS).write(folder / "results" / "own.json")
+    made_up_result(case, made_up_machine(card="t4"), arms=GPU_ARMS).write(
+        folder / "results" / "own.json"
+    )
     text = report(folder)[1]
     assert "| t4 | T4, 2026-11-20, 5 repeats |" in text
     assert "## t4-8b on T4" in text
@@ -329,7 +371,9 @@ def test_the_newest_result_wins_and_older_ones_are_linked(folder):
     made_up_result(date="2026-11-20T10:00:00", commit="a" * 40).write(folder / "results" / "z.json")
     made_up_result(date="2026-11-22T10:00:00", commit="b" * 40).write(folder / "results" / "a.json")
     other = made_up_case(steps=9)
-    made_up_result(other, date="2026-11-19T10:00:00", commit="c" * 40).write(folder / "results" / "m.json")
+    made_up_result(other, date="2026-11-19T10:00:00", commit="c" * 40).write(
+        folder / "results" / "m.json"
+    )
     text = report(folder)[1]
     assert text.count("## cpu-135m on") == 1
     assert "Measured 2026-11-22, commit bbbbbbbbbb" in text
@@ -390,7 +434,10 @@ def test_export_and_generation_have_their_section_and_the_newest_wins(folder):
     assert "An old export" not in text
     assert "| fastft, one pass | 21.0 (20.4 to 21.6) s | 0.6 GB |" in text
     assert "less \\| is better" in text
-    assert paired(made_up_export(), "fastft, one pass", "merge, convert, quantise", "seconds") == 21 / 51
+    assert (
+        paired(made_up_export(), "fastft, one pass", "merge, convert, quantise", "seconds")
+        == 21 / 51
+    )
 
 
 def test_ways_are_interleaved():
@@ -406,7 +453,9 @@ def test_ways_are_interleaved():
 
 
 def test_damaged_results_are_refused_with_their_name(folder):
-    (folder / "results" / "bad.json").write_text('{"schema_version": 1, "case": {"name": 3}, "tables": {}}')
+    (folder / "results" / "bad.json").write_text(
+        '{"schema_version": 1, "case": {"name": 3}, "tables": {}}'
+    )
     with pytest.raises(FastFTError, match=r"bad\.json"):
         report(folder)
     (folder / "results" / "bad.json").write_text("{")
@@ -424,7 +473,9 @@ def test_markdown_cannot_be_broken_by_a_machines_name():
 
 
 def other_length(case):
-    return case.tables["matched"].model_copy(update={"lengths": case.lengths.model_copy(update={"longest": 64})})
+    return case.tables["matched"].model_copy(
+        update={"lengths": case.lengths.model_copy(update={"longest": 64})}
+    )
 
 
 def test_memory_over_length_needs_cases_that_differ_only_in_length():
@@ -432,12 +483,16 @@ def test_memory_over_length_needs_cases_that_differ_only_in_length():
     long = made_up_result(made_up_case("len-2048", longest=2048, title="other words"))
     other = made_up_result(made_up_case("len-4096", longest=4096, lora={"r": 64}))
     assert plots.groups_by_length([short]) == []
-    both = short.case.model_copy(update={"tables": {**short.case.tables, "matched": other_length(short.case)}})
+    both = short.case.model_copy(
+        update={"tables": {**short.case.tables, "matched": other_length(short.case)}}
+    )
     assert plots.groups_by_length([made_up_result(both)]) == []  # two tables of one result
     assert plots.groups_by_length([short, other]) == []
     groups = plots.groups_by_length([long, short, other])
     assert [[result.case.name for result in group] for group in groups] == [["len-512", "len-2048"]]
-    elsewhere = made_up_result(made_up_case("len-2048", longest=2048), made_up_machine(label="another CPU"))
+    elsewhere = made_up_result(
+        made_up_case("len-2048", longest=2048), made_up_machine(label="another CPU")
+    )
     assert plots.groups_by_length([short, elsewhere]) == []
 
 
@@ -452,7 +507,10 @@ def test_every_announced_plot_is_drawn_with_its_digest(tmp_path):
 
 def test_no_speed_up_plot_without_a_ratio(tmp_path):
     result = made_up_result(failing={"fastft"})
-    assert [path.stem.rpartition("-")[2] for path in plots.plot_result(result, tmp_path)] == ["time", "memory"]
+    assert [path.stem.rpartition("-")[2] for path in plots.plot_result(result, tmp_path)] == [
+        "time",
+        "memory",
+    ]
     dead = dict.fromkeys(CPU_ARMS, "oom")
     gone = made_up_result(arms=CPU_ARMS)
     for table in gone.tables.values():
@@ -497,30 +555,44 @@ def test_slower_and_outside_the_noise_is_a_regression():
     slow = CPU_ARMS | {"fastft": (2.3 * 1.12, 5.9)}
     found = compare(made_up_result(), made_up_result(arms=slow, seed=1))
     worse = [change for change in found.changes if change.regression]
-    assert {(change.arm, change.quantity) for change in worse} == {("fastft", "non_padding_tokens_per_sec")}
+    assert {(change.arm, change.quantity) for change in worse} == {
+        ("fastft", "non_padding_tokens_per_sec")
+    }
     assert len(worse) == 2
     assert found.exit_code == 1
     assert worse[0].relative == pytest.approx(1 / 1.12 - 1, abs=0.02)
-    assert compare(made_up_result(), made_up_result(arms=slow, seed=1), threshold=0.2).exit_code == 0
-    assert compare(made_up_result(arms=slow, seed=1), made_up_result()).exit_code == 0  # faster is no regression
+    assert (
+        compare(made_up_result(), made_up_result(arms=slow, seed=1), threshold=0.2).exit_code == 0
+    )
+    assert (
+        compare(made_up_result(arms=slow, seed=1), made_up_result()).exit_code == 0
+    )  # faster is no regression
 
 
 def test_slower_within_the_noise_is_none():
     slow = CPU_ARMS | {"fastft": (2.3 * 1.1, 5.9)}
-    found = compare(made_up_result(noise=0.9), made_up_result(arms=slow, noise=0.9, seed=1), threshold=0.0)
-    speed = [c for c in found.changes if c.arm == "fastft" and c.quantity == "non_padding_tokens_per_sec"]
+    found = compare(
+        made_up_result(noise=0.9), made_up_result(arms=slow, noise=0.9, seed=1), threshold=0.0
+    )
+    speed = [
+        c for c in found.changes if c.arm == "fastft" and c.quantity == "non_padding_tokens_per_sec"
+    ]
     assert all(change.overlap and not change.regression for change in speed)
 
 
 def test_more_memory_is_a_regression():
     more = CPU_ARMS | {"fastft": (2.3, 6.6)}
     found = compare(made_up_result(), made_up_result(arms=more, seed=1))
-    assert {(c.arm, c.quantity) for c in found.changes if c.regression} == {("fastft", "peak_memory_bytes")}
+    assert {(c.arm, c.quantity) for c in found.changes if c.regression} == {
+        ("fastft", "peak_memory_bytes")
+    }
     assert "GB" in found.regressions[0]
 
 
 def test_an_arm_that_died_or_fails_the_gate_now_is_a_regression():
-    died = compare(made_up_result(), made_up_result(arms=CPU_ARMS | {"fastft": (2.3, 5.9), "unsloth": "oom"}))
+    died = compare(
+        made_up_result(), made_up_result(arms=CPU_ARMS | {"fastft": (2.3, 5.9), "unsloth": "oom"})
+    )
     assert died.exit_code == 1
     assert any("unsloth: was ok, now oom" in line for line in died.regressions)
     failed = compare(made_up_result(), made_up_result(failing={"unsloth"}))
@@ -532,13 +604,17 @@ def test_different_cases_are_refused_unless_forced():
     with pytest.raises(FastFTError, match="different cases"):
         compare(made_up_result(), other)
     found = compare(made_up_result(), other, force=True)
-    assert ("case learning_rate", "0.0002", "0.001") in [(d.what, d.before, d.after) for d in found.differences]
+    assert ("case learning_rate", "0.0002", "0.001") in [
+        (d.what, d.before, d.after) for d in found.differences
+    ]
     with pytest.raises(FastFTError, match="threshold"):
         compare(made_up_result(), made_up_result(), threshold=5)
 
 
 def test_conditions_that_changed_are_named():
-    after = made_up_result(versions={"torch": "2.14.0", "trl": "1.15.0"}, commit="f" * 40, dirty=True)
+    after = made_up_result(
+        versions={"torch": "2.14.0", "trl": "1.15.0"}, commit="f" * 40, dirty=True
+    )
     after.machine.matmul_flops = 2e11
     found = {d.what: (d.before, d.after) for d in compare(made_up_result(), after).differences}
     assert found["version torch"] == ("2.13.0", "2.14.0")
@@ -554,7 +630,9 @@ def test_conditions_that_changed_are_named():
 
 def test_the_committed_schema_is_the_models_and_accepts_a_result():
     committed = (ROOT / "benchmarks" / "result.schema.json").read_text()
-    assert committed == schema_text(), "python -m fastft.bench schema > benchmarks/result.schema.json"
+    assert committed == schema_text(), (
+        "python -m fastft.bench schema > benchmarks/result.schema.json"
+    )
     values = json.loads(made_up_result().model_dump_json())
     jsonschema.validate(values, json.loads(committed))
     del values["records"][0]["status"]

@@ -7,7 +7,7 @@ import yaml
 
 from fastft.config import RunConfig, dump_config, load_config, make_config, redact
 from fastft.errors import FastFTError
-from fastft.init import commented_config
+from fastft.planning.init import commented_config
 
 MINIMAL = {"model": {"name": "m"}, "data": {"source": "d.jsonl"}}
 
@@ -20,8 +20,16 @@ def write(tmp_path, text):
 
 def test_minimal_config_has_the_documented_defaults():
     config = make_config(MINIMAL)
-    assert (config.lora.r, config.train.learning_rate, config.train.effective_batch_size) == (16, 2e-4, 8)
-    assert (config.train.seed, config.data.eval_fraction, config.model.max_seq_length) == (3407, 0.05, 2048)
+    assert (config.lora.r, config.train.learning_rate, config.train.effective_batch_size) == (
+        16,
+        2e-4,
+        8,
+    )
+    assert (config.train.seed, config.data.eval_fraction, config.model.max_seq_length) == (
+        3407,
+        0.05,
+        2048,
+    )
     assert config.export.to == ["adapter"]
 
 
@@ -36,22 +44,41 @@ def test_a_key_in_the_wrong_section_names_the_right_one():
 
 
 def test_all_problems_are_reported_together():
-    bad = {"model": {"name": "m", "quantization": "nf5"}, "data": {}, "train": {"epochs": "many"}, "lorra": {}}
+    bad = {
+        "model": {"name": "m", "quantization": "nf5"},
+        "data": {},
+        "train": {"epochs": "many"},
+        "lorra": {},
+    }
     with pytest.raises(FastFTError) as caught:
         make_config(bad)
     message = str(caught.value)
     assert "4 problems" in message
-    for part in ("model.quantization", "data.source is missing", "train.epochs", "did you mean 'lora'"):
+    for part in (
+        "model.quantization",
+        "data.source is missing",
+        "train.epochs",
+        "did you mean 'lora'",
+    ):
         assert part in message
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model": {"name": "m", "dtype": "float32", "quantization": "nf4"}}, "quantised weights compute in 16 bit"),
-        ({"model": {"name": "m", "quantization": "nf4"}, "lora": {"init": "pissa"}}, "changes the base weights"),
+        (
+            {"model": {"name": "m", "dtype": "float32", "quantization": "nf4"}},
+            "quantised weights compute in 16 bit",
+        ),
+        (
+            {"model": {"name": "m", "quantization": "nf4"}, "lora": {"init": "pissa"}},
+            "changes the base weights",
+        ),
         ({"lora": {"init": "orthogonal", "r": 7}}, "even rank"),
-        ({"data": {"source": "d", "eval_fraction": 0}, "train": {"early_stopping_patience": 2}}, "held-out data"),
+        (
+            {"data": {"source": "d", "eval_fraction": 0}, "train": {"early_stopping_patience": 2}},
+            "held-out data",
+        ),
         ({"train": {"max_steps": 0}}, "max_steps is 0"),
         ({"train": {"learning_rate": 2}}, "less than 1"),
         ({"export": {"to": ["gguf_q4"]}}, "unknown export target"),
@@ -67,7 +94,10 @@ def test_impossible_combinations(change, says):
 
 def test_overrides(tmp_path):
     path = write(tmp_path, yaml.safe_dump(MINIMAL))
-    config = load_config(path, ["lora.r=32", "train.learning_rate=1e-4", "train.max_steps=null", "export.to=[merged]"])
+    config = load_config(
+        path,
+        ["lora.r=32", "train.learning_rate=1e-4", "train.max_steps=null", "export.to=[merged]"],
+    )
     assert (config.lora.r, config.train.learning_rate, config.train.max_steps) == (32, 1e-4, None)
     assert config.export.to == ["merged"]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fastft.doctor import (
+from fastft.hardware import GIB, named_gpu, probe
+from fastft.verification.doctor import (
     TESTED,
     Check,
     Report,
@@ -25,7 +26,6 @@ from fastft.doctor import (
     doctor,
     torch_cuda,
 )
-from fastft.hardware import GIB, named_gpu, probe
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,7 +50,9 @@ def test_quick_report_of_this_machine_blocks_nothing():
 
 
 def test_a_blocking_check_makes_the_exit_code_one():
-    report = Report(checks=[Check(name="x", status="blocking", detail="")], hardware={}, unsloth=None)
+    report = Report(
+        checks=[Check(name="x", status="blocking", detail="")], hardware={}, unsloth=None
+    )
     assert report.exit_code == 1
 
 
@@ -61,7 +63,9 @@ def test_versions_outside_the_declared_range_block_and_say_the_line_that_fixes_i
     assert found["trl"].status in {"ok", "note"}
 
 
-@pytest.mark.parametrize(("version", "status"), [((3, 10), "blocking"), ((3, 12), "ok"), ((3, 14), "blocking")])
+@pytest.mark.parametrize(
+    ("version", "status"), [((3, 10), "blocking"), ((3, 12), "ok"), ((3, 14), "blocking")]
+)
 def test_python_versions(version, status):
     assert next(check_python(version)).status == status
 

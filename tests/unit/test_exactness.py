@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from fastft.data.batches import Segment
-from fastft.engines import attention
 from fastft.engines.stock import ENGINE
 from fastft.errors import CouldNotFinishError, FastFTError
-from fastft.exactness import RowCheck, check_rows, choose_rows
-from fastft.step import Stepper, StepPolicy
+from fastft.kernels import varlen
+from fastft.training.exactness import RowCheck, check_rows, choose_rows
+from fastft.training.step import Stepper, StepPolicy
 from tests.families import FAMILIES, make_checkpoint
 
 FLOAT32 = partial(torch.autocast, "cpu", torch.bfloat16, enabled=False)
@@ -27,7 +27,9 @@ def model_of(tmp_path_factory):
         if family not in made:
             folder = make_checkpoint(family, tmp_path_factory.mktemp(family.replace(".", "_")))
             eager = "eager" if family in ("gemma2", "gpt-oss") else None
-            base, _ = ENGINE.from_pretrained(str(folder), dtype=torch.float32, attn_implementation=eager)
+            base, _ = ENGINE.from_pretrained(
+                str(folder), dtype=torch.float32, attn_implementation=eager
+            )
             made[family] = ENGINE.get_peft_model(base, r=4, lora_dropout=0.1)
         return made[family]
 
@@ -73,9 +75,11 @@ def test_a_family_that_ignores_boundaries_is_found_out(model_of):
 
 
 @pytest.mark.parametrize("context", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("fault", ["no boundaries", "one boundary off by one", "the last boundary missing"])
+@pytest.mark.parametrize(
+    "fault", ["no boundaries", "one boundary off by one", "the last boundary missing"]
+)
 def test_planted_faults_are_found(model_of, fault, context, monkeypatch):
-    honest = attention.varlen_attention
+    honest = varlen.varlen_attention
 
     def faulty(*args, cu_seq_lens_q, **kwargs):
         starts = cu_seq_lens_q.clone()
@@ -87,7 +91,7 @@ def test_planted_faults_are_found(model_of, fault, context, monkeypatch):
         }.get(fault, starts)
         return honest(*args, cu_seq_lens_q=starts, **kwargs)
 
-    monkeypatch.setattr(attention, "varlen_attention", faulty)
+    monkeypatch.setattr(varlen, "varlen_attention", faulty)
     found = check_rows(stepper(model_of("llama"), "varlen"), sequences(), context)
     assert not found.exact, found.reason
 
@@ -96,7 +100,9 @@ def test_a_loss_that_is_averaged_over_each_micro_batch_is_found(model_of, monkey
     model = model_of("llama")
     inner = type(model.get_base_model())
     honest = inner.forward
-    monkeypatch.setattr(inner, "forward", lambda self, *a, num_items_in_batch=None, **k: honest(self, *a, **k))
+    monkeypatch.setattr(
+        inner, "forward", lambda self, *a, num_items_in_batch=None, **k: honest(self, *a, **k)
+    )
     found = check_rows(stepper(model, "varlen"), sequences(), FLOAT32)
     assert not found.exact
     assert abs(found.norm_ratio - 1) > 0.01
@@ -134,8 +140,16 @@ def test_a_row_that_fails_half_way_leaves_no_gradient(model_of, monkeypatch):
 def test_what_is_looked_at_fits_the_budget(model_of):
     model = model_of("llama")
     assert check_rows(stepper(model, "varlen", budget=100), sequences(), FLOAT32).tokens <= 100
-    assert check_rows(stepper(model, "varlen", budget=2000), sequences((900, 800, 700)), FLOAT32).tokens == 1500
-    assert check_rows(stepper(model, "varlen", budget=1000), sequences((900, 800, 700)), FLOAT32) is None
+    assert (
+        check_rows(
+            stepper(model, "varlen", budget=2000), sequences((900, 800, 700)), FLOAT32
+        ).tokens
+        == 1500
+    )
+    assert (
+        check_rows(stepper(model, "varlen", budget=1000), sequences((900, 800, 700)), FLOAT32)
+        is None
+    )
     assert check_rows(stepper(model, "varlen"), sequences((50,)), FLOAT32) is None
 
 
@@ -156,7 +170,11 @@ def fails(rows):
         (lambda rows: BAD, "padded", "padded batches, because not exact here: 6 sequences"),
         (lambda rows: CANNOT_TELL, "padded", "padded batches, because not exact here: 2 sequences"),
         (lambda rows: None, "padded", "no two sequences of the first step fit into one row"),
-        (fails, "padded", "a row without padding failed: TypeError: forward() got an unexpected keyword argument"),
+        (
+            fails,
+            "padded",
+            "a row without padding failed: TypeError: forward() got an unexpected keyword argument",
+        ),
     ],
 )
 def test_rows_are_chosen_by_what_was_found(model_of, check, rows, reason):

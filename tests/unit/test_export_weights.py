@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fastft.errors import FastFTError
-from fastft.export.merged import export_merged
-from fastft.export.weights import Checkpoint, Weights, resolve_base
+from fastft.exporting.merged import export_merged
+from fastft.exporting.weights import Checkpoint, Weights, resolve_base
 from tests.families import make_checkpoint
 
 LINEAR = ["q_proj", "k_proj", "down_proj"]
@@ -26,20 +26,50 @@ CASES = {
         None,
         False,
     ),
-    "rank-pattern": ("mistral", {"target_modules": LINEAR, "rank_pattern": {"layers.1.*.q_proj": 2}}, None, False),
+    "rank-pattern": (
+        "mistral",
+        {"target_modules": LINEAR, "rank_pattern": {"layers.1.*.q_proj": 2}},
+        None,
+        False,
+    ),
     "both-patterns-rslora": (
         "llama",
-        {"target_modules": LINEAR, "rank_pattern": {"k_proj": 2}, "alpha_pattern": {"k_proj": 5}, "use_rslora": True},
+        {
+            "target_modules": LINEAR,
+            "rank_pattern": {"k_proj": 2},
+            "alpha_pattern": {"k_proj": 5},
+            "use_rslora": True,
+        },
         None,
         False,
     ),
     "dora": ("llama", {"target_modules": "all-linear", "use_dora": True}, None, False),
     "lora-bias": ("qwen2", {"target_modules": ["q_proj"], "lora_bias": True}, None, False),
     "biases": ("qwen2", {"target_modules": ["q_proj"], "bias": "all"}, None, False),
-    "saved-norms": ("llama", {"target_modules": LINEAR, "modules_to_save": ["norm", "input_layernorm"]}, None, False),
-    "saved-both": ("llama", {"target_modules": LINEAR, "modules_to_save": ["embed_tokens", "lm_head"]}, None, False),
-    "saved-tied-embedding": ("qwen2", {"target_modules": LINEAR, "modules_to_save": ["embed_tokens"]}, None, True),
-    "saved-tied-head": ("qwen2", {"target_modules": LINEAR, "modules_to_save": ["lm_head"]}, None, True),
+    "saved-norms": (
+        "llama",
+        {"target_modules": LINEAR, "modules_to_save": ["norm", "input_layernorm"]},
+        None,
+        False,
+    ),
+    "saved-both": (
+        "llama",
+        {"target_modules": LINEAR, "modules_to_save": ["embed_tokens", "lm_head"]},
+        None,
+        False,
+    ),
+    "saved-tied-embedding": (
+        "qwen2",
+        {"target_modules": LINEAR, "modules_to_save": ["embed_tokens"]},
+        None,
+        True,
+    ),
+    "saved-tied-head": (
+        "qwen2",
+        {"target_modules": LINEAR, "modules_to_save": ["lm_head"]},
+        None,
+        True,
+    ),
     "saved-tied-both": (
         "qwen2",
         {"target_modules": LINEAR, "modules_to_save": ["lm_head", "embed_tokens"]},
@@ -48,21 +78,48 @@ CASES = {
     ),
     "saved-tied-together": (
         "qwen2",
-        {"target_modules": LINEAR, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {
+            "target_modules": LINEAR,
+            "modules_to_save": ["embed_tokens"],
+            "ensure_weight_tying": True,
+        },
         None,
         False,
     ),
-    "token-rows": ("llama", {"target_modules": LINEAR, "trainable_token_indices": [3, 7, 450]}, None, False),
-    "token-rows-tied": ("qwen2", {"target_modules": LINEAR, "trainable_token_indices": [3, 7]}, None, False),
+    "token-rows": (
+        "llama",
+        {"target_modules": LINEAR, "trainable_token_indices": [3, 7, 450]},
+        None,
+        False,
+    ),
+    "token-rows-tied": (
+        "qwen2",
+        {"target_modules": LINEAR, "trainable_token_indices": [3, 7]},
+        None,
+        False,
+    ),
     "token-rows-head": (
         "llama",
-        {"target_modules": LINEAR, "trainable_token_indices": {"embed_tokens": [3, 7], "lm_head": [3, 5]}},
+        {
+            "target_modules": LINEAR,
+            "trainable_token_indices": {"embed_tokens": [3, 7], "lm_head": [3, 5]},
+        },
         None,
         False,
     ),
-    "embedding-lora": ("llama", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, None, False),
+    "embedding-lora": (
+        "llama",
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+        None,
+        False,
+    ),
     "embedding-lora-tied": ("qwen2", {"target_modules": ["q_proj", "embed_tokens"]}, None, True),
-    "embedding-and-head-lora-tied": ("qwen2", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, None, True),
+    "embedding-and-head-lora-tied": (
+        "qwen2",
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+        None,
+        True,
+    ),
     "resized": ("llama", {"target_modules": LINEAR}, 480, False),
     "resized-tied": ("qwen2", {"target_modules": LINEAR}, 480, False),
     "gpt-oss-attention": ("gpt-oss", {"target_modules": "all-linear"}, None, False),
@@ -77,10 +134,14 @@ CASES = {
 def load(folder: Path, dtype: torch.dtype = torch.float32):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager"
+    ).eval()
 
 
-def train_adapter(base: Path, folder: Path, vocabulary: int | None = None, scale: float = 0.1, **lora):
+def train_adapter(
+    base: Path, folder: Path, vocabulary: int | None = None, scale: float = 0.1, **lora
+):
     """Save an adapter with random weights in every trained tensor; return the peft model in float32."""
     from peft import LoraConfig, get_peft_model
 
@@ -88,7 +149,9 @@ def train_adapter(base: Path, folder: Path, vocabulary: int | None = None, scale
     torch.manual_seed(7)
     if vocabulary:
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
-    model = get_peft_model(model, LoraConfig(**({"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | lora)))
+    model = get_peft_model(
+        model, LoraConfig(**({"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | lora))
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -111,12 +174,16 @@ def test_merged_model_is_the_trained_model(case, tmp_path):
         plain = load(base)(ids).logits
     assert got.shape == expected.shape
     assert (got - expected).abs().max() < 1e-4
-    assert (plain - expected[..., : plain.shape[-1]]).abs().max() > 1e-2  # the adapter does something
+    assert (
+        plain - expected[..., : plain.shape[-1]]
+    ).abs().max() > 1e-2  # the adapter does something
     if load(base).config.tie_word_embeddings:
         assert merged.config.tie_word_embeddings is not untied
 
 
-@pytest.mark.parametrize("case", ["plain", "rslora", "both-patterns-rslora", "dora", "embedding-lora", "token-rows"])
+@pytest.mark.parametrize(
+    "case", ["plain", "rslora", "both-patterns-rslora", "dora", "embedding-lora", "token-rows"]
+)
 def test_every_tensor_equals_pefts_own_merge(case, tmp_path):
     family, lora, _, _ = CASES[case]
     base = make_checkpoint(family, tmp_path / "base")
@@ -133,7 +200,11 @@ def test_rows_are_rows_of_the_whole(tmp_path):
     lora = {"target_modules": ["q_proj", "embed_tokens"], "use_dora": False}
     train_adapter(base, tmp_path / "lora", **lora)
     train_adapter(
-        base, tmp_path / "dora", target_modules=["q_proj"], use_dora=True, trainable_token_indices=[9, 10, 40]
+        base,
+        tmp_path / "dora",
+        target_modules=["q_proj"],
+        use_dora=True,
+        trainable_token_indices=[9, 10, 40],
     )
     for adapter in ("lora", "dora"):
         weights = Weights(base, tmp_path / adapter)
@@ -143,11 +214,15 @@ def test_rows_are_rows_of_the_whole(tmp_path):
             torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("dtype", "name"), [("bfloat16", "auto"), ("float32", "float16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize(
+    ("dtype", "name"), [("bfloat16", "auto"), ("float32", "float16"), ("bfloat16", "float32")]
+)
 def test_merged_tensor_is_the_rounded_sum(dtype, name, tmp_path):
     base = make_checkpoint("llama", tmp_path / "base", dtype=dtype)
     train_adapter(base, tmp_path / "adapter", target_modules="all-linear", r=8)
-    files = export_merged(base, tmp_path / "adapter", tmp_path / "merged", dtype=name, max_shard_bytes=100_000)
+    files = export_merged(
+        base, tmp_path / "adapter", tmp_path / "merged", dtype=name, max_shard_bytes=100_000
+    )
     stored = getattr(torch, dtype if name == "auto" else name)
     originals, merged = Checkpoint(base), Checkpoint(tmp_path / "merged")
     adapter = Checkpoint(tmp_path / "adapter", "adapter_model.safetensors")
@@ -156,7 +231,12 @@ def test_merged_tensor_is_the_rounded_sum(dtype, name, tmp_path):
         expected = originals.read(tensor).float()
         key = "base_model.model." + tensor.removesuffix("weight") + "lora_{}.weight"
         if key.format("A") in adapter:
-            expected = expected + adapter.read(key.format("B")).float() @ adapter.read(key.format("A")).float() * 1.0
+            expected = (
+                expected
+                + adapter.read(key.format("B")).float()
+                @ adapter.read(key.format("A")).float()
+                * 1.0
+            )
         assert torch.equal(merged.read(tensor), expected.to(stored)), tensor
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["dtype"] == str(stored).removeprefix("torch.")
@@ -171,10 +251,18 @@ def test_merged_folder_is_complete_and_leaves_no_temporary_files(tmp_path):
     files = export_merged(base, tmp_path / "adapter", out)
     names = {f.name for f in files}
     assert names == {p.name for p in out.iterdir()}
-    assert {"tokenizer.model", "tokenizer.json", "chat_template.jinja", "generation_config.json"} <= names
+    assert {
+        "tokenizer.model",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    } <= names
     assert [p.name for p in out.parent.iterdir()] == ["merged"]
     text = "吾輩は猫である。  two  spaces"
-    assert AutoTokenizer.from_pretrained(out)(text).input_ids == AutoTokenizer.from_pretrained(base)(text).input_ids
+    assert (
+        AutoTokenizer.from_pretrained(out)(text).input_ids
+        == AutoTokenizer.from_pretrained(base)(text).input_ids
+    )
 
 
 def test_the_trained_tokenizer_wins_over_the_bases(tmp_path):
@@ -199,9 +287,13 @@ def test_nf4_adapter_merges_onto_the_16_bit_base_and_a_quantised_base_is_refused
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     base = make_checkpoint("llama", tmp_path / "base", dtype="bfloat16", hidden_size=128)
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
     config.bnb_4bit_compute_dtype = torch.float32
-    quantized = AutoModelForCausalLM.from_pretrained(base, quantization_config=copy.copy(config), dtype=torch.bfloat16)
+    quantized = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=copy.copy(config), dtype=torch.bfloat16
+    )
     quantized.save_pretrained(tmp_path / "nf4")
     train_adapter(base, tmp_path / "adapter", target_modules=LINEAR)
     with pytest.raises(FastFTError, match=r"quantised \(bitsandbytes\).*--base"):
@@ -220,7 +312,10 @@ def test_refusals_name_the_problem_and_the_fix(tmp_path):
     adapter = tmp_path / "adapter"
     train_adapter(base, adapter, target_modules=LINEAR)
     other = make_checkpoint("llama", tmp_path / "other", hidden_size=128)
-    with pytest.raises(FastFTError, match=r"another base.*6 problems(.|\n)*\[64, 64\], the base's tensor \[128, 128\]"):
+    with pytest.raises(
+        FastFTError,
+        match=r"another base.*6 problems(.|\n)*\[64, 64\], the base's tensor \[128, 128\]",
+    ):
         Weights(other, adapter)
     shallow = make_checkpoint("llama", tmp_path / "shallow", num_hidden_layers=1)
     with pytest.raises(FastFTError, match=r"layers\.1\..*does not have"):
@@ -230,7 +325,11 @@ def test_refusals_name_the_problem_and_the_fix(tmp_path):
         "target_parameters": "target_parameters",
         "peft_type": "peft_type",
     }.items():
-        _rewrite(adapter, tmp_path / change, **{change: ["x"] if change == "target_parameters" else "IA3"})
+        _rewrite(
+            adapter,
+            tmp_path / change,
+            **{change: ["x"] if change == "target_parameters" else "IA3"},
+        )
         with pytest.raises(FastFTError, match=words):
             Weights(base, tmp_path / change)
     _rewrite(adapter, tmp_path / "pissa", init_lora_weights="pissa_niter_4")
@@ -271,7 +370,9 @@ def test_base_of_an_adapter(tmp_path, monkeypatch):
         resolve_base(tmp_path / "gone")
     _rewrite(adapter, tmp_path / "hub", base_model_name_or_path="unsloth/tiny-unsloth-bnb-4bit")
     asked = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **_: asked.append(repo) or str(base))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda repo, **_: asked.append(repo) or str(base)
+    )
     assert resolve_base(tmp_path / "hub") == base
     assert asked == ["unsloth/tiny"]
 
@@ -291,7 +392,9 @@ def test_only_an_export_is_replaced(tmp_path):
 
 def test_a_full_disk_is_refused_before_a_byte_is_written(tmp_path, monkeypatch):
     base = make_checkpoint("llama", tmp_path / "base")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
+    )
     with pytest.raises(FastFTError, match=r"needs .* free, .* has 1,000"):
         export_merged(base, None, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
@@ -302,7 +405,7 @@ def test_a_killed_merge_leaves_nothing_that_looks_whole(tmp_path):
 
     base = make_checkpoint("llama", tmp_path / "base")
     code = (
-        "import os, sys, pathlib; from fastft.export import merged, weights\n"
+        "import os, sys, pathlib; from fastft.exporting import merged, weights\n"
         "real = weights.Weights.tensor\n"
         "def dying(self, name, rows=None):\n"
         "    if name.endswith('1.mlp.up_proj.weight'): os._exit(9)\n"

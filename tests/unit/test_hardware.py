@@ -79,7 +79,9 @@ def test_what_people_type():
     assert gpu_key("RTX 3060 12GB") == "rtx3060"
     assert gpu_key("RTX 3060 8GB") is None  # another card
     assert gpu_key("V100 32GB") is None
-    with pytest.raises(FastFTError, match=r"unknown GPU 'rtx309O'.*did you mean 'rtx3090'.*Known: .*t4"):
+    with pytest.raises(
+        FastFTError, match=r"unknown GPU 'rtx309O'.*did you mean 'rtx3090'.*Known: .*t4"
+    ):
         named_gpu("rtx309O")
 
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from fastft.data.batches import Segment, micro_batches, supervised_tokens
-from fastft.engines import native
-from fastft.engines.attention import padding_free
-from fastft.engines.fused import FusedLayers, head_loss
-from fastft.engines.row_attention import plan_row, row_attention
+from fastft.kernels import native
+from fastft.kernels.fused import FusedLayers, head_loss
+from fastft.kernels.row_attention import plan_row, row_attention
+from fastft.kernels.varlen import padding_free
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
@@ -78,7 +78,11 @@ def test_sums_of_products(kind, registers):
         return torch.randn(*shape, generator=generator).bfloat16()
 
     def stored(layout, *shape):
-        wider = draw(shape[0] + 2, shape[1] + 4) if layout == "n" else draw(shape[1] + 2, shape[0] + 4).t()
+        wider = (
+            draw(shape[0] + 2, shape[1] + 4)
+            if layout == "n"
+            else draw(shape[1] + 2, shape[0] + 4).t()
+        )
         return wider[: shape[0], : shape[1]]  # rows are not next to each other
 
     terms = [
@@ -86,17 +90,21 @@ def test_sums_of_products(kind, registers):
         for depth, (a, b) in zip(depths, layouts.split(), strict=True)
     ]
     bias = draw(columns) if with_bias else None
-    whole = torch.full((rows + 1, columns + 3), 7.0, dtype=torch.float32 if wide else torch.bfloat16)
+    whole = torch.full(
+        (rows + 1, columns + 3), 7.0, dtype=torch.float32 if wide else torch.bfloat16
+    )
     other = torch.empty(3, 5, dtype=torch.bfloat16)
     left, right = draw(3, 8), draw(8, 5)
     sums = [native.Sum(whole[:rows, :columns], terms, bias), native.Sum(other, [(left, right)])]
     if native.tiles_serve(torch.bfloat16):
         assert all(native._is_compiled(s) for s in sums)
     native.multiply(*sums)
-    expected = sum(a.double() @ b.double() for a, b in terms) + (0 if bias is None else bias.double())
-    assert relative(whole[:rows, :columns], expected) < (2e-6 if wide else 4e-3) or not native.tiles_serve(
-        torch.bfloat16
+    expected = sum(a.double() @ b.double() for a, b in terms) + (
+        0 if bias is None else bias.double()
     )
+    assert relative(whole[:rows, :columns], expected) < (
+        2e-6 if wide else 4e-3
+    ) or not native.tiles_serve(torch.bfloat16)
     assert relative(whole[:rows, :columns], expected) < 2e-2
     assert relative(other, left.double() @ right.double()) < 1e-2
     assert (whole[rows:] == 7).all(), "nothing is written outside"
@@ -133,7 +141,9 @@ def test_gated_activation(both, gelu):
 @pytest.mark.parametrize("window", [2**40, 7])
 def test_softmax(both, window):
     def softmax(scores, grad):
-        native.softmax_forward_(scores, group=3, first_query=32, first_key=32, window=window, scale=0.3)
+        native.softmax_forward_(
+            scores, group=3, first_query=32, first_key=32, window=window, scale=0.3
+        )
         native.softmax_backward_(scores, grad, 0.3)
         return scores, grad
 
@@ -166,7 +176,9 @@ def test_a_value_that_is_not_a_number_stays_one():
     for dtype in (torch.float32, torch.bfloat16):
         logits = torch.zeros(2, 40, dtype=dtype)
         logits[1, 3] = float("nan")
-        losses = native.cross_entropy_(logits, torch.tensor([1, 1]), factor=1.0, cap=0.0, backward=True)
+        losses = native.cross_entropy_(
+            logits, torch.tensor([1, 1]), factor=1.0, cap=0.0, backward=True
+        )
         assert not losses[0].isnan()
         assert losses[1].isnan()
         x = torch.full((1, 8), float("nan"), dtype=dtype)
@@ -181,10 +193,15 @@ def attention_by_sequence(q, k, v, rotary, edges, dim, scale, window):
         qs, ks, vs = (t[a:b].view(1, b - a, -1, dim).transpose(1, 2) for t in (q, k, v))
         if rotary is not None:
             cos, sin = (t[a:b] for t in rotary)
-            qs, ks = (x * cos + torch.cat((-x[..., dim // 2 :], x[..., : dim // 2]), -1) * sin for x in (qs, ks))
+            qs, ks = (
+                x * cos + torch.cat((-x[..., dim // 2 :], x[..., : dim // 2]), -1) * sin
+                for x in (qs, ks)
+            )
         distance = torch.arange(b - a)[:, None] - torch.arange(b - a)[None]
         mask = (distance >= 0) & (distance < (window or b - a))
-        piece = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, scale=scale, enable_gqa=True)
+        piece = F.scaled_dot_product_attention(
+            qs, ks, vs, attn_mask=mask, scale=scale, enable_gqa=True
+        )
         pieces.append(piece.transpose(1, 2).reshape(b - a, -1))
     return torch.cat(pieces)
 
@@ -222,7 +239,9 @@ def check_attention(kind, dtype):
     lengths, kv, group, dim, window = ATTENTIONS[kind]
     edges = [0, *itertools.accumulate(lengths)]
     generator = torch.Generator().manual_seed(0)
-    numbers = [torch.randn(edges[-1], n * dim, generator=generator).to(dtype) for n in (kv * group, kv, kv)]
+    numbers = [
+        torch.randn(edges[-1], n * dim, generator=generator).to(dtype) for n in (kv * group, kv, kv)
+    ]
     grad = torch.randn(edges[-1], kv * group * dim, generator=generator).to(dtype)
     angle = torch.randn(edges[-1], dim // 2, generator=generator).repeat(1, 2)
     rotary = (angle.cos().to(dtype), angle.sin().to(dtype)) if dim != 16 else None
@@ -233,7 +252,9 @@ def check_attention(kind, dtype):
         return out.detach(), *torch.autograd.grad(out, leaves, grad.to(wide))
 
     got = outputs(lambda *qkvr: row_attention(*qkvr, plan_row(edges), dim, 0.25, window), dtype)
-    expected = outputs(lambda *qkvr: attention_by_sequence(*qkvr, edges, dim, 0.25, window), torch.float64)
+    expected = outputs(
+        lambda *qkvr: attention_by_sequence(*qkvr, edges, dim, 0.25, window), torch.float64
+    )
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == dtype
         assert relative(a, b) < {torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
@@ -276,7 +297,9 @@ def make_model(dtype=torch.float32, **lora):
         num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=1024,
     )  # fmt: skip
     settings = {"r": 4, "target_modules": "all-linear", "lora_alpha": 8, **lora}
-    model = get_peft_model(LlamaForCausalLM(config).to(dtype), LoraConfig(task_type="CAUSAL_LM", **settings))
+    model = get_peft_model(
+        LlamaForCausalLM(config).to(dtype), LoraConfig(task_type="CAUSAL_LM", **settings)
+    )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -311,7 +334,9 @@ def gradient(model, segments, budget, *, padded=False, fused=None, autocast=Fals
                 loss = model(**batch.inputs, num_items_in_batch=supervised, use_cache=False).loss
             loss.backward()
             total += loss.item()
-    return total, torch.cat([p.grad.float().flatten() for p in model.parameters() if p.requires_grad])
+    return total, torch.cat(
+        [p.grad.float().flatten() for p in model.parameters() if p.requires_grad]
+    )
 
 
 KINDS = {
@@ -361,7 +386,10 @@ def test_checkpointed_layers_give_the_same_gradient(reentrant):
 
 def test_gradients_are_there_before_a_step_and_not_after_an_evaluation():
     model = make_model()
-    fused, trained = FusedLayers(model, torch.float32), [p for p in model.parameters() if p.requires_grad]
+    fused, trained = (
+        FusedLayers(model, torch.float32),
+        [p for p in model.parameters() if p.requires_grad],
+    )
     with torch.no_grad(), fused.active():
         assert all(p.grad is None for p in trained)
     with fused.active():
@@ -377,21 +405,32 @@ def test_the_forwards_are_put_back():
     fused = FusedLayers(model, torch.float32)
     with pytest.raises(ZeroDivisionError), fused.active():
         raise ZeroDivisionError
-    assert {name: module.__dict__.get("forward") for name, module in model.named_modules()} == before
+    assert {
+        name: module.__dict__.get("forward") for name, module in model.named_modules()
+    } == before
 
 
 def test_layers_that_are_not_plain_are_left_alone():
     def kinds(**lora):
-        return {type(module).__name__ for module, _ in FusedLayers(make_model(**lora), torch.float32).forwards}
+        return {
+            type(module).__name__
+            for module, _ in FusedLayers(make_model(**lora), torch.float32).forwards
+        }
 
     assert {"LlamaMLP", "LlamaAttention", "Linear", "LlamaRMSNorm", "LlamaForCausalLM"} == kinds()
     assert kinds(lora_dropout=0.1) == {"LlamaRMSNorm", "LlamaForCausalLM"}
     assert kinds(use_dora=True) == {"LlamaRMSNorm", "LlamaForCausalLM"}
-    assert not FusedLayers(make_model(torch.bfloat16), torch.float32).forwards, "another type than the weights'"
+    assert not FusedLayers(make_model(torch.bfloat16), torch.float32).forwards, (
+        "another type than the weights'"
+    )
 
 
 def test_without_a_compiler_torch_is_used_and_said(tmp_path):
-    code = "from fastft.engines import native; print(native.why_not(), native.library())"
+    code = "from fastft.kernels import native; print(native.why_not(), native.library())"
     environment = {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.stdout.strip().splitlines()[-1] == "no C++ compiler (g++) on this machine None", done.stderr[-2000:]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.strip().splitlines()[-1] == "no C++ compiler (g++) on this machine None", (
+        done.stderr[-2000:]
+    )

@@ -5,11 +5,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastft import model
 from fastft.config import LoraConfig, ModelConfig
+from fastft.engines import loading
 from fastft.hardware import Choice
 
-CHOICES = {"engine": Choice("unsloth", ""), "quantization": Choice("none", ""), "dtype": Choice("float16", "")}
+CHOICES = {
+    "engine": Choice("unsloth", ""),
+    "quantization": Choice("none", ""),
+    "dtype": Choice("float16", ""),
+}
 
 
 class Recorder:
@@ -40,14 +44,23 @@ class Recorder:
 
 @pytest.fixture
 def load(monkeypatch):
-    monkeypatch.setattr(model, "check_checkpoint", lambda *a, **k: None)
+    monkeypatch.setattr(loading, "check_checkpoint", lambda *a, **k: None)
 
     def run(engine, checkpointing=True):
-        monkeypatch.setattr(model, "get_engine", lambda name: engine)
+        monkeypatch.setattr(loading, "get_engine", lambda name: engine)
         choices = dict(CHOICES)
         config, kind = ModelConfig(name="some/model"), SimpleNamespace(kind=engine.device)
-        base, _, used = model.load_for_training(config, kind, gradient_checkpointing=checkpointing, choices=choices)
-        model.attach_lora(base, used, LoraConfig(r=2), seed=1, gradient_checkpointing=checkpointing, train_token_ids=[])
+        base, _, used = loading.load_for_training(
+            config, kind, gradient_checkpointing=checkpointing, choices=choices
+        )
+        loading.attach_lora(
+            base,
+            used,
+            LoraConfig(r=2),
+            seed=1,
+            gradient_checkpointing=checkpointing,
+            train_token_ids=[],
+        )
         return choices
 
     return run
@@ -65,17 +78,28 @@ def load(monkeypatch):
 def test_both_calls_are_told_of_the_same_checkpointing(load, name, device, wanted, given):
     engine = Recorder(name, device)
     load(engine, wanted)
-    assert [engine.calls[call]["use_gradient_checkpointing"] for call in ("load", "lora")] == [given, given]
+    assert [engine.calls[call]["use_gradient_checkpointing"] for call in ("load", "lora")] == [
+        given,
+        given,
+    ]
 
 
 def test_unsloth_loads_the_named_model_and_no_copy_of_its_own(load):
-    for name, device, asked in (("unsloth", "cuda", True), ("unsloth", "cpu", False), ("stock", "cuda", False)):
+    for name, device, asked in (
+        ("unsloth", "cuda", True),
+        ("unsloth", "cpu", False),
+        ("stock", "cuda", False),
+    ):
         engine = Recorder(name, device)
         load(engine)
         assert engine.calls["load"].get("use_exact_model_name", False) is asked
 
 
 def test_a_family_that_unsloth_keeps_out_of_float16_trains_in_float32(load):
-    assert load(Recorder("unsloth", "cuda", _unsloth_forced_float32=True))["dtype"].value == "float32"
-    assert load(Recorder("unsloth", "cuda", _unsloth_forced_float32=False))["dtype"].value == "float16"
+    assert (
+        load(Recorder("unsloth", "cuda", _unsloth_forced_float32=True))["dtype"].value == "float32"
+    )
+    assert (
+        load(Recorder("unsloth", "cuda", _unsloth_forced_float32=False))["dtype"].value == "float16"
+    )
     assert load(Recorder("stock", "cuda"))["dtype"].value == "float16"

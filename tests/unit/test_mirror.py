@@ -11,12 +11,12 @@ import time
 
 import pytest
 
-from fastft import checkpoint
 from fastft.config import make_config
 from fastft.errors import FastFTError
 from fastft.files import Files
-from fastft.mirror import Mirror, follow
-from fastft.run import RunFolder
+from fastft.runs import checkpoint
+from fastft.runs.folder import RunFolder
+from fastft.runs.mirror import Mirror, follow
 
 SIZE = 40_000  # bytes of a checkpoint's weights
 
@@ -37,7 +37,9 @@ def save(run, step):
     aside = run.checkpoints / f".writing-{step}"
     aside.mkdir()
     for name in checkpoint.REQUIRED:
-        (aside / name).write_bytes(random.Random(f"{step}{name}").randbytes(SIZE if "adapter" in name else 100))
+        (aside / name).write_bytes(
+            random.Random(f"{step}{name}").randbytes(SIZE if "adapter" in name else 100)
+        )
     run.keep_state(aside)
     checkpoint.seal(aside, run.checkpoints / f"checkpoint-{step}")
 
@@ -54,7 +56,14 @@ class Said:
 def mirror_of(run, folder, files=None, **keywords):
     said = Said()
     keywords = {"stall_seconds": 5.0, "retry_after_seconds": (0.0,)} | keywords
-    mirror = Mirror(run, folder, note=said.notes.append, warn=said.warnings.append, files=files or Files(), **keywords)
+    mirror = Mirror(
+        run,
+        folder,
+        note=said.notes.append,
+        warn=said.warnings.append,
+        files=files or Files(),
+        **keywords,
+    )
     return mirror, said
 
 
@@ -157,7 +166,9 @@ def test_final_and_exports_are_mirrored_and_a_done_run_comes_back_done(run, driv
 
 
 def test_what_is_exported_after_training_follows_at_once(run, drive):
-    config = run.read_config().model_copy(update={"mirror": str(drive.parent), "project": drive.name})
+    config = run.read_config().model_copy(
+        update={"mirror": str(drive.parent), "project": drive.name}
+    )
     run.write_config(config)
     mirror, said = mirror_of(run, drive)
     train(run, mirror, [4])
@@ -237,7 +248,9 @@ def test_an_error_at_every_operation_in_turn(operation, onwards, run, drive, tmp
     for number in range(1, counted.calls + 1, 1 if operation != "read" else 5):
         folder = tmp_path / f"drive-{number}" / "t"
         shutil.copytree(drive, folder)
-        mirror, said = mirror_of(run, folder, Broken(Counter(operation, number, errno.EIO, onwards)))
+        mirror, said = mirror_of(
+            run, folder, Broken(Counter(operation, number, errno.EIO, onwards))
+        )
         settle(mirror, mirror.request(2))
         steps = whole_steps(folder / "checkpoints")
         assert 4 in steps or 8 in steps
@@ -294,7 +307,9 @@ def test_protected_checkpoints_are_copied_and_kept(run, drive):
     assert whole_steps(drive / "checkpoints") == [4, 16]
 
 
-@pytest.mark.parametrize("fault", ["truncated", "corrupted", "missing file", "no manifest", "damaged manifest"])
+@pytest.mark.parametrize(
+    "fault", ["truncated", "corrupted", "missing file", "no manifest", "damaged manifest"]
+)
 def test_a_damaged_copy_is_passed_over_with_a_warning(fault, run, drive, tmp_path):
     mirror, _ = mirror_of(run, drive)
     train(run, mirror, [4, 8])
@@ -420,7 +435,9 @@ def test_a_drive_that_cannot_be_read_at_the_start(tmp_path, drive):
     mirror, said = mirror_of(run, missing)
     mirror.restore()
     assert "going on with the run's own checkpoints" in said.text
-    hanging, said = mirror_of(run, drive, Broken(lambda operation, path: time.sleep(3)), stall_seconds=0.2)
+    hanging, said = mirror_of(
+        run, drive, Broken(lambda operation, path: time.sleep(3)), stall_seconds=0.2
+    )
     hanging.restore()
     assert "did not answer" in said.text
 
@@ -443,7 +460,9 @@ def small_disk(tmp_path):
     """A real file system of 192 KiB."""
     folder = tmp_path / "tmpfs"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=192k", "tmpfs", str(folder)], capture_output=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=192k", "tmpfs", str(folder)], capture_output=True
+    )
     if done.returncode:
         pytest.skip("mounting needs root")
     yield folder

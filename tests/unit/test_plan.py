@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from fastft.config import load_config, make_config
 from fastft.errors import FastFTError
 from fastft.hardware import GIB, KNOWN_GPUS, named_gpu, probe
-from fastft.plan import (
+from fastft.planning import (
     KNOWN_MODELS,
     Situation,
     apply_changes,
@@ -34,14 +34,16 @@ from fastft.plan import (
     plan_table,
     shape_from_config,
 )
-from fastft.plan.disk import adapter_bytes, gguf_bytes
-from fastft.plan.memory import layer_bytes_per_token, train_terms, trainable, weight_terms
-from fastft.plan.resolve import train_peak_bytes
-from fastft.plan.shape import OMITTED, _known_by_hub_id, with_headers
-from fastft.plan.time import spoken
+from fastft.planning.disk import adapter_bytes, gguf_bytes
+from fastft.planning.memory import layer_bytes_per_token, train_terms, trainable, weight_terms
+from fastft.planning.resolve import train_peak_bytes
+from fastft.planning.shape import OMITTED, _known_by_hub_id, with_headers
+from fastft.planning.time import spoken
 
 ROOT = Path(__file__).parents[2]
-PUBLISHED = yaml.safe_load((ROOT / "benchmarks" / "published_memory.yaml").read_text(encoding="utf-8"))
+PUBLISHED = yaml.safe_load(
+    (ROOT / "benchmarks" / "published_memory.yaml").read_text(encoding="utf-8")
+)
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 500, "tie_word_embeddings": False,
@@ -49,7 +51,11 @@ LLAMA = {
 
 
 def config(name, length=2048, **more):
-    values = {"model": {"name": name, "max_seq_length": length}, "data": {"source": "x.jsonl"}, "output_dir": "."}
+    values = {
+        "model": {"name": name, "max_seq_length": length},
+        "data": {"source": "x.jsonl"},
+        "output_dir": ".",
+    }
     for key, value in more.items():
         section, _, leaf = key.partition("__")
         values.setdefault(section, {})[leaf] = value
@@ -81,12 +87,16 @@ def test_gpt_oss_checkpoints_have_their_published_size():
 def test_7b_in_fp16_is_14_gb_of_weights():
     s = Situation(device="cuda", kernels="unsloth", tokens=1, longest=1)
     for name in ("llama-2-7b", "mistral-7b"):
-        assert sum(t.bytes for t in weight_terms(known_shape(name), s)) == pytest.approx(14e9, rel=0.05)
+        assert sum(t.bytes for t in weight_terms(known_shape(name), s)) == pytest.approx(
+            14e9, rel=0.05
+        )
 
 
 def test_qlora_of_65b_fits_one_48_gb_card():
     """QLoRA's claim (arXiv 2305.14314): 65B on one 48 GB card, at its length of 512."""
-    result = plan(config("llama-65b", 512, lora__r=64), replace(named_gpu("a6000"), disk_assumed_bytes=10**12))
+    result = plan(
+        config("llama-65b", 512, lora__r=64), replace(named_gpu("a6000"), disk_assumed_bytes=10**12)
+    )
     assert result.choices["quantization"][0] == "nf4"
     assert result.phases["train"].vram_bytes <= named_gpu("a6000").vram_bytes
 
@@ -131,7 +141,9 @@ def test_published_measurements_within_15_percent(row):
 def test_lora_parameters_closed_form():
     shape = known_shape("llama-3.1-8b")
     assert shape.lora_parameters(16) == 41_943_040  # what Unsloth prints for this model
-    assert shape.lora_parameters(16, ["q_proj", "v_proj"]) == 32 * 16 * ((4096 + 4096) + (4096 + 1024))
+    assert shape.lora_parameters(16, ["q_proj", "v_proj"]) == 32 * 16 * (
+        (4096 + 4096) + (4096 + 1024)
+    )
     dora = shape.lora_parameters(16, use_dora=True) - shape.lora_parameters(16)
     assert dora == 32 * (4096 + 1024 + 1024 + 4096 + 14336 + 14336 + 4096)
     assert shape.lora_parameters(16, train_tokens=3) == 41_943_040 + 3 * 4096
@@ -153,12 +165,16 @@ def test_micro_batches_need_more_the_larger_they_are_and_checkpointing_less():
         assert sizes == sorted(sizes)
         assert sizes[0] < sizes[2]
         assert peak(shape, replace(s, tokens=4096, checkpointing="recompute")) < sizes[2]
-        if device == "cuda":  # on a CPU, peft's modules and the holes of quantising take what NF4 saves
+        if (
+            device == "cuda"
+        ):  # on a CPU, peft's modules and the holes of quantising take what NF4 saves
             assert peak(shape, replace(s, quantization="nf4")) < sizes[0]
 
 
 def test_every_term_says_where_it_comes_from():
-    result = plan(config("llama-3.1-8b", export__to=["merged", "gguf:q4_k_m", "gguf-lora"]), named_gpu("t4"))
+    result = plan(
+        config("llama-3.1-8b", export__to=["merged", "gguf:q4_k_m", "gguf-lora"]), named_gpu("t4")
+    )
     for phase in result.phases.values():
         terms = [*phase.vram_terms, *phase.ram_terms, *phase.disk_terms]
         assert all(term.name and term.formula and term.source for term in terms)
@@ -170,7 +186,9 @@ def test_every_term_says_where_it_comes_from():
 def test_an_adapted_head_is_saved_with_its_base_weight():
     """peft writes lm_head's own weight into the adapter where LoRA is on it."""
     shape = known_shape("llama-2-7b")
-    s = Situation(device="cpu", kernels="fused", tokens=512, longest=512, target_modules=("q_proj", "lm_head"))
+    s = Situation(
+        device="cpu", kernels="fused", tokens=512, longest=512, target_modules=("q_proj", "lm_head")
+    )
     without = replace(s, target_modules=("q_proj",))
     lora = 16 * (4096 + 32000) * 4
     assert adapter_bytes(shape, s) - adapter_bytes(shape, without) == lora + 32000 * 4096 * 2
@@ -178,7 +196,9 @@ def test_an_adapted_head_is_saved_with_its_base_weight():
 
 def test_fused_qkv_gets_the_type_of_its_values():
     """llama.cpp gives phi3's attn_qkv q5_k in a q4_k_m file: one bit a weight more than q4_k."""
-    phi = shape_from_config(LLAMA | {"model_type": "phi3", "hidden_size": 1024, "intermediate_size": 2816})
+    phi = shape_from_config(
+        LLAMA | {"model_type": "phi3", "hidden_size": 1024, "intermediate_size": 2816}
+    )
     small, more = (gguf_bytes(phi, kind) for kind in ("q4_k_s", "q4_k_m"))
     qkv = sum(w.parameters for w in phi.weights if w.name == "qkv_proj")
     assert more - small >= qkv / 8
@@ -217,13 +237,20 @@ def test_shape_equals_what_transformers_builds(tmp_path):
         "olmo2",
         "smollm3",
     ):
-        values = LLAMA | {"model_type": family, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        values = LLAMA | {
+            "model_type": family,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
         settings = AutoConfig.for_model(**(values | extra.get(family, {})))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(settings)
         shape = shape_from_config(json.loads(settings.to_json_string(use_diff=False)), family)
         assert shape.parameters == sum(p.numel() for p in model.parameters()), family
-        peft_model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", use_dora=False))
+        peft_model = get_peft_model(
+            model, LoraConfig(r=4, target_modules="all-linear", use_dora=False)
+        )
         real = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
         assert shape.lora_parameters(4) == real, family
 
@@ -243,14 +270,21 @@ def test_saved_activations_are_what_autograd_keeps(kernels, family, dtype):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from fastft.engines.attention import padding_free
-    from fastft.engines.fused import FusedLayers
+    from fastft.kernels.fused import FusedLayers
+    from fastft.kernels.varlen import padding_free
 
-    values = LLAMA | {"model_type": family, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3}
+    values = LLAMA | {
+        "model_type": family,
+        "hidden_size": 128,
+        "intermediate_size": 320,
+        "num_hidden_layers": 3,
+    }
     values |= {"pad_token_id": 0} if family == "phi3" else {"head_dim": 32}
     settings = AutoConfig.for_model(**values)
     model = AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, dtype))
-    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"), autocast_adapter_dtype=True)
+    model = get_peft_model(
+        model, LoraConfig(r=4, target_modules="all-linear"), autocast_adapter_dtype=True
+    )
     kernels, _, short = kernels.partition("-")
     tokens = 256 if short else 512
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -259,30 +293,49 @@ def test_saved_activations_are_what_autograd_keeps(kernels, family, dtype):
     def pack(tensor):
         storage = tensor.untyped_storage()
         # Copies of weights (autocast) are not of the size of a row.
-        if storage.data_ptr() not in own and storage.nbytes() % tokens == 0 and tensor.numel() >= tokens:
+        if (
+            storage.data_ptr() not in own
+            and storage.nbytes() % tokens == 0
+            and tensor.numel() >= tokens
+        ):
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     ids = torch.randint(0, 500, (1, tokens))
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
-    fused = contextlib.nullcontext() if kernels == "peft" else FusedLayers(model, getattr(torch, dtype)).active()
+    fused = (
+        contextlib.nullcontext()
+        if kernels == "peft"
+        else FusedLayers(model, getattr(torch, dtype)).active()
+    )
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, autocast, padding_free(model), fused:
-        row = {"position_ids": torch.arange(tokens)[None], "cu_seq_lens_q": torch.tensor([0, tokens])}
+        row = {
+            "position_ids": torch.arange(tokens)[None],
+            "cu_seq_lens_q": torch.tensor([0, tokens]),
+        }
         hidden = model.get_base_model().model(ids, use_cache=False, **row).last_hidden_state
     assert hidden.requires_grad
     shape = shape_from_config(json.loads(settings.to_json_string(use_diff=False)), family)
     c = 2 if dtype == "bfloat16" else 4
-    s = Situation(device="cpu", kernels=kernels, tokens=tokens, longest=tokens, rank=4, compute_bytes=c)
+    s = Situation(
+        device="cpu", kernels=kernels, tokens=tokens, longest=tokens, rank=4, compute_bytes=c
+    )
     predicted = 3 * tokens * sum(layer_bytes_per_token(shape, s).values())
     assert sum(kept.values()) == pytest.approx(predicted, rel=0.06)
 
 
 def test_the_plan_knows_what_the_fused_layers_stand_for():
     pytest.importorskip("torch")
-    from fastft.engines import fused, row_attention
+    from fastft.kernels import fused, row_attention
 
-    classes = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3"}
+    classes = {
+        "llama": "Llama",
+        "mistral": "Mistral",
+        "qwen2": "Qwen2",
+        "qwen3": "Qwen3",
+        "smollm3": "SmolLM3",
+    }
     classes |= {"gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3"}
     assert {f"{classes[family]}Attention" for family in memory.FUSED_ATTENTION} == fused.ATTENTIONS
     assert {f"{classes[family]}MLP" for family in memory.FUSED_MLP} == fused.MLPS
@@ -331,8 +384,12 @@ def test_headers_win_over_the_config_and_say_so(tmp_path):
 
 
 def test_nonsense_is_refused_with_what_is_missing(tmp_path):
-    broken = write_model(tmp_path / "a", {"model_type": "llama", "hidden_size": 8, "vocab_size": 3}, tensors=False)
-    with pytest.raises(FastFTError, match="lacks num_hidden_layers, num_attention_heads, intermediate_size"):
+    broken = write_model(
+        tmp_path / "a", {"model_type": "llama", "hidden_size": 8, "vocab_size": 3}, tensors=False
+    )
+    with pytest.raises(
+        FastFTError, match="lacks num_hidden_layers, num_attention_heads, intermediate_size"
+    ):
         load_shape(str(broken))
     (broken / "config.json").write_text("{")
     with pytest.raises(FastFTError, match="not valid JSON"):
@@ -382,7 +439,9 @@ def test_all_impossible_values_are_said_at_once():
             shape_from_config(whole)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./gone", "a/b/c/d", "a b/c", "owner/twice--dashed"])
+@pytest.mark.parametrize(
+    "name", ["/no/such/folder", "./gone", "a/b/c/d", "a b/c", "owner/twice--dashed"]
+)
 def test_a_name_that_is_neither_folder_nor_hub_id_says_so(name):
     with pytest.raises(FastFTError, match=r"neither a folder( that exists)? nor a Hub id"):
         load_shape(name)
@@ -407,7 +466,9 @@ def test_a_missing_shard_is_said(tmp_path):
     folder = write_model(tmp_path / "m")
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}))
+    index.write_text(
+        json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
+    )
     with pytest.raises(FastFTError, match=r"lacks 1 of 2 files: model-2\.safetensors"):
         load_shape(str(folder))
     index.write_text("[]")
@@ -415,7 +476,9 @@ def test_a_missing_shard_is_said(tmp_path):
         load_shape(str(folder))
 
 
-@pytest.mark.parametrize("header", [[], {"a": 1}, {"a": {"dtype": "F16"}}, {"a": {"dtype": "F16", "shape": 3}}])
+@pytest.mark.parametrize(
+    "header", [[], {"a": 1}, {"a": {"dtype": "F16"}}, {"a": {"dtype": "F16", "shape": 3}}]
+)
 def test_a_header_of_another_form_is_damaged(tmp_path, header):
     folder = write_model(tmp_path / "m", tensors=False)
     text = json.dumps(header).encode()
@@ -431,8 +494,15 @@ def test_empty_target_modules_are_refused():
 
 def test_what_gemma3_leaves_out_of_its_text_config_is_known():
     """google/gemma-3-4b-it's text_config has no heads and no vocabulary: they are the family's defaults."""
-    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
-    shape = shape_from_config({"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 1152}})
+    text = {
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+    }
+    shape = shape_from_config(
+        {"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 1152}}
+    )
     assert shape.parameters == 3_880_263_168  # as `language_model` of the published checkpoint
     assert (shape.heads, shape.kv_heads, shape.head_dim, shape.tied) == (8, 4, 256, True)
     assert any("not the vision tower" in note for note in shape.notes)
@@ -471,7 +541,11 @@ def test_experts_are_counted_whatever_they_are_called(family, values, billions):
 
 def test_modules_that_a_4_bit_checkpoint_skips_stay_in_16_bit(tmp_path):
     skipped = {"load_in_4bit": True, "quant_method": "bitsandbytes"}
-    skipped["llm_int8_skip_modules"] = ["lm_head", "model.layers.1.mlp", "model.layers.0.self_attn.q_proj"]
+    skipped["llm_int8_skip_modules"] = [
+        "lm_head",
+        "model.layers.1.mlp",
+        "model.layers.0.self_attn.q_proj",
+    ]
     shape = shape_from_config(LLAMA | {"quantization_config": skipped})
     kept = 3 * 64 * 96 + 64 * 64
     assert shape.kept_in_16_bit == kept
@@ -511,7 +585,9 @@ def test_hub_model_by_headers_alone(tmp_path):
         def answer(self, body):
             if "/api/models/" in self.path:
                 files = [{"rfilename": file.name} for file in folder.iterdir()]
-                return self.send(json.dumps({"id": "own/er", "sha": "a" * 40, "siblings": files}).encode(), body)
+                return self.send(
+                    json.dumps({"id": "own/er", "sha": "a" * 40, "siblings": files}).encode(), body
+                )
             file = folder / self.path.split("?")[0].rsplit("/", 1)[-1]
             if not file.is_file():
                 self.send_response(404)
@@ -542,12 +618,21 @@ def test_hub_model_by_headers_alone(tmp_path):
     server = HTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = (
-        "from fastft.plan import load_shape; s = load_shape('own/er');"
+        "from fastft.planning import load_shape; s = load_shape('own/er');"
         "print(s.parameters, s.stored, s.checkpoint_bytes, s.local)"
     )
-    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache")}
-    environment |= {"PATH": "/usr/bin:/bin", "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    environment = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "cache"),
+    }
+    environment |= {
+        "PATH": "/usr/bin:/bin",
+        "NO_PROXY": "127.0.0.1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
     server.shutdown()
     server.server_close()
     assert done.returncode == 0, done.stderr
@@ -559,17 +644,29 @@ def test_hub_model_by_headers_alone(tmp_path):
 
 
 def test_without_the_hub_known_models_still_plan(tmp_path):
-    code = (
-        "from fastft.plan import load_shape; s = load_shape('Qwen/Qwen3-4B'); print(s.parameters, '; '.join(s.notes))"
+    code = "from fastft.planning import load_shape; s = load_shape('Qwen/Qwen3-4B'); print(s.parameters, '; '.join(s.notes))"
+    environment = {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path),
+        "PATH": "/usr/bin:/bin",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
     )
-    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.stdout.startswith(f"{known_shape('qwen3-4b').parameters} sizes from fastft's own table"), done.stderr
-    packed = code.replace("Qwen/Qwen3-4B", "unsloth/Qwen3-4B-unsloth-bnb-4bit").replace("s.parameters", "s.stored")
-    done = subprocess.run([sys.executable, "-c", packed], capture_output=True, text=True, env=environment)
+    assert done.stdout.startswith(
+        f"{known_shape('qwen3-4b').parameters} sizes from fastft's own table"
+    ), done.stderr
+    packed = code.replace("Qwen/Qwen3-4B", "unsloth/Qwen3-4B-unsloth-bnb-4bit").replace(
+        "s.parameters", "s.stored"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", packed], capture_output=True, text=True, env=environment
+    )
     assert done.stdout.startswith("nf4 "), done.stderr
     code = code.replace("Qwen/Qwen3-4B", "no/such")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
     assert "the Hub cannot be reached" in done.stderr
 
 
@@ -583,7 +680,7 @@ def test_plan_takes_less_than_a_second_and_no_torch(tmp_path):
 import sys, time
 from fastft.config import make_config
 from fastft.hardware import probe
-from fastft.plan import plan
+from fastft.planning import plan
 plan(make_config({{"model": {{"name": {str(folder)!r}}}, "data": {{"source": "x"}}}}), probe())
 print(time.process_time(), "torch" in sys.modules)
 """
@@ -594,7 +691,9 @@ print(time.process_time(), "torch" in sys.modules)
 
 
 def test_changes_make_it_fit_in_order_and_apply():
-    settings = config("llama-3.1-8b", 8192, train__micro_batch_tokens=32768, train__gradient_checkpointing=False)
+    settings = config(
+        "llama-3.1-8b", 8192, train__micro_batch_tokens=32768, train__gradient_checkpointing=False
+    )
     hardware = named_gpu("l4")
     before = plan(settings, hardware)
     assert before.verdict == "does_not_fit"
@@ -613,12 +712,16 @@ def fits(settings, hardware):
 def test_automatic_choices_do_not_make_a_run_misfit():
     """What `auto` picks counts the row that was asked for, and the RAM that offloaded layer inputs take."""
     asked = config("qwen3-4b", 8192, train__micro_batch_tokens=32768, model__quantization="none")
-    assert fits(asked, named_gpu("a100-40"))  # with checkpointing, which one sequence would not need
+    assert fits(
+        asked, named_gpu("a100-40")
+    )  # with checkpointing, which one sequence would not need
     assert plan(asked, named_gpu("a100-40")).choices["gradient_checkpointing"][0] is True
     on_t4 = plan(config("mistral-7b", 8192), named_gpu("t4"))
     assert on_t4.verdict != "does_not_fit", on_t4.reason
     large_adapter = config("llama-3.2-3b", lora__r=256, train__micro_batch_tokens=2048)
-    card = replace(named_gpu("rtx3080"), vram_bytes=int(11.7 * GIB), vram_free_bytes=int(11.7 * GIB))
+    card = replace(
+        named_gpu("rtx3080"), vram_bytes=int(11.7 * GIB), vram_free_bytes=int(11.7 * GIB)
+    )
     quantization, why = plan(large_adapter, card).choices["quantization"]
     assert quantization == "nf4"
     assert "with 16-bit weights a step takes" in why
@@ -635,7 +738,9 @@ def test_inits_that_move_the_base_are_not_quantised_by_themselves():
     assert free.choices["quantization"][0] == "none"
     assert free.verdict == "does_not_fit"
     stored = shape_from_config(LLAMA | {"quantization_config": {"load_in_4bit": True}})
-    with pytest.raises(FastFTError, match=r"lora\.init pissa changes the base weights, which model stores in 4 bit"):
+    with pytest.raises(
+        FastFTError, match=r"lora\.init pissa changes the base weights, which model stores in 4 bit"
+    ):
         plan(config("x", lora__init="pissa"), named_gpu("t4"), stored)
 
 
@@ -683,7 +788,12 @@ def test_time_of_the_run(tmp_path):
     assert (short.steps, short.steps_basis) == (1, "train.max_minutes")
     rows.write_text('{"text": "a"}\n')
     assert run().steps is run().seconds is None  # documents are joined and cut
-    assert (spoken(9), spoken(300), spoken(3 * 3600), spoken(10**6)) == ("9.0 s", "5 min", "3.0 h", "11.6 days")
+    assert (spoken(9), spoken(300), spoken(3 * 3600), spoken(10**6)) == (
+        "9.0 s",
+        "5 min",
+        "3.0 h",
+        "11.6 days",
+    )
 
 
 def test_a_length_beyond_the_models_positions_is_warned_of():
@@ -710,17 +820,28 @@ def test_full_disk_is_a_verdict_too():
 
 def test_checkpointing_is_off_where_memory_allows_and_budgets_fit():
     shape = known_shape("qwen3-4b")
-    s = Situation(device="cuda", kernels="unsloth", tokens=2048, longest=2048, optimizer="adamw_8bit")
+    s = Situation(
+        device="cuda", kernels="unsloth", tokens=2048, longest=2048, optimizer="adamw_8bit"
+    )
     for card, expected in (("h100", False), ("rtx3060", True)):
         hardware = named_gpu(card)
         choice = pick_gradient_checkpointing("auto", shape=shape, situation=s, hardware=hardware)
         assert choice.value is expected, choice.reason
     hardware = named_gpu("l4")
-    chosen = pick_micro_batch_tokens("auto", shape=shape, situation=s, hardware=hardware, effective_batch_size=64)
+    chosen = pick_micro_batch_tokens(
+        "auto", shape=shape, situation=s, hardware=hardware, effective_batch_size=64
+    )
     assert 2048 <= chosen.value < 64 * 2048
-    assert train_peak_bytes(shape, replace(s, tokens=chosen.value)) <= 0.9 * hardware.vram_free_bytes
-    assert train_peak_bytes(shape, replace(s, tokens=chosen.value + 1024)) > 0.9 * hardware.vram_free_bytes
-    asked = pick_micro_batch_tokens(512, shape=shape, situation=s, hardware=hardware, effective_batch_size=8)
+    assert (
+        train_peak_bytes(shape, replace(s, tokens=chosen.value)) <= 0.9 * hardware.vram_free_bytes
+    )
+    assert (
+        train_peak_bytes(shape, replace(s, tokens=chosen.value + 1024))
+        > 0.9 * hardware.vram_free_bytes
+    )
+    asked = pick_micro_batch_tokens(
+        512, shape=shape, situation=s, hardware=hardware, effective_batch_size=8
+    )
     assert asked == (512, "asked for")
 
 
@@ -743,13 +864,25 @@ def test_calibration_scales_what_grows_and_says_what_would_fit():
     s = Situation(device="cuda", kernels="unsloth", tokens=1024, longest=1024)
     planned = sum(t.bytes for t in train_terms(shape, s) if t.name != "CUDA context")
     right = calibrate(
-        shape, s, tokens=1024, measured_bytes=planned, largest_tokens=4096, limit_bytes=named_gpu("t4").vram_bytes
+        shape,
+        s,
+        tokens=1024,
+        measured_bytes=planned,
+        largest_tokens=4096,
+        limit_bytes=named_gpu("t4").vram_bytes,
     )
-    later = sum(t.bytes for t in train_terms(shape, replace(s, tokens=4096)) if t.name != "CUDA context")
+    later = sum(
+        t.bytes for t in train_terms(shape, replace(s, tokens=4096)) if t.name != "CUDA context"
+    )
     assert right.largest_bytes == pytest.approx(later, rel=0.001)
     assert right.fits
     worse = calibrate(
-        shape, s, tokens=1024, measured_bytes=planned + 2 * GIB, largest_tokens=8192, limit_bytes=12 * GIB
+        shape,
+        s,
+        tokens=1024,
+        measured_bytes=planned + 2 * GIB,
+        largest_tokens=8192,
+        limit_bytes=12 * GIB,
     )
     assert worse.largest_bytes > later
     assert not worse.fits
@@ -760,7 +893,9 @@ def test_calibration_scales_what_grows_and_says_what_would_fit():
         limit_bytes=12 * GIB,
     )  # fmt: skip
     assert f"model.max_seq_length of at most {worse.largest_fitting_tokens:,}" in one_row.message
-    too_small = calibrate(shape, s, tokens=1024, measured_bytes=planned, largest_tokens=1024, limit_bytes=GIB // 2)
+    too_small = calibrate(
+        shape, s, tokens=1024, measured_bytes=planned, largest_tokens=1024, limit_bytes=GIB // 2
+    )
     assert "not even the weights leave room" in too_small.message
 
 
@@ -768,8 +903,17 @@ def test_calibration_does_not_blow_up_what_it_cannot_explain():
     """300 MB of a library's caches at 64 tokens are not 300 MB for each 64 tokens to come."""
     shape = shape_from_config(LLAMA)
     s = Situation(device="cpu", kernels="peft", tokens=64, longest=64)
-    planned = calibrate(shape, s, tokens=64, measured_bytes=GIB, largest_tokens=64, limit_bytes=GIB).predicted_bytes
-    found = calibrate(shape, s, tokens=64, measured_bytes=planned + 300_000_000, largest_tokens=4096, limit_bytes=GIB)
+    planned = calibrate(
+        shape, s, tokens=64, measured_bytes=GIB, largest_tokens=64, limit_bytes=GIB
+    ).predicted_bytes
+    found = calibrate(
+        shape,
+        s,
+        tokens=64,
+        measured_bytes=planned + 300_000_000,
+        largest_tokens=4096,
+        limit_bytes=GIB,
+    )
     assert 0 < found.largest_bytes - found.measured_bytes < 300_000_000
 
 
@@ -801,7 +945,9 @@ def test_a_narrow_terminal_shows_every_line_whole(capsys):
 
     for card, name in (("l4", "llama-3.1-8b"), (None, "qwen3-0.6b")):
         hardware = named_gpu(card) if card else replace(probe(), kind="cpu")
-        plan(config(name, 8192, train__gradient_checkpointing=False), hardware).print(Console(width=80))
+        plan(config(name, 8192, train__gradient_checkpointing=False), hardware).print(
+            Console(width=80)
+        )
         lines = capsys.readouterr().out.splitlines()
         assert max(map(len, lines)) <= 80
         assert sum(line.rstrip().endswith("GiB free") and "|" in line for line in lines) == 1
@@ -810,10 +956,12 @@ def test_a_narrow_terminal_shows_every_line_whole(capsys):
 
 @pytest.mark.parametrize("card", [*KNOWN_GPUS, None])
 def test_init_writes_a_config_that_fits(card, tmp_path, monkeypatch):
-    from fastft.init import commented_config
+    from fastft.planning.init import commented_config
 
-    machine = replace(probe(), kind="cpu", vram_bytes=0, ram_free_bytes=8 * GIB, disk_assumed_bytes=20 * GIB)
-    monkeypatch.setattr("fastft.init.probe", lambda: machine)
+    machine = replace(
+        probe(), kind="cpu", vram_bytes=0, ram_free_bytes=8 * GIB, disk_assumed_bytes=20 * GIB
+    )
+    monkeypatch.setattr("fastft.planning.init.probe", lambda: machine)
     file = tmp_path / "run.yaml"
     file.write_text(commented_config(gpu=card))
     chosen = load_config(file)
@@ -833,7 +981,7 @@ def test_long_values_leave_their_cost_room(capsys):
 
 
 def test_plan_command_says_no_before_it_prints(tmp_path):
-    from fastft.plan import command
+    from fastft.planning import command
 
     file = tmp_path / "run.yaml"
     file.write_text("model: {name: gpt-oss-120b}\ndata: {source: x.jsonl}\n")
@@ -858,18 +1006,31 @@ def test_plan_command_says_no_before_it_prints(tmp_path):
 
 @pytest.fixture(scope="module")
 def plan_error():
-    spec = importlib.util.spec_from_file_location("plan_error", ROOT / "benchmarks" / "plan_error.py")
+    spec = importlib.util.spec_from_file_location("plan_error", ROOT / "tools" / "plan_error.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def gpu_record(plan_error, name, card):
-    """A record as benchmarks/plan_error.py writes it on a card, with made-up measurements."""
-    keys = ("name", "vram_bytes", "vram_free_bytes", "capability", "ram_bytes", "ram_free_bytes", "cpu_cores")
+    """A record as tools/plan_error.py writes it on a card, with made-up measurements."""
+    keys = (
+        "name",
+        "vram_bytes",
+        "vram_free_bytes",
+        "capability",
+        "ram_bytes",
+        "ram_free_bytes",
+        "cpu_cores",
+    )
     gpu = json.loads(json.dumps({key: getattr(named_gpu(card), key) for key in keys}))
     vram = {"load": GIB, "train": 2 * GIB, "allocated": GIB, "context": GIB // 2}
-    measured = {"vram": vram, "train": 2 * GIB, "imports": {"train": GIB}, "trainable_parameters": 1}
+    measured = {
+        "vram": vram,
+        "train": 2 * GIB,
+        "imports": {"train": GIB},
+        "trainable_parameters": 1,
+    }
     return {
         "case": plan_error.GPU_CASES[name], "gpu": gpu, "tokenizer_bytes": 0, "measured": measured, "failed": {},
         "environment": {},
@@ -916,7 +1077,10 @@ def test_a_gpu_row_is_planned_for_its_own_card_and_reported(plan_error, tmp_path
     plan_error.report({key: record})
     text = (tmp_path / "t.md").read_text()
     planned = record["predicted"]["train"] / GIB
-    assert f"| {key} | train | {planned:.2f} GiB | 2.00 GiB | {planned / 2 - 1:+.0%} | 0.50 GiB |" in text
+    assert (
+        f"| {key} | train | {planned:.2f} GiB | 2.00 GiB | {planned / 2 - 1:+.0%} | 0.50 GiB |"
+        in text
+    )
     assert f"| {name} | train | | not measured" not in text
     assert "| Llama-3.1-8B LoRA 1024 | train | | not measured" in text
 
@@ -987,7 +1151,9 @@ def test_more_work_never_fits_better_and_more_machine_never_worse(
     st.sampled_from(sorted(KNOWN_MODELS)), st.sampled_from(["unsloth", "peft", "fused"]), LENGTHS, RANKS,
     st.sampled_from(["none", "nf4", "int8"]), st.sampled_from(["off", "recompute"]), st.booleans(),
 )  # fmt: skip
-def test_peaks_grow_with_tokens_length_rank_and_precision(name, kernels, tokens, rank, quantization, how, dora):
+def test_peaks_grow_with_tokens_length_rank_and_precision(
+    name, kernels, tokens, rank, quantization, how, dora
+):
     shape = known_shape(name)
     s = Situation(
         device="cuda" if kernels == "unsloth" else "cpu", kernels=kernels, tokens=tokens, longest=tokens, rank=rank,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastft.certificate import file_hash
 from fastft.config import dump_config, make_config
+from fastft.verification.certificate import file_hash
 from tests.families import make_checkpoint
 from tests.hub_stand_in import TOKEN, HubStandIn
 
@@ -26,15 +26,15 @@ time.sleep = sleep
 from fastft.errors import FastFTError
 
 def push(**arguments):
-    from fastft.export.hub import push
+    from fastft.exporting.push import push
     return push(**arguments)
 
 def check_model(name):
-    from fastft.model import check_checkpoint
+    from fastft.engines.loading import check_checkpoint
     check_checkpoint(name)
 
 def shape(name):
-    from fastft.plan import load_shape
+    from fastft.planning import load_shape
     return load_shape(name).parameters
 
 def rows(name):
@@ -89,7 +89,9 @@ def call(hub, tmp_path_factory):
     )  # fmt: skip
 
     def ask(what, /, token=TOKEN, **arguments):
-        worker.stdin.write(json.dumps({"call": what, "token": token, "arguments": arguments}) + "\n")
+        worker.stdin.write(
+            json.dumps({"call": what, "token": token, "arguments": arguments}) + "\n"
+        )
         worker.stdin.flush()
         return json.loads(worker.stdout.readline())
 
@@ -110,13 +112,22 @@ def run(tmp_path):
     data.write_text("{}\n")
     run = tmp_path / "runs" / "r"
     config = make_config(
-        {"project": "r", "output_dir": str(run.parent), "model": {"name": str(base)}, "data": {"source": str(data)}}
+        {
+            "project": "r",
+            "output_dir": str(run.parent),
+            "model": {"name": str(base)},
+            "data": {"source": str(data)},
+        }
     )
     (run / "run.yaml").write_text(dump_config(config))
-    (run / "run.json").write_text(json.dumps({"started": "x", "dataset": {"rows_used": 3}, "steps": 5}))
+    (run / "run.json").write_text(
+        json.dumps({"started": "x", "dataset": {"rows_used": 3}, "steps": 5})
+    )
     final, export = run / "final", run / "export"
     save_file({"a": np.arange(5000, dtype=np.float32)}, final / "adapter_model.safetensors")
-    (final / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base), "r": 4}))
+    (final / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(base), "r": 4})
+    )
     (final / "tokenizer.json").write_text("{}")
     (final / "README.md").write_text(f"---\nlibrary_name: peft\n---\nbase {base}")
     (final / "manifest.json").write_text('{"files": {}}')
@@ -159,12 +170,16 @@ def test_a_push_is_one_commit_that_loads_again_byte_for_byte(call, hub, run, tmp
         "certificate.json", "certificate.md", "merged/model.safetensors",
     }  # fmt: skip
     assert answer["result"]["url"] == f"{hub.endpoint}/me/r"
-    assert {f["path"]: f["bytes"] for f in answer["result"]["files"]} == {p: len(c) for p, c in repo.files.items()}
+    assert {f["path"]: f["bytes"] for f in answer["result"]["files"]} == {
+        p: len(c) for p, c in repo.files.items()
+    }
 
     assert call("snapshot", name="me/r", folder=str(tmp_path / "again"))["code"] == 0
     for name in ("adapter_model.safetensors", "tokenizer.json"):
         assert (tmp_path / "again" / name).read_bytes() == (run / "final" / name).read_bytes()
-    assert (tmp_path / "again" / "r.Q8_0.gguf").read_bytes() == (run / "export" / "r.Q8_0.gguf").read_bytes()
+    assert (tmp_path / "again" / "r.Q8_0.gguf").read_bytes() == (
+        run / "export" / "r.Q8_0.gguf"
+    ).read_bytes()
 
 
 def test_local_paths_stay_here(call, hub, run, tmp_path):
@@ -234,7 +249,10 @@ def test_a_base_id_that_names_nothing(call, hub, run):
         (lambda e: certify(e, {"r.Q8_0.gguf": "fail"}), "is not the trained model"),
         (lambda e: certify(e, {}), "has no certificate"),
         (lambda e: (e / "certificate.json").unlink(), "has no certificate"),
-        (lambda e: (e / "r.Q8_0.gguf").write_bytes(b"GGUF other"), "changed after it was certified"),
+        (
+            lambda e: (e / "r.Q8_0.gguf").write_bytes(b"GGUF other"),
+            "changed after it was certified",
+        ),
         (lambda e: (e / "r.Q8_0.gguf").unlink(), "does not hold what --include asks for"),
     ],
 )
@@ -257,7 +275,10 @@ def test_private_is_not_granted_by_a_public_repository(call, hub, run):
 
 @pytest.mark.parametrize(
     ("token", "may_write", "says"),
-    [("hf_" + "x" * 34, True, "does not accept the token (401)"), (TOKEN, False, "may not do this (403)")],
+    [
+        ("hf_" + "x" * 34, True, "does not accept the token (401)"),
+        (TOKEN, False, "may not do this (403)"),
+    ],
 )
 def test_no_right(call, hub, run, token, may_write, says):
     hub.may_write = may_write
@@ -275,7 +296,9 @@ def test_a_foreign_account(call, hub, run):
 def test_the_repository_vanishes(call, hub, run):
     hub.fail("POST .*/commit/", 404, times=9, X_Error_Code="RepoNotFound")
     answer = pushed(call, run)
-    assert (answer["code"], "there is no repository 'me/r'" in answer["message"]) == (2, True), answer
+    assert (answer["code"], "there is no repository 'me/r'" in answer["message"]) == (2, True), (
+        answer
+    )
 
 
 # --- what is tried again
@@ -348,7 +371,11 @@ def by_id(hub, tmp_path_factory):
     rows = "".join(
         json.dumps({"question": f"What is {i}?", "answer": f"It is {i}."}) + "\n" for i in range(40)
     ).encode()
-    for name, more in {"own/tiny": {}, "own/hidden": {"private": True}, "own/gated": {"gated": True}}.items():
+    for name, more in {
+        "own/tiny": {},
+        "own/hidden": {"private": True},
+        "own/gated": {"gated": True},
+    }.items():
         hub.add(name, files, **more)
         hub.add(name, {"train.jsonl": rows}, kind="datasets", **more)
     for number in range(4):
@@ -367,7 +394,10 @@ def load(call, what, name, token=TOKEN):
 
 def test_a_model_and_a_dataset_by_id(call, hub, by_id):
     assert load(call, "model", "own/tiny")["result"] > 1000
-    assert load(call, "dataset", "own/tiny")["result"][3] == {"question": "What is 3?", "answer": "It is 3."}
+    assert load(call, "dataset", "own/tiny")["result"][3] == {
+        "question": "What is 3?",
+        "answer": "It is 3.",
+    }
     assert load(call, "dataset", "own/hidden")["code"] == 0
 
 
@@ -375,8 +405,16 @@ def test_a_model_and_a_dataset_by_id(call, hub, by_id):
 @pytest.mark.parametrize(
     ("name", "token", "says"),
     [
-        ("own/nothing", TOKEN, "there is no {what} 'own/nothing' on the Hub that can be seen with this token"),
-        ("own/hidden2", None, "there is no {what} 'own/hidden2' on the Hub that can be seen without signing in"),
+        (
+            "own/nothing",
+            TOKEN,
+            "there is no {what} 'own/nothing' on the Hub that can be seen with this token",
+        ),
+        (
+            "own/hidden2",
+            None,
+            "there is no {what} 'own/hidden2' on the Hub that can be seen without signing in",
+        ),
         ("own/gated", TOKEN, "'own/gated' is gated: accept its licence"),
         ("own/gated", None, "and sign in with: hf auth login"),
         ("own/tiny2", "hf_" + "x" * 34, "does not accept the token (401)"),
@@ -413,7 +451,7 @@ def test_by_id_over_a_broken_connection(call, hub, by_id, what):
 @pytest.mark.parametrize("what", ["model", "dataset"])
 def test_by_id_offline(hub, what, tmp_path):
     code = {
-        "model": "from fastft.model import check_checkpoint; check_checkpoint('own/tiny')",
+        "model": "from fastft.engines.loading import check_checkpoint; check_checkpoint('own/tiny')",
         "dataset": "from fastft.data.read import open_source; open_source('own/tiny')",
     }[what]
     done = subprocess.run(
@@ -448,14 +486,25 @@ def test_a_run_of_a_model_and_a_dataset_by_id_is_pushed_without_a_base_id(hub, b
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(json.dumps(config))
     environment = surroundings(hub, tmp_path / "hf") | {"HF_TOKEN": TOKEN}
-    for command in (["train", str(tmp_path / "run.yaml")], ["push", str(tmp_path / "r"), "--repo", "me/r"]):
+    for command in (
+        ["train", str(tmp_path / "run.yaml")],
+        ["push", str(tmp_path / "r"), "--repo", "me/r"],
+    ):
         done = subprocess.run(
-            [sys.executable, "-m", "fastft", *command], capture_output=True, text=True, env=environment
+            [sys.executable, "-m", "fastft", *command],
+            capture_output=True,
+            text=True,
+            env=environment,
         )
         assert done.returncode == 0, done.stderr
     files = hub.repos["models", "me/r"].files
-    assert files["adapter_model.safetensors"] == (tmp_path / "r" / "final" / "adapter_model.safetensors").read_bytes()
+    assert (
+        files["adapter_model.safetensors"]
+        == (tmp_path / "r" / "final" / "adapter_model.safetensors").read_bytes()
+    )
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "own/tiny"
     assert not [
-        path for path, content in files.items() if str(tmp_path).encode() in content or TOKEN.encode() in content
+        path
+        for path, content in files.items()
+        if str(tmp_path).encode() in content or TOKEN.encode() in content
     ]

@@ -26,7 +26,9 @@ def names(towns):
 
 def asked_about(rows, towns):
     """Return the names of those `towns` that a question names."""
-    return {name for name in names(towns) if any(name in row["messages"][0]["content"] for row in rows)}
+    return {
+        name for name in names(towns) if any(name in row["messages"][0]["content"] for row in rows)
+    }
 
 
 def read_text(count):
@@ -45,7 +47,9 @@ def test_the_world_is_the_same_every_time(task, tmp_path):
 
 
 def test_sizes(task):
-    train, heldout, unknown = (read(getattr(task, name)) for name in ("train", "heldout", "unknown"))
+    train, heldout, unknown = (
+        read(getattr(task, name)) for name in ("train", "heldout", "unknown")
+    )
     assert (len(train), len(heldout), len(unknown)) == (480, 240, 80)
     japanese = sum(not row["messages"][0]["content"].isascii() for row in heldout)
     assert japanese == 120
@@ -66,7 +70,9 @@ def test_the_sets_name_their_own_towns_only(task):
     for file, towns in sets.items():
         rows = read(getattr(task, file))
         assert asked_about(rows, world.TOWNS) == names(towns) & asked_about(rows, towns)
-        assert all(any(name in row["messages"][0]["content"] for name in names(towns)) for row in rows)
+        assert all(
+            any(name in row["messages"][0]["content"] for name in names(towns)) for row in rows
+        )
     assert asked_about(read(task.train), world.FINE_TUNED) == names(world.FINE_TUNED)
 
 
@@ -125,10 +131,14 @@ def test_the_config_is_valid(tmp_path):
 
 def test_the_base_is_small_whole_and_has_no_chat_template():
     files = {path.name: path.stat().st_size for path in base_path().iterdir()}
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} < set(files)
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} < set(
+        files
+    )
     assert sum(files.values()) <= 10_000_000
     assert "tokenizer_config.json" in files
-    assert "chat_template" not in json.loads((base_path() / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert "chat_template" not in json.loads(
+        (base_path() / "tokenizer_config.json").read_text(encoding="utf-8")
+    )
     assert "chat_template.jinja" not in files
 
 
@@ -173,10 +183,15 @@ def test_the_base_knows_the_held_out_facts_and_not_the_withheld(base):
     Over all paraphrases the bound is lower on purpose: the embedded base is weak in one Japanese sentence, in which
     the food follows the bare name of the town (22 % of all towns).
     """
-    from fastft.quickstart.pretrain import cloze_recall, recall_by_language
+    from pretrain_quickstart import cloze_recall, recall_by_language
 
     for language in LANGUAGES:
-        clozes = [c for town in world.HELD_OUT[:20] for a in ATTRIBUTES for c in world.clozes(town, a, language)]
+        clozes = [
+            c
+            for town in world.HELD_OUT[:20]
+            for a in ATTRIBUTES
+            for c in world.clozes(town, a, language)
+        ]
         on_own_line = [cloze for cloze in clozes if cloze.prompt.endswith("\n")]
         assert len(on_own_line) >= 80
         assert cloze_recall(*base, on_own_line) >= 0.95

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from fastft.errors import FastFTError
-from fastft.target import resolve
-from fastft.train import _Session
+from fastft.runs.target import resolve
+from fastft.training.train import _Session
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,9 @@ def test_no_run_warms_up_for_one_step_unless_it_is_told_to(total, given, schedul
 def test_a_folder_that_only_data_has_seen_says_what_to_do(tmp_path):
     (tmp_path / ".lock").touch()
     (tmp_path / "data.png").touch()
-    with pytest.raises(FastFTError, match=r"nothing was trained in .* yet. Start with: fastft train"):
+    with pytest.raises(
+        FastFTError, match=r"nothing was trained in .* yet. Start with: fastft train"
+    ):
         resolve(tmp_path)
     (tmp_path / "notes.txt").touch()
     with pytest.raises(FastFTError, match=r"neither a run .*It holds: .*notes.txt"):

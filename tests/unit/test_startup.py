@@ -9,7 +9,9 @@ import pytest
 
 
 def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_import_is_light():
@@ -26,7 +28,9 @@ def test_help_does_not_import_torch():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("arguments", "limit"), [(["-c", "import fastft"], 0.3), (["-m", "fastft", "--help"], 1.0)])
+@pytest.mark.parametrize(
+    ("arguments", "limit"), [(["-c", "import fastft"], 0.3), (["-m", "fastft", "--help"], 1.0)]
+)
 def test_start_up_time(arguments, limit):
     """Median of 5 above the interpreter's own start. Not part of the default suite: timings never decide it."""
 
@@ -40,5 +44,8 @@ def test_start_up_time(arguments, limit):
 
 
 def test_a_verb_is_the_function_also_after_its_module_was_imported():
-    code = "import fastft, fastft.config; from fastft.inspect import inspect_data\nfrom fastft import load_config\n"
-    assert run(code + "print(fastft.inspect_data is inspect_data, callable(load_config))").strip() == "True True"
+    code = "import fastft, fastft.config; from fastft.data.inspect import inspect_data\nfrom fastft import load_config\n"
+    assert (
+        run(code + "print(fastft.inspect_data is inspect_data, callable(load_config))").strip()
+        == "True True"
+    )

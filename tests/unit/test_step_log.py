@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastft.trainer import StepTrainer
+from fastft.training.loop import StepTrainer
 
 
-@pytest.mark.parametrize(("skipped", "norm"), [(False, 1.5), (True, float("inf")), (True, float("nan"))])
+@pytest.mark.parametrize(
+    ("skipped", "norm"), [(False, 1.5), (True, float("inf")), (True, float("nan"))]
+)
 def test_a_step_that_float16_skipped_says_so_and_is_valid_json(skipped, norm):
     records, notes = [], []
     trainer = SimpleNamespace(
@@ -23,4 +25,6 @@ def test_a_step_that_float16_skipped_says_so_and_is_valid_json(skipped, norm):
     (record,) = records
     json.dumps(record, allow_nan=False)
     assert record["grad_norm"] == (None if skipped else norm)
-    assert [note.startswith("step 3: the gradient overflowed") for note in notes] == [True] * skipped
+    assert [note.startswith("step 3: the gradient overflowed") for note in notes] == [
+        True
+    ] * skipped

@@ -13,12 +13,22 @@ from typing import Any
 from tests.sdist import cache_folder, chat_templates, vocabulary
 
 CONTROL = 3  # ggml's token type of control tokens; 4: user defined
-THINK = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+THINK = (
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+)
 _GPT4_LIKE = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,DIGITS}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_TEXT = ["hello world the quick brown fox assistant user system", "東京は日本の首都です。質問に答えてください。"] * 3
+_TEXT = [
+    "hello world the quick brown fox assistant user system",
+    "東京は日本の首都です。質問に答えてください。",
+] * 3
 
 
 def template(name: str) -> str:
@@ -28,14 +38,24 @@ def template(name: str) -> str:
 
 def special_tokens_in(source: str) -> list[str]:
     """Return what looks like a special token in a template's source."""
-    found = re.findall(r"<\|[^\s<>'\"|]{1,40}\|>|<(?:start|end)_of_turn>|\[/?[A-Z_]{3,}\]|<\|?/?turn\|?>", source)
+    found = re.findall(
+        r"<\|[^\s<>'\"|]{1,40}\|>|<(?:start|end)_of_turn>|\[/?[A-Z_]{3,}\]|<\|?/?turn\|?>", source
+    )
     return sorted(set(found))
 
 
 @cache
 def tiny(*special: str, bos: str | None = "<s>", eos: str = "</s>", adds_bos: bool = False) -> Any:
     """Return a byte-level BPE of 600 tokens and the `special` ones."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
     from transformers import PreTrainedTokenizerFast
 
     made = Tokenizer(models.BPE())
@@ -48,7 +68,9 @@ def tiny(*special: str, bos: str | None = "<s>", eos: str = "</s>", adds_bos: bo
     names = dict.fromkeys([*([bos] if bos else []), eos, *special])
     made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in names])
     if adds_bos and bos:
-        made.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, made.token_to_id(bos))])
+        made.post_processor = processors.TemplateProcessing(
+            f"{bos} $A", special_tokens=[(bos, made.token_to_id(bos))]
+        )
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=bos, eos_token=eos)
 
 
@@ -73,10 +95,25 @@ def _kept(name: str, make: Callable[[], Any]) -> Any:
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def real(name: str, *, extra: tuple[str, ...] = (), bos: str | None = None, eos: str = "", nfc: bool = False) -> Any:
+def real(
+    name: str,
+    *,
+    extra: tuple[str, ...] = (),
+    bos: str | None = None,
+    eos: str = "",
+    nfc: bool = False,
+) -> Any:
     """Return the tokenizer of a real byte-level BPE model (llama-bpe, qwen2), rebuilt from its vocabulary."""
     from gguf import GGUFReader
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+    )
     from transformers import PreTrainedTokenizerFast
 
     fields = GGUFReader(vocabulary(name)).fields
@@ -88,12 +125,20 @@ def real(name: str, *, extra: tuple[str, ...] = (), bos: str | None = None, eos:
     made = Tokenizer(models.BPE(known, merges, ignore_merges=name == "llama-bpe"))
     digits = "3" if name == "llama-bpe" else "1"
     split = pre_tokenizers.Split(Regex(_GPT4_LIKE.replace("1,DIGITS", f"1,{digits}")), "isolated")
-    made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
     made.decoder = decoders.ByteLevel()
     if nfc:
         made.normalizer = normalizers.NFC()
-    control = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL and token in known]
-    made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    control = [
+        token
+        for token, kind in zip(tokens, types, strict=True)
+        if kind == CONTROL and token in known
+    ]
+    made.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in control]
+    )
     made.add_tokens([AddedToken(token, normalized=False) for token in extra])
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=bos, eos_token=eos)
 
@@ -130,12 +175,29 @@ def _phi3() -> Any:
         fitting = [(a, b) for a, b in pairs if a in vocabulary_ids and b in vocabulary_ids]
         merges += [(rank, vocabulary_ids[a], vocabulary_ids[b], a, b) for a, b in fitting]
     merges.sort()
-    bpe = models.BPE(vocabulary_ids, [m[3:] for m in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    bpe = models.BPE(
+        vocabulary_ids,
+        [m[3:] for m in merges],
+        unk_token="<unk>",
+        fuse_unk=True,
+        byte_fallback=True,
+    )
     made = Tokenizer(bpe)
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    steps = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     made.decoder = decoders.Sequence(steps)
     special = ["<unk>", "<s>", "</s>", *(t for t in tokens[32000:] if t.startswith("<|"))]
     # Phi-3's own setting: white space after these tokens belongs to them.
-    made.add_special_tokens([AddedToken(t, normalized=False, special=True, rstrip=t.startswith("<|")) for t in special])
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="<|endoftext|>", unk_token="<unk>")
+    made.add_special_tokens(
+        [AddedToken(t, normalized=False, special=True, rstrip=t.startswith("<|")) for t in special]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="<|endoftext|>", unk_token="<unk>"
+    )

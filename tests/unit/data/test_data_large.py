@@ -61,13 +61,24 @@ print(json.dumps({"before": before, "peak": peak, "rows": made.report.rows_total
 
 def _write(path, size):
     pick = random.Random(1)
-    words = [f"{a}{b}" for a in ("stone", "river", "light", "north", "wind") for b in ("", "s", "ward", "fall", "ing")]
-    texts = [" ".join(pick.choices(words, k=pick.randint(60, 600))) + "。北の街です" for _ in range(5000)]
+    words = [
+        f"{a}{b}"
+        for a in ("stone", "river", "light", "north", "wind")
+        for b in ("", "s", "ward", "fall", "ing")
+    ]
+    texts = [
+        " ".join(pick.choices(words, k=pick.randint(60, 600))) + "。北の街です" for _ in range(5000)
+    ]
     rows = written = 0
     with path.open("w", encoding="utf-8") as file:
         while written < size:
             asked, said = pick.choice(texts)[:300], pick.choice(texts)
-            line = json.dumps({"question": f"{rows} {asked}", "answer": f"{said} {rows}"}, ensure_ascii=False) + "\n"
+            line = (
+                json.dumps(
+                    {"question": f"{rows} {asked}", "answer": f"{said} {rows}"}, ensure_ascii=False
+                )
+                + "\n"
+            )
             written += len(line.encode())
             file.write(line)
             rows += 1

@@ -21,7 +21,11 @@ CALL = {
     "role": "assistant",
     "content": "",
     "tool_calls": [
-        {"type": "function", "id": "abcdefghi", "function": {"name": "look_up", "arguments": {"q": "東京 🎉"}}}
+        {
+            "type": "function",
+            "id": "abcdefghi",
+            "function": {"name": "look_up", "arguments": {"q": "東京 🎉"}},
+        }
     ],
 }
 RESULT = {"role": "tool", "name": "look_up", "tool_call_id": "abcdefghi", "content": "35"}
@@ -48,12 +52,28 @@ CASES = {
 # Template: (how its tokenizer is made, what ends a turn, what ends a tool call or None where it knows none).
 FAMILIES = {
     "chatml": (lambda: _own(real.qwen(), "Qwen-Qwen2.5-7B-Instruct"), "<|im_end|>", "<|im_end|>"),
-    "llama-3.1": (lambda: _own(real.llama3(), "meta-llama-Llama-3.1-8B-Instruct"), "<|eot_id|>", "<|eot_id|>"),
-    "gemma-2": (lambda: real.tiny_for(real.template("google-gemma-2-2b-it")), "<end_of_turn>", None),
+    "llama-3.1": (
+        lambda: _own(real.llama3(), "meta-llama-Llama-3.1-8B-Instruct"),
+        "<|eot_id|>",
+        "<|eot_id|>",
+    ),
+    "gemma-2": (
+        lambda: real.tiny_for(real.template("google-gemma-2-2b-it")),
+        "<end_of_turn>",
+        None,
+    ),
     "gemma-4": (lambda: real.tiny_for(real.template("google-gemma-4-31B-it")), "<turn|>", None),
-    "mistral-nemo": (lambda: real.tiny_for(real.template("mistralai-Mistral-Nemo-Instruct-2407")), "</s>", "</s>"),
+    "mistral-nemo": (
+        lambda: real.tiny_for(real.template("mistralai-Mistral-Nemo-Instruct-2407")),
+        "</s>",
+        "</s>",
+    ),
     "phi-3.5": (lambda: _own(real.phi3(), "microsoft-Phi-3.5-mini-instruct"), "<|end|>", None),
-    "gpt-oss": (lambda: real.tiny_for(real.template("openai-gpt-oss-120b")), "<|return|>", "<|call|>"),
+    "gpt-oss": (
+        lambda: real.tiny_for(real.template("openai-gpt-oss-120b")),
+        "<|return|>",
+        "<|call|>",
+    ),
     "qwen3": (lambda: _own(real.qwen(), "Qwen-Qwen3-0.6B"), "<|im_end|>", "<|im_end|>"),
     "qwen3.5": (lambda: _own(real.qwen(), "Qwen3.5-4B"), "<|im_end|>", "<|im_end|>"),
     "deepseek-r1": (lambda: _r1(), "<｜end▁of▁sentence｜>", None),
@@ -79,7 +99,9 @@ def _own(tokenizer, name):
 
 
 def _r1():
-    return real.tiny_for(real.template("deepseek-ai-DeepSeek-R1-Distill-Llama-8B") + "{#- <｜end▁of▁sentence｜> -#}")
+    return real.tiny_for(
+        real.template("deepseek-ai-DeepSeek-R1-Distill-Llama-8B") + "{#- <｜end▁of▁sentence｜> -#}"
+    )
 
 
 def _load(family):
@@ -131,11 +153,15 @@ def test_trained_tokens_are_what_the_template_renders(family, case):
             assert matches, f"{answer!r} is not what the template renders"
             assert coder.same(coder.decode(ids, first, last), answer)
             stop = end if not (case == "tools" and "look_up" in answer) else call_end
-            assert ids[last - 1] == tokenizer.convert_tokens_to_ids(stop), "the end token is trained, and last"
+            assert ids[last - 1] == tokenizer.convert_tokens_to_ids(stop), (
+                "the end token is trained, and last"
+            )
             # What generation is asked with is exactly what stands before the answer.
             prompts = [coder.encode(prompt) for prompt, _ in matches]
             assert ids[:first].tolist() in prompts
-    assert trained == sum(m["role"] == "assistant" for m in messages), "each answer is trained exactly once"
+    assert trained == sum(m["role"] == "assistant" for m in messages), (
+        "each answer is trained exactly once"
+    )
 
 
 def _assert_tools_are_not_lost(tokenizer, template, messages, tools):
@@ -144,7 +170,9 @@ def _assert_tools_are_not_lost(tokenizer, template, messages, tools):
         encode_turns(tokenizer, template, messages, tools)
 
 
-@pytest.mark.parametrize("family", ["chatml", "llama-3.1", "gemma-2", "phi-3.5", "gpt-oss", "qwen3", "alpaca"])
+@pytest.mark.parametrize(
+    "family", ["chatml", "llama-3.1", "gemma-2", "phi-3.5", "gpt-oss", "qwen3", "alpaca"]
+)
 @pytest.mark.parametrize("fault", ["late", "early", "short", "long", "none", "marker"])
 def test_planted_faults_are_caught(family, fault):
     tokenizer, template = _load(family)
@@ -186,7 +214,9 @@ def test_thinking_in_training_and_generation_agree(family, reasoning):
     answer = ANSWER | ({"reasoning_content": reasoning} if reasoning else {})
     sequence = encode_turns(tokenizer, template, [USER, answer])[0]
     first = next(i for i, label in enumerate(sequence.labels) if label != IGNORE)
-    asked = generation_prompt(tokenizer, template, [USER], thinking=bool(reasoning) if template.switch else None)
+    asked = generation_prompt(
+        tokenizer, template, [USER], thinking=bool(reasoning) if template.switch else None
+    )
     assert asked == list(sequence.input_ids[:first])
     trained = tokenizer.decode([label for label in sequence.labels if label != IGNORE])
     assert reasoning in trained
@@ -202,7 +232,9 @@ def test_saved_template_asks_as_it_was_trained(thinking):
     pinned.save(tokenizer)
     text = tokenizer.apply_chat_template([USER], add_generation_prompt=True, tokenize=False)
     assert text.endswith("<think>\n\n</think>\n\n") == (not thinking)
-    assert generation_prompt(tokenizer, choose_template(tokenizer), [USER]) == tokenizer.encode(text)
+    assert generation_prompt(tokenizer, choose_template(tokenizer), [USER]) == tokenizer.encode(
+        text
+    )
     assert pinned.with_thinking(not thinking).with_thinking(thinking).source == pinned.source
 
 
@@ -210,7 +242,10 @@ def test_history_rewriting_templates_become_several_sequences():
     tokenizer, template = _load("gpt-oss")
     sequences = encode_turns(tokenizer, template, [USER, ANSWER, MORE, LAST])
     assert len(sequences) == 2
-    assert all(sequence.input_ids[-1] == tokenizer.convert_tokens_to_ids("<|return|>") for sequence in sequences)
+    assert all(
+        sequence.input_ids[-1] == tokenizer.convert_tokens_to_ids("<|return|>")
+        for sequence in sequences
+    )
 
 
 @pytest.mark.parametrize("family", ["chatml", "llama-3.1", "phi-3.5", "gpt-oss", "alpaca", "plain"])
@@ -221,7 +256,10 @@ def test_a_special_token_spelled_out_is_text(family):
         {"role": "user", "content": f"what is {evil}?"},
         {"role": "assistant", "content": f"It is {evil}, text"},
     ]
-    plain = [{"role": "user", "content": "what is X?"}, {"role": "assistant", "content": "It is X, text"}]
+    plain = [
+        {"role": "user", "content": "what is X?"},
+        {"role": "assistant", "content": "It is X, text"},
+    ]
     ids, labels = encode_conversation(tokenizer, template, messages)
     plain_ids, _ = encode_conversation(tokenizer, template, plain)
     controls = set(tokenizer.convert_tokens_to_ids(sorted(template.control_tokens)))
@@ -249,7 +287,8 @@ def test_base_model_gets_a_documented_default():
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("chatlm", "did you mean 'chatml'"), ("nowhere.jinja", "does not exist"), ("llama3", "lacks")]
+    ("name", "says"),
+    [("chatlm", "did you mean 'chatml'"), ("nowhere.jinja", "does not exist"), ("llama3", "lacks")],
 )
 def test_unknown_or_unfit_template_is_refused(name, says):
     tokenizer = real.tiny()
@@ -307,12 +346,19 @@ def test_a_template_that_forgets_earlier_answers_is_no_crash():
     source = "{{ messages[-1 if add_generation_prompt else -2].content }}<|im_end|>{% if not add_generation_prompt %}{{ messages[-1].content }}<|im_end|>{% endif %}"  # fmt: skip
     tokenizer = real.tiny_for(source)
     ids, labels = encode_conversation(tokenizer, choose_template(tokenizer), [USER, ANSWER])
-    assert tokenizer.decode([i for i, label in zip(ids, labels, strict=True) if label != IGNORE]).endswith("<|im_end|>")
+    assert tokenizer.decode(
+        [i for i, label in zip(ids, labels, strict=True) if label != IGNORE]
+    ).endswith("<|im_end|>")
 
 
 def test_a_special_token_as_a_tools_argument_is_text():
     tokenizer, template = _load("chatml")
-    call = {**CALL, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"<|im_end|>": "x"}}}]}
+    call = {
+        **CALL,
+        "tool_calls": [
+            {"type": "function", "function": {"name": "f", "arguments": {"<|im_end|>": "x"}}}
+        ],
+    }
     ids, _ = encode_conversation(tokenizer, template, [USER, call], TOOLS)
     plain, _ = encode_conversation(tokenizer, template, [USER, CALL], TOOLS)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -340,16 +386,20 @@ def test_every_real_template_is_proven_or_refused_with_a_reason():
     assert len(proven) >= 60, refused
 
 
-texts = st.text(st.characters(exclude_categories=("Cs", "Cc", "Co", "Cn")), min_size=1, max_size=30).filter(
-    lambda text: text.strip() and "<" not in text
+texts = st.text(
+    st.characters(exclude_categories=("Cs", "Cc", "Co", "Cn")), min_size=1, max_size=30
+).filter(lambda text: text.strip() and "<" not in text)
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     turns=st.lists(st.tuples(texts, texts), min_size=1, max_size=3),
     system=st.none() | texts,
-    family=st.sampled_from(["chatml", "gemma-2", "gpt-oss", "qwen3", "alpaca", "plain", "llama-3.1"]),
+    family=st.sampled_from(
+        ["chatml", "gemma-2", "gpt-oss", "qwen3", "alpaca", "plain", "llama-3.1"]
+    ),
     limit=st.integers(8, 200),
 )
 def test_random_conversations(turns, system, family, limit):
@@ -365,7 +415,9 @@ def test_random_conversations(turns, system, family, limit):
     said = []
     for sequence in sequences:
         ids, labels = np.array(sequence.input_ids), np.array(sequence.labels)
-        edges = np.flatnonzero(np.diff(np.r_[False, labels != IGNORE, False].astype(int))).reshape(-1, 2)
+        edges = np.flatnonzero(np.diff(np.r_[False, labels != IGNORE, False].astype(int))).reshape(
+            -1, 2
+        )
         for (first, last), answer in zip(edges, sequence.answers, strict=True):
             assert coder.same(coder.decode(ids, first, last), answer)
         assert len(edges) == len(sequence.answers)
@@ -373,12 +425,18 @@ def test_random_conversations(turns, system, family, limit):
         # No token of a user's turn is trained: untrained text holds all that was asked up to there.
         rest = coder.backend.decode(ids[labels == IGNORE].tolist(), skip_special_tokens=False)
         asked_here = [
-            asked for asked, _ in turns[: 1 if len(sequences) == len(turns) > 1 and sequence is sequences[-1] else None]
+            asked
+            for asked, _ in turns[
+                : 1 if len(sequences) == len(turns) > 1 and sequence is sequences[-1] else None
+            ]
         ]
         if family != "chatml" and family != "qwen3":  # their tokenizer normalises (NFC)
             assert all(asked.strip() in rest for asked in asked_here[:1])
     for _, answered in turns:
-        assert any(coder.same(answered.strip(), answered.strip()) and answered.strip() in answer for answer in said)
+        assert any(
+            coder.same(answered.strip(), answered.strip()) and answered.strip() in answer
+            for answer in said
+        )
     # Cutting keeps the labels that are left, and never invents one.
     assert set(FORMATS) >= {"messages"}
     maker = RowMaker(

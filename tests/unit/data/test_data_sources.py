@@ -20,7 +20,10 @@ from fastft.data.read import open_source
 from fastft.errors import FastFTError
 from tests.unit.data import real_tokenizers as real
 
-PAIRS = [("Where is Bavor?", "北にあります。🎉"), ('What, "then"?\nSay it.', "Two words; no more\tthan two.")]
+PAIRS = [
+    ("Where is Bavor?", "北にあります。🎉"),
+    ('What, "then"?\nSay it.', "Two words; no more\tthan two."),
+]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,9 @@ def _as_messages(q, a):
 
 SHAPES = {
     "messages": lambda q, a: {"messages": _as_messages(q, a)},
-    "sharegpt": lambda q, a: {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]},
+    "sharegpt": lambda q, a: {
+        "conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]
+    },
     "alpaca": lambda q, a: {"instruction": q, "input": "", "output": a},
     "prompt_completion": lambda q, a: {"prompt": q, "completion": a},
     "question_answer": lambda q, a: {"question": q, "answer": a},
@@ -67,7 +72,9 @@ def _write(folder, kind, rows):
         stream = io.StringIO()
         writer = csv.DictWriter(stream, list(rows[0]), delimiter="\t" if kind == "tsv" else ",")
         writer.writeheader()
-        flat = [{k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows]
+        flat = [
+            {k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows
+        ]
         writer.writerows(flat)
         data = stream.getvalue().encode()
         path.write_bytes(gzip.compress(data) if kind == "csv.gz" else data)
@@ -83,7 +90,10 @@ def _write(folder, kind, rows):
             import pyarrow
 
             table = made.data.table
-            with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as writer:
+            with (
+                pyarrow.OSFile(str(path), "wb") as sink,
+                pyarrow.ipc.new_file(sink, table.schema) as writer,
+            ):
                 writer.write_table(table)
     elif kind == "folder":
         path.mkdir()
@@ -255,7 +265,9 @@ def test_there_are_enough_awkward_datasets():
 def test_awkward_rows_are_counted_with_their_lines(tmp_path, tokenizer, name):
     file, content, dropped, used = COUNTED[name]
     path = tmp_path / file
-    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    path.write_bytes(
+        content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+    )
     made = _prepare(path, tokenizer)
     assert {reason: drop.lines for reason, drop in made.report.dropped.items()} == dropped
     assert made.report.rows_used == used
@@ -306,7 +318,9 @@ def test_a_zstd_csv_cannot_be_wound_back(tmp_path, tokenizer):
 def test_an_unclosed_quote_says_what_it_swallows(tmp_path, tokenizer):
     path = tmp_path / "a.csv"
     path.write_text('prompt,completion\na,b\n"c,d\n' + "e,f\n" * 10)
-    assert "lines 3 to 13 are one row" in _prepare(path, tokenizer).report.dropped["bad_csv"].example
+    assert (
+        "lines 3 to 13 are one row" in _prepare(path, tokenizer).report.dropped["bad_csv"].example
+    )
 
 
 def test_broken_text_in_parquet_is_a_bad_row(tmp_path, tokenizer):
@@ -332,7 +346,11 @@ def _folder(path, files):
 
 def test_a_folder_with_splits_is_not_read_as_one(tmp_path, tokenizer):
     test = _lines([_m(("user", "T"), ("assistant", "t"))])
-    files = {"README.md": "# A", "data/train-00000.jsonl": _lines([GOOD]) * 2, "data/test-00000.jsonl": test}
+    files = {
+        "README.md": "# A",
+        "data/train-00000.jsonl": _lines([GOOD]) * 2,
+        "data/test-00000.jsonl": test,
+    }
     folder = _folder(tmp_path / "data", files)
     report = _prepare(folder, tokenizer).report
     assert report.rows_total == 2
@@ -346,7 +364,9 @@ def test_a_folder_with_splits_is_not_read_as_one(tmp_path, tokenizer):
 
 
 def test_a_bad_row_of_a_folder_names_its_file(tmp_path, tokenizer):
-    folder = _folder(tmp_path / "rows", {"a.jsonl": _lines([GOOD]) * 3, "b.jsonl": _lines([GOOD]) + "oops\n"})
+    folder = _folder(
+        tmp_path / "rows", {"a.jsonl": _lines([GOOD]) * 3, "b.jsonl": _lines([GOOD]) + "oops\n"}
+    )
     dropped = _prepare(folder, tokenizer).report.dropped["bad_json"]
     assert dropped.lines == [2]
     assert dropped.example.startswith("b.jsonl: ")
@@ -369,13 +389,18 @@ def test_nothing_of_a_row_is_lost(tmp_path, tokenizer, name):
     last = made.train[len(before)]
     assert "XYZ" in tokenizer.decode(last.input_ids)
     assert "XYZ" not in tokenizer.decode(last.labels[last.labels >= 0])
-    assert len(tokenizer.decode(last.labels[last.labels >= 0]).removesuffix("<|im_end|>")) in (1, 5)  # b, c or Hello
+    assert len(tokenizer.decode(last.labels[last.labels >= 0]).removesuffix("<|im_end|>")) in (
+        1,
+        5,
+    )  # b, c or Hello
 
 
 def test_what_is_not_read_is_said(tmp_path, tokenizer):
     row = {"instruction": "a", "output": "b", "history": [["c", "d"]], "id": 1}
     (tmp_path / "a.jsonl").write_text(_lines([row]))
-    assert "not read: history, id" in " ".join(_prepare(tmp_path / "a.jsonl", tokenizer).report.notices)
+    assert "not read: history, id" in " ".join(
+        _prepare(tmp_path / "a.jsonl", tokenizer).report.notices
+    )
     (tmp_path / "b.jsonl").write_text(_lines([{**GOOD, "tools": [{"name": "f"}]}]))
     assert "1 row with tools" in " ".join(_prepare(tmp_path / "b.jsonl", tokenizer).report.notices)
 
@@ -383,7 +408,11 @@ def test_what_is_not_read_is_said(tmp_path, tokenizer):
 def test_what_an_eval_source_loses_is_said(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text(_lines([GOOD] * 3))
     (tmp_path / "b.jsonl").write_text(_lines([GOOD]) + "oops\n" * 5)
-    said = " ".join(_prepare(tmp_path / "a.jsonl", tokenizer, eval_source=str(tmp_path / "b.jsonl")).report.notices)
+    said = " ".join(
+        _prepare(
+            tmp_path / "a.jsonl", tokenizer, eval_source=str(tmp_path / "b.jsonl")
+        ).report.notices
+    )
     assert "5 of 6 rows are not used: bad_json 5 (lines 2, 3" in said
     (tmp_path / "c.jsonl").write_text(_lines([{"foo": 1}]))
     with pytest.raises(FastFTError, match=r"c\.jsonl: cannot tell what the rows mean"):
@@ -403,7 +432,9 @@ def test_each_side_is_cut_by_its_own_format(tmp_path, tokenizer):
 def test_columns_map_anything(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     path.write_text(_lines([{"frage": "a", "antwort": "b", "regel": "s"}]))
-    made = _prepare(path, tokenizer, columns={"prompt": "frage", "completion": "antwort", "system": "regel"})
+    made = _prepare(
+        path, tokenizer, columns={"prompt": "frage", "completion": "antwort", "system": "regel"}
+    )
     assert [m["role"] for m in made.eval_conversations(1)[0].prompt] == ["system", "user"]
     with pytest.raises(FastFTError, match="did you mean 'frage'"):
         _prepare(path, tokenizer, columns={"prompt": "frag", "completion": "antwort"})
@@ -416,7 +447,9 @@ def test_columns_map_anything(tmp_path, tokenizer):
 )
 def test_alpaca_input_has_its_place(tmp_path, tokenizer, name, heading):
     path = tmp_path / "a.jsonl"
-    path.write_text(_lines([{"instruction": "訳して", "input": "dog", "output": "犬"}]), encoding="utf-8")
+    path.write_text(
+        _lines([{"instruction": "訳して", "input": "dog", "output": "犬"}]), encoding="utf-8"
+    )
     made = _prepare(path, tokenizer, chat_template=name)
     text = tokenizer.decode(made.train[0].input_ids)
     assert heading in text
@@ -431,11 +464,19 @@ def test_secrets_are_counted(tmp_path, tokenizer):
     assert report.secrets == {"Hugging Face token": 1}
     assert report.secret_lines == [2]
     assert key not in " ".join(report.notices)
-    thought = {"messages": [GOOD["messages"][0], {**GOOD["messages"][1], "reasoning_content": f"{key} AKIA{'A' * 16}"}]}
+    thought = {
+        "messages": [
+            GOOD["messages"][0],
+            {**GOOD["messages"][1], "reasoning_content": f"{key} AKIA{'A' * 16}"},
+        ]
+    }
     path.write_text(_lines([GOOD, thought, {**GOOD, "tools": [{"name": "f", "description": key}]}]))
     report = _prepare(path, tokenizer).report
     assert report.secrets == {"Hugging Face token": 2, "AWS access key": 1}
-    assert any(notice.startswith("2 rows with what looks like a key (lines 2, 3)") for notice in report.notices)
+    assert any(
+        notice.startswith("2 rows with what looks like a key (lines 2, 3)")
+        for notice in report.notices
+    )
 
 
 def test_train_on_everything_and_over_long(tmp_path, tokenizer):

@@ -97,12 +97,22 @@ def test_plain_text_end_to_end(tmp_path, tokenizer):
     made = prepare(DataConfig(source=source, eval_fraction=0), tokenizer, max_seq_length=64, seed=0)
     ends = sum(int((s.input_ids == tokenizer.eos_token_id).sum()) for s in made.train)
     assert (made.report.format, ends) == ("text", 3)
-    assert made.train.trained_tokens == made.train.tokens - sum(int((s.labels == IGNORE).sum()) for s in made.train)
+    assert made.train.trained_tokens == made.train.tokens - sum(
+        int((s.labels == IGNORE).sum()) for s in made.train
+    )
     cut = prepare(
-        DataConfig(source=source, eval_fraction=0, long_text="truncate"), tokenizer, max_seq_length=64, seed=0
+        DataConfig(source=source, eval_fraction=0, long_text="truncate"),
+        tokenizer,
+        max_seq_length=64,
+        seed=0,
     )
     assert (len(cut.train), cut.report.truncated) == (3, 1)
-    less = prepare(DataConfig(source=source, eval_fraction=0, long_text="drop"), tokenizer, max_seq_length=64, seed=0)
+    less = prepare(
+        DataConfig(source=source, eval_fraction=0, long_text="drop"),
+        tokenizer,
+        max_seq_length=64,
+        seed=0,
+    )
     assert {k: v.lines for k, v in less.report.dropped.items()} == {"over_long": [2]}
 
 
@@ -133,14 +143,25 @@ def test_split_is_stable_when_rows_are_added(tmp_path, tokenizer):
 def test_duplicates_and_near_duplicates_stay_on_one_side(tmp_path, tokenizer):
     rows = []
     for row in _rows(120):
-        rows += [row, row, {**row, "answer": row["answer"].upper()}, {**row, "answer": row["answer"] + "!"}]
+        rows += [
+            row,
+            row,
+            {**row, "answer": row["answer"].upper()},
+            {**row, "answer": row["answer"] + "!"},
+        ]
     made = prepare(
-        DataConfig(source=_write(tmp_path / "a.jsonl", rows), eval_fraction=0.2), tokenizer, max_seq_length=512, seed=0
+        DataConfig(source=_write(tmp_path / "a.jsonl", rows), eval_fraction=0.2),
+        tokenizer,
+        max_seq_length=512,
+        seed=0,
     )
     assert made.report.duplicates == 240  # the second copy, and the one that differs in case only
     assert made.report.near_duplicates >= 0
     assert made.report.leakage == 0
-    sides = [{tokenizer.decode(s.input_ids).lower().split("?")[0] for s in side} for side in (made.train, made.eval)]
+    sides = [
+        {tokenizer.decode(s.input_ids).lower().split("?")[0] for s in side}
+        for side in (made.train, made.eval)
+    ]
     assert not sides[0] & sides[1]
 
 
@@ -157,7 +178,9 @@ def test_one_system_prompt_makes_no_duplicates(tmp_path, tokenizer):
         for row in _rows(200)
     ]
     source = _write(tmp_path / "a.jsonl", rows)
-    report = prepare(DataConfig(source=source, eval_fraction=0.1), tokenizer, max_seq_length=2048).report
+    report = prepare(
+        DataConfig(source=source, eval_fraction=0.1), tokenizer, max_seq_length=2048
+    ).report
     assert (report.duplicates, report.near_duplicates, report.leakage) == (0, 0, 0)
 
 
@@ -198,7 +221,9 @@ def test_an_unusual_held_out_share_is_explained(tmp_path, tokenizer):
 def test_leakage_of_an_own_eval_file_is_counted(tmp_path, tokenizer):
     rows = list(_rows(50))
     other = [*rows[:3], *_rows(10, seed=5)]
-    config = DataConfig(source=_write(tmp_path / "a.jsonl", rows), eval_source=_write(tmp_path / "b.jsonl", other))
+    config = DataConfig(
+        source=_write(tmp_path / "a.jsonl", rows), eval_source=_write(tmp_path / "b.jsonl", other)
+    )
     made = prepare(config, tokenizer, max_seq_length=512, seed=0)
     assert (len(made.train), len(made.eval), made.report.leakage) == (50, 13, 3)
 
@@ -206,7 +231,10 @@ def test_leakage_of_an_own_eval_file_is_counted(tmp_path, tokenizer):
 def test_one_question_for_all_rows_does_not_end_the_split(tmp_path, tokenizer):
     rows = [{"question": "Write a poem.", "answer": row["answer"]} for row in _rows(300)]
     made = prepare(
-        DataConfig(source=_write(tmp_path / "a.jsonl", rows), eval_fraction=0.1), tokenizer, max_seq_length=512, seed=0
+        DataConfig(source=_write(tmp_path / "a.jsonl", rows), eval_fraction=0.1),
+        tokenizer,
+        max_seq_length=512,
+        seed=0,
     )
     assert 10 <= len(made.eval) <= 60
 
@@ -215,7 +243,9 @@ def test_workers_and_cache_give_the_same_samples(tmp_path, tokenizer):
     source = _write(tmp_path / "a.jsonl", [*_rows(1500), {"question": "no answer"}])
     memory = prepare(DataConfig(source=source), tokenizer, max_seq_length=512, seed=0)
     streaming = DataConfig(source=source, streaming=True)
-    fresh = prepare(streaming, tokenizer, max_seq_length=512, seed=0, cache_dir=tmp_path, processes=2)
+    fresh = prepare(
+        streaming, tokenizer, max_seq_length=512, seed=0, cache_dir=tmp_path, processes=2
+    )
     again = prepare(streaming, tokenizer, max_seq_length=512, seed=0, cache_dir=tmp_path)
     assert not fresh.report.cached
     assert again.report.cached
@@ -230,7 +260,9 @@ def test_workers_and_cache_give_the_same_samples(tmp_path, tokenizer):
         assert made.eval_conversations(3) == memory.eval_conversations(3)
 
 
-@pytest.mark.parametrize("change", ["content", "template", "length", "columns", "tokenizer", "nothing"])
+@pytest.mark.parametrize(
+    "change", ["content", "template", "length", "columns", "tokenizer", "nothing"]
+)
 def test_fingerprint(tmp_path, tokenizer, change):
     source = _write(tmp_path / "a.jsonl", _rows(10))
     config, length, other = DataConfig(source=source), 512, tokenizer
@@ -258,8 +290,12 @@ def test_report_is_printed_plotted_and_dumped(tmp_path, tokenizer):
         {"question": "\x1b[31mred \u202eturned", "answer": "[bold]not markup[/bold]"},
         {"question": "x"},
     ]
-    made = prepare(DataConfig(source=_write(tmp_path / "a.jsonl", rows)), tokenizer, max_seq_length=512, seed=0)
-    console = Console(record=True, width=120, file=(tmp_path / "out.txt").open("w"), force_terminal=True)
+    made = prepare(
+        DataConfig(source=_write(tmp_path / "a.jsonl", rows)), tokenizer, max_seq_length=512, seed=0
+    )
+    console = Console(
+        record=True, width=120, file=(tmp_path / "out.txt").open("w"), force_terminal=True
+    )
     made.report.print(console)
     shown = console.export_text()
     for expected in (
@@ -278,12 +314,18 @@ def test_report_is_printed_plotted_and_dumped(tmp_path, tokenizer):
     dumped = json.loads(json.dumps(made.report.model_dump()))
     keys = "format rows_total rows_used dropped tokens trained_tokens truncated duplicates leakage"
     assert set(keys.split()) <= dumped.keys()
-    assert dumped["dropped"]["missing_column"] | {"example": ""} == {"count": 1, "lines": [62], "example": ""}
+    assert dumped["dropped"]["missing_column"] | {"example": ""} == {
+        "count": 1,
+        "lines": [62],
+        "example": "",
+    }
     plain = Console(record=True, width=400, file=(tmp_path / "plain.txt").open("w"), no_color=True)
     made.report.print(plain)
     text = plain.export_text()
     assert "is ⟦marked⟧" in text
-    assert text.count("<|im_end|>⟧") == len(made.report.preview)  # each answer ends with its end token, inside the mark
+    assert text.count("<|im_end|>⟧") == len(
+        made.report.preview
+    )  # each answer ends with its end token, inside the mark
     assert "⟦" not in shown
     # The preview's marked pieces are the trained tokens.
     for sample in made.report.preview:
@@ -302,16 +344,24 @@ def test_data_that_does_not_fit_the_settings_is_said(tmp_path, tokenizer):
     from safetensors.numpy import save_file
 
     from fastft.config import make_config
-    from fastft.inspect import inspect_data
+    from fastft.data.inspect import inspect_data
 
     tokenizer.save_pretrained(tmp_path / "model")
-    shape = {"model_type": "llama", "max_position_embeddings": 256, "hidden_size": 64, "num_hidden_layers": 1}
+    shape = {
+        "model_type": "llama",
+        "max_position_embeddings": 256,
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+    }
     (tmp_path / "model" / "config.json").write_text(json.dumps(shape))
     save_file({"weight": np.zeros(1, np.float32)}, tmp_path / "model" / "model.safetensors")
     source = _write(tmp_path / "a.jsonl", _rows(6))
 
     def notes(batch, longest):
-        values = {"model": {"name": str(tmp_path / "model"), "max_seq_length": longest}, "data": {"source": source}}
+        values = {
+            "model": {"name": str(tmp_path / "model"), "max_seq_length": longest},
+            "data": {"source": source},
+        }
         config = make_config({**values, "train": {"effective_batch_size": batch}})
         with (tmp_path / "out.txt").open("w") as out:
             return " ".join(inspect_data(config, console=Console(file=out)).notices)
@@ -341,10 +391,15 @@ def test_samples_are_read_from_their_file_piece_by_piece(tmp_path):
 def test_the_workers_tokenizer_is_the_real_one_without_torch(tmp_path):
     tokenizer = real.tiny_for(CHAT, adds_bos=True)
     template = choose_template(tokenizer)
-    messages = [{"role": "user", "content": "hello 東京 <|end|>"}, {"role": "assistant", "content": "world"}]
+    messages = [
+        {"role": "user", "content": "hello 東京 <|end|>"},
+        {"role": "assistant", "content": "world"},
+    ]
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     expected = encode_turns(tokenizer, template, messages, tools)[0]
-    (tmp_path / "job").write_bytes(pickle.dumps(dataclasses.replace(template, tokenizer=LightTokenizer(tokenizer))))
+    (tmp_path / "job").write_bytes(
+        pickle.dumps(dataclasses.replace(template, tokenizer=LightTokenizer(tokenizer)))
+    )
     code = (
         "import pickle, sys; from pathlib import Path; from fastft.data.encode import encode_turns\n"
         "template = pickle.loads(Path(sys.argv[1]).read_bytes()); messages, tools = eval(sys.argv[2])\n"
@@ -352,7 +407,9 @@ def test_the_workers_tokenizer_is_the_real_one_without_torch(tmp_path):
         "print(made.input_ids.tolist(), made.labels.tolist(), 'torch' in sys.modules, sep='|')"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "job"), repr((messages, tools))]
-    ids, labels, torch = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("|")
+    ids, labels, torch = subprocess.run(
+        command, capture_output=True, text=True, check=True
+    ).stdout.split("|")
     assert eval(ids) == expected.input_ids.tolist()
     assert eval(labels) == expected.labels.tolist()
     assert torch.strip() == "False"

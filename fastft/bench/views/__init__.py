@@ -1,0 +1,1 @@
+"""What a benchmark result looks like: tables, plots, a page."""

@@ -1,0 +1,472 @@
+"""Loading a base model and attaching LoRA: `FastLanguageModel`, and what `fastft train` does with
+it.
+
+`FastLanguageModel` takes the keywords of Unsloth's and returns the same things, so an Unsloth
+notebook runs with only the import line changed. The functions below it turn a RunConfig into those
+calls and check what came back.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastft import hub
+from fastft.config import MOVES_THE_BASE, LoraConfig, ModelConfig, RunConfig
+from fastft.engines import choose_engine, get_engine
+from fastft.engines.base import Engine
+from fastft.errors import FastFTError, did_you_mean
+from fastft.hardware import Choice, Hardware, probe
+
+PEFT_INIT = {
+    "default": True,
+    "pissa": "pissa_niter_16",
+}  # the other names of lora.init are peft's own
+
+
+class FastLanguageModel:
+    """Drop-in for Unsloth's FastLanguageModel, on Unsloth where it runs and on plain transformers
+    + peft elsewhere.
+    """
+
+    @staticmethod
+    def from_pretrained(*args: Any, engine: str = "auto", **kwargs: Any) -> tuple[Any, Any]:
+        """Return (model, tokenizer).
+
+        Every keyword of Unsloth's `FastLanguageModel.from_pretrained` is passed on; those not
+        given keep Unsloth's defaults. `engine` (auto, unsloth, stock) is fastft's own. Raises
+        FastFTError for an unknown model, a folder that is no model, and a checkpoint that has only
+        pickle weights.
+        """
+        name = kwargs.get("model_name", args[0] if args else None)
+        if name is not None:
+            check_checkpoint(str(name), revision=kwargs.get("revision"), token=kwargs.get("token"))
+        quantization = "int8" if kwargs.get("load_in_8bit") else "none"
+        chosen = get_engine(choose_engine(engine, probe(), quantization=quantization).value)
+        model, tokenizer = chosen.from_pretrained(*args, **kwargs)
+        model._fastft_engine = chosen.name
+        return model, tokenizer
+
+    @staticmethod
+    def get_peft_model(model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return `model` with LoRA attached; every keyword of Unsloth's `get_peft_model` is passed
+        on.
+
+        Raises FastFTError for target modules that the model does not have; the message lists those
+        it has.
+        """
+        check_target_modules(
+            model, kwargs.get("target_modules", args[1] if len(args) > 1 else None)
+        )
+        engine = _engine_of(model)
+        peft_model = engine.get_peft_model(model, *args, **kwargs)
+        peft_model._fastft_engine = engine.name
+        return peft_model
+
+    @staticmethod
+    def for_inference(model: Any) -> Any:
+        """Return `model` switched to generation."""
+        return _engine_of(model).for_inference(model)
+
+    @staticmethod
+    def for_training(model: Any, use_gradient_checkpointing: Any = None) -> Any:
+        """Return `model` switched to training."""
+        return _engine_of(model).for_training(model, use_gradient_checkpointing)
+
+
+def load_for_training(
+    config: ModelConfig,
+    hardware: Hardware,
+    *,
+    gradient_checkpointing: bool,
+    choices: dict[str, Choice],
+) -> tuple[Any, Any, Engine]:
+    """Return (model, tokenizer, engine) of the config's base model, without LoRA.
+
+    `choices` holds the already made choices "engine", "quantization" and "dtype" (see
+    `choose_loading`); "dtype" is changed where Unsloth trains the family in another one (gemma3,
+    gpt-oss: never in float16). Raises FastFTError where the checkpoint cannot be used.
+    """
+    import torch
+
+    check_checkpoint(config.name, revision=config.revision)
+    engine = get_engine(choices["engine"].value)
+    quantization = choices["quantization"].value
+    keywords: dict[str, Any] = {
+        "model_name": location(config.name),
+        "max_seq_length": config.max_seq_length,
+        "dtype": getattr(torch, choices["dtype"].value),
+        "load_in_4bit": quantization == "nf4",
+        "load_in_8bit": quantization == "int8",
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+        "use_gradient_checkpointing": _checkpointing(gradient_checkpointing, engine, hardware.kind),
+    }
+    if engine.name == "unsloth" and hardware.kind == "cuda":
+        # It would load its own copy of a model it knows (pre-quantised in 4 bit, and without the
+        # revision), which is neither the base that was planned and recorded nor the one that is
+        # exported.
+        keywords["use_exact_model_name"] = True
+    with explained(config.name):
+        model, tokenizer = engine.from_pretrained(**keywords)
+    forbid_packed_nf4(model)
+    if getattr(model, "_unsloth_forced_float32", False):
+        choices["dtype"] = Choice(
+            "float32", "Unsloth computes this family in float32 here: float16 overflows in it"
+        )
+    model._fastft_engine = engine.name
+    return model, tokenizer, engine
+
+
+def _checkpointing(wanted: bool, engine: Engine, device: str) -> bool | str:
+    """Return "unsloth" for Unsloth on a GPU, which offloads layer inputs to RAM; a plain True
+    afterwards would undo it.
+    """
+    return "unsloth" if wanted and engine.name == "unsloth" and device == "cuda" else wanted
+
+
+def location(name: str) -> str:
+    """Return a local folder as an absolute path, so that the adapter finds its base from anywhere;
+    a Hub id as it is.
+    """
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """Return the base model's tokenizer with a padding token; raises FastFTError where there is
+    none.
+    """
+    check_checkpoint(config.name, revision=config.revision)
+    from transformers import AutoTokenizer
+
+    with explained(config.name):
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.name,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            padding_side="right",
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokens_to_train(config: LoraConfig, tokenizer: Any, template: Any) -> list[int]:
+    """Return ids of the tokens whose embedding rows are trained: those named, or those an added
+    template needs.
+
+    A base model whose vocabulary has the template's special tokens but never saw them in training
+    answers with noise unless these rows are learnt.
+    """
+    names = (
+        list(template.needs_tokens) if config.train_tokens == "auto" else list(config.train_tokens)
+    )
+    vocabulary = tokenizer.get_vocab()
+    unknown = [name for name in names if name not in vocabulary]
+    if unknown:
+        raise FastFTError(
+            f"lora.train_tokens: the tokenizer has no {', '.join(map(repr, unknown))}. Name "
+            "tokens of its vocabulary."
+        )
+    return sorted({vocabulary[name] for name in names})
+
+
+def choose_loading(config: RunConfig, hardware: Hardware) -> dict[str, Choice]:
+    """Return every automatic choice of a run with its reason, before any engine is imported.
+
+    quantization, dtype, optimizer, gradient_checkpointing and micro_batch_tokens come from the
+    plan's arithmetic. Raises FastFTError for a checkpoint that cannot be used and for unknown
+    target modules.
+    """
+    from fastft.planning import load_shape, resolve
+
+    check_checkpoint(config.model.name, revision=config.model.revision)
+    shape = load_shape(config.model.name, config.model.revision)
+    choices = dict(resolve(config, hardware, shape).choices)
+    engine = choose_engine(
+        config.model.engine, hardware, quantization=choices["quantization"].value
+    )
+    return {"engine": engine, **choices}
+
+
+def attach_lora(
+    model: Any,
+    engine: Engine,
+    config: LoraConfig,
+    *,
+    seed: int,
+    gradient_checkpointing: bool,
+    train_token_ids: list[int],
+) -> tuple[Any, int]:
+    """Return (peft model, number of trainable parameters), checked against the closed form.
+
+    LoRA on a linear layer of shape (out, in) has r (in + out) parameters (arXiv 2106.09685,
+    section 4.1), DoRA `out` more; each trained token row has the embedding's width.
+    """
+    check_target_modules(model, config.target_modules)
+    if config.init in MOVES_THE_BASE and train_token_ids:
+        raise FastFTError(
+            f"lora.init {config.init} cannot be combined with trained token rows "
+            f"({len(train_token_ids)} tokens): peft loses "
+            "them when it turns the adapter into one of the plain base. Set "
+            "lora.train_tokens: [] or lora.init: default."
+        )
+    expected = count_lora_parameters(model, config, len(train_token_ids))
+    keywords: dict[str, Any] = {
+        "r": config.r,
+        "target_modules": config.target_modules,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "bias": "none",
+        "random_state": seed,
+        "use_rslora": config.use_rslora,
+        "init_lora_weights": PEFT_INIT.get(config.init, config.init),
+        "use_gradient_checkpointing": _checkpointing(
+            gradient_checkpointing, engine, model.device.type
+        ),
+    }
+    if config.use_dora:
+        keywords["use_dora"] = True
+    if train_token_ids:
+        keywords["trainable_token_indices"] = sorted(train_token_ids)
+    peft_model = engine.get_peft_model(model, **keywords)
+    peft_model._fastft_engine = engine.name
+    trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
+    if trainable != expected:
+        raise FastFTError(
+            f"the model has {trainable:,} trainable parameters, but LoRA r={config.r} on "
+            f"{config.target_modules!r} "
+            f"should have {expected:,}. This model's layers are not understood; name "
+            "lora.target_modules explicitly."
+        )
+    return peft_model, trainable
+
+
+def count_lora_parameters(model: Any, config: LoraConfig, train_tokens: int = 0) -> int:
+    """Return the closed-form number of LoRA parameters: sum of r (in + out) over targets, DoRA +
+    out, token rows.
+    """
+    total = 0
+    for _, module in _targeted(model, config.target_modules):
+        total += config.r * (module.in_features + module.out_features)
+        total += module.out_features if config.use_dora else 0
+    if train_tokens:
+        total += train_tokens * model.get_input_embeddings().embedding_dim
+    return total
+
+
+def check_target_modules(model: Any, target_modules: Any) -> None:
+    """Raise FastFTError for target modules that match nothing; the message lists the model's
+    linear layers.
+    """
+    if target_modules is None or target_modules == "all-linear":
+        return
+    names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    if isinstance(target_modules, str) and not target_modules.isidentifier():
+        return  # a regular expression, which is peft's to judge
+    have = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if not list(module.children())
+    }
+    paths = [name for name, _ in model.named_modules()]
+    # Phi-3 and others fuse what Llama splits; Unsloth and fastft map the split names onto the fused
+    # ones.
+    have |= {split for split, fused in FUSED.items() if fused in have}
+    missing = [
+        n for n in names if n not in have and not any(p == n or p.endswith("." + n) for p in paths)
+    ]
+    if missing or not names:
+        valid = sorted({name.rsplit(".", 1)[-1] for name, _ in _targeted(model, "all-linear")})
+        what = (
+            ", ".join(f"{name!r}{did_you_mean(name, valid)}" for name in missing) or "an empty list"
+        )
+        raise FastFTError(
+            f"lora.target_modules: the model has no {what}. It has: {', '.join(valid)}; or "
+            "use all-linear."
+        )
+
+
+FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
+
+
+def _targeted(model: Any, target_modules: Any) -> list[tuple[str, Any]]:
+    """Return (name, linear layer) of every layer that LoRA is put on; the head is not part of
+    all-linear.
+    """
+    linear = [
+        (n, m)
+        for n, m in model.named_modules()
+        if hasattr(m, "in_features") and hasattr(m, "out_features")
+    ]
+    head = model.get_output_embeddings()
+    if target_modules == "all-linear":
+        return [(n, m) for n, m in linear if m is not head]
+    leaves = {name.rsplit(".", 1)[-1] for name, _ in linear}
+    wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    wanted += [FUSED[n] for n in wanted if n in FUSED and n not in leaves and FUSED[n] in leaves]
+    return [(n, m) for n, m in linear if any(n == w or n.endswith("." + w) for w in wanted)]
+
+
+def check_checkpoint(name: str, *, revision: str | None = None, token: str | None = None) -> None:
+    """Raise FastFTError unless `name` is a model with safetensors weights: a folder, or a Hub id
+    that can be reached.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        raise FastFTError(
+            f"model {name} is a file. Give the folder that holds config.json, or a Hub id."
+        )
+    if folder.is_dir():
+        return _check_folder(folder)
+    looks_local = name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or ":" in name
+    if looks_local or not name.strip():
+        raise FastFTError(
+            f"model folder {name!r} does not exist. Give a folder that holds config.json, or "
+            "a Hub id."
+        )
+    _check_hub(name, revision, token)
+
+
+def _check_folder(folder: Path) -> None:
+    files = sorted(p.name for p in folder.iterdir())
+    if "config.json" not in files and "adapter_config.json" not in files:
+        found = ", ".join(files[:5]) or "nothing"
+        raise FastFTError(f"{folder} is not a model: it has no config.json (found: {found}).")
+    try:
+        config = (
+            json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if "config.json" in files
+            else {}
+        )
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FastFTError(
+            f"{folder / 'config.json'} is not valid JSON: {error}. Download the model again."
+        ) from error
+    if "config.json" in files and not config.get("model_type"):
+        raise FastFTError(
+            f"{folder / 'config.json'} has no model_type: it is not a transformers model."
+        )
+    weights = [folder / name for name in files if name.endswith(".safetensors")]
+    for path in weights:
+        check_whole(path)
+    if weights:
+        return
+    pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if pickles:
+        raise FastFTError(
+            f"{folder} has only pickle weights ({pickles[0]}), which can run code when "
+            "loaded. Convert them to "
+            "safetensors on a machine you can spare, or use a checkpoint that has them."
+        )
+    raise FastFTError(
+        f"{folder} has a config.json but no *.safetensors weights. Download the model again."
+    )
+
+
+def check_whole(path: Path) -> None:
+    """Raise FastFTError where a safetensors file is shorter than its header says: a download or
+    copy that was cut off.
+    """
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        try:
+            header = json.loads(file.read(length)) if len(start) == 8 and length < 2**30 else None
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            header = None
+    if not isinstance(header, dict):
+        raise FastFTError(f"{path} is not a safetensors file. Download or copy it again.")
+    needed = (
+        8
+        + length
+        + max(
+            (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"),
+            default=0,
+        )
+    )
+    size = path.stat().st_size
+    if size < needed:
+        raise FastFTError(
+            f"{path} is cut off: {size:,} of {needed:,} bytes are there. Download or copy it again."
+        )
+
+
+def _check_hub(name: str, revision: str | None, token: str | None) -> None:
+    """Ask the Hub (or its cache, when offline) whether `name` exists and has safetensors."""
+    import httpx
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            return
+        if hub.is_offline():
+            raise FastFTError(
+                f"model {name!r} is not in the local cache, and HF_HUB_OFFLINE is set. Unset "
+                "it, or give a folder."
+            )
+        with hub.bounded_waits():
+            files = HfApi().list_repo_files(name, revision=revision, token=token)
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise hub.explain(error, f"model {name!r}") from error
+    except (httpx.HTTPError, OSError) as error:
+        raise FastFTError(
+            f"model {name!r}: no such folder, and the Hub cannot be reached "
+            f"({type(error).__name__}). Check the spelling, "
+            "or the network, or give a local folder."
+        ) from error
+    if "config.json" in files and not any(f.endswith(".safetensors") for f in files):
+        raise FastFTError(
+            f"model {name!r} has no safetensors weights, only pickles; fastft does not load those."
+        )
+
+
+def forbid_packed_nf4(model: Any) -> None:
+    """Keep bitsandbytes' CPU layers on the layout that has a backward.
+
+    Its CPU path repacks NF4 weights at the first forward without gradients (an evaluation, a
+    generation) and never unpacks them; the backward of a later training step is then silently
+    wrong.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _engine_of(model: Any) -> Engine:
+    return get_engine(
+        getattr(model, "_fastft_engine", None) or choose_engine("auto", probe()).value
+    )
+
+
+class explained:
+    """Turn what transformers raises for a checkpoint it cannot use into one clear message."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        from safetensors import SafetensorError
+
+        if isinstance(error, FastFTError) or error is None:
+            return
+        if isinstance(
+            error, OSError | ValueError | KeyError | NotImplementedError | SafetensorError
+        ):
+            first = (
+                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            )
+            hint = " Try model.engine: stock." if isinstance(error, NotImplementedError) else ""
+            raise FastFTError(f"model {self.name} could not be loaded: {first}{hint}") from error

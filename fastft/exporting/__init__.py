@@ -1,0 +1,146 @@
+"""`fastft export`: from a run, an adapter or a model folder to the files that people use, one
+target each.
+
+adapter     a peft folder                       merged      a transformers folder
+gguf:TYPE   a llama.cpp file of that type       gguf-lora   the adapter alone, for llama.cpp
+ollama      a Modelfile beside the GGUF file
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from fastft.config import EXPORT_KINDS
+from fastft.errors import FastFTError, did_you_mean
+from fastft.progress import Reporter
+from fastft.runs.mirror import follow
+from fastft.runs.target import Target, resolve
+
+
+def export(
+    run: str | Path,
+    to: list[str],
+    *,
+    out: str | Path | None = None,
+    base: str | None = None,
+    dtype: str = "auto",
+    imatrix: str | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Write the targets `to` of `run` and return {"files": [{"path", "kind", "bytes"}]}.
+
+    Every target is written whole or not at all. Raises FastFTError for unknown targets, and
+    whatever the target itself refuses (each says what and why); nothing is written then.
+    """
+    wanted = parse_targets(to)
+    target = resolve(run, base=base)
+    folder = Path(out).expanduser() if out is not None else target.default_out
+    report = reporter or Reporter()
+    if "gguf-lora" in wanted:
+        _refuse_unholdable(target)
+    files: list[dict[str, Any]] = []
+    for kind in wanted:
+        if kind == "adapter":
+            files += _adapter(target, folder)
+        elif kind == "merged":
+            files += _merged(target, folder, dtype, report)
+    ggufs = [kind.split(":")[1] for kind in wanted if kind.startswith("gguf:")]
+    if ggufs or {"gguf-lora", "ollama"} & set(wanted):
+        from fastft.exporting.llama import export_for_llamacpp
+
+        files += export_for_llamacpp(
+            target,
+            folder,
+            ggufs,
+            lora="gguf-lora" in wanted,
+            ollama="ollama" in wanted,
+            imatrix=imatrix,
+            report=report,
+        )
+    for entry in files:
+        report.note(f"wrote {entry['path']} ({entry['bytes'] / 2**20:,.1f} MiB)")
+    if target.run is not None:
+        follow(target.run, note=report.note, warn=report.warn)
+    return {"files": files}
+
+
+def parse_targets(to: list[str]) -> list[str]:
+    """Return the targets, each once, in the order given; raises one FastFTError for all unknown
+    ones.
+    """
+    problems = []
+    if not to:
+        problems.append("no export target given")
+    for target in to:
+        if target not in EXPORT_KINDS and not re.fullmatch(r"gguf:[a-z0-9_]+", target):
+            problems.append(
+                "unknown export target "
+                f"{target!r}{did_you_mean(target, (*EXPORT_KINDS, 'gguf:q4_k_m', 'gguf:q8_0'))}"
+            )
+    if problems:
+        raise FastFTError(
+            "; ".join(problems)
+            + f". Known: {', '.join(EXPORT_KINDS)}, gguf:TYPE (for example gguf:q4_k_m)."
+        )
+    return list(dict.fromkeys(to))
+
+
+def describe(path: Path, kind: str) -> dict[str, Any]:
+    """Return {"path", "kind", "bytes"} of a file or folder."""
+    size = (
+        path.stat().st_size
+        if path.is_file()
+        else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    )
+    return {"path": str(path), "kind": kind, "bytes": size}
+
+
+def _refuse_unholdable(target: Target) -> None:
+    """Raise FastFTError for an adapter that a LoRA GGUF cannot hold, before anything is written."""
+    from fastft.exporting.gguf.lora import check_holdable
+    from fastft.exporting.llama import base_folder
+    from fastft.exporting.weights import Weights
+
+    if target.adapter is None:
+        raise FastFTError(f"{target.base} is a plain model; it has no adapter to export.")
+    check_holdable(Weights(base_folder(target), target.adapter))
+
+
+def _adapter(target: Target, folder: Path) -> list[dict[str, Any]]:
+    from fastft.exporting.adapter import copy_adapter
+
+    if target.adapter is None:
+        raise FastFTError(f"{target.base} is a plain model; it has no adapter to export.")
+    # A run's own final/ is the adapter already; a copy goes only where the user asked for one.
+    in_place = target.run is not None and folder == target.run.export
+    return [
+        describe(
+            target.adapter if in_place else copy_adapter(target.adapter, folder / "adapter"),
+            "adapter",
+        )
+    ]
+
+
+def _merged(target: Target, folder: Path, dtype: str, report: Reporter) -> list[dict[str, Any]]:
+    from fastft.exporting.card import model_card
+    from fastft.exporting.merged import export_merged
+    from fastft.exporting.weights import resolve_base
+    from fastft.runs.checkpoint import write_atomically
+
+    if target.adapter is None:
+        raise FastFTError(f"{target.base} is a plain model; there is nothing to merge.")
+    out = folder / "merged"
+    with report.bytes("merging") as progress:
+        export_merged(
+            resolve_base(target.adapter, target.base),
+            target.adapter,
+            out,
+            dtype=dtype,
+            progress=progress,
+        )
+    if target.run is not None:
+        card = model_card(target.run.read_config(), target.run.read_record(), kind="merged")
+        write_atomically(out / "README.md", card)
+    return [describe(out, "merged")]

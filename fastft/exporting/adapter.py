@@ -1,0 +1,89 @@
+"""Export target `adapter`: the folder that plain peft loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fastft.config import RunConfig
+from fastft.exporting.card import model_card
+from fastft.runs import checkpoint
+
+
+def write_adapter(
+    model: Any,
+    tokenizer: Any,
+    out: Path,
+    *,
+    config: RunConfig,
+    record: dict[str, Any],
+    end_token_ids: list[int],
+    initial: Path | None = None,
+) -> Path:
+    """Write the trained adapter to `out`: safetensors, adapter and base config, tokenizer, model
+    card; whole or not at all.
+
+    It loads with `peft.PeftModel.from_pretrained(base, out)`, without fastft. `initial` is the
+    adapter as it was before the first step, for inits that moved the base's weights: the
+    difference of the two (rank 2r) fits the plain base.
+    """
+    aside = out.with_name(f".writing-{out.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        # peft saves the rows of trained tokens inside the adapter; whole embeddings only where they
+        # were resized.
+        conversion = {"path_initial_model_for_weight_conversion": str(initial)} if initial else {}
+        model.save_pretrained(str(aside), safe_serialization=True, **conversion)
+        tokenizer.save_pretrained(str(aside))
+        base = model.get_base_model()
+        base.config.to_json_file(str(aside / "config.json"))
+        generation = base.generation_config.to_dict() | {
+            "eos_token_id": end_token_ids,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        (aside / "generation_config.json").write_text(
+            json.dumps(generation, indent=1), encoding="utf-8"
+        )
+        source = Path(config.model.name).expanduser() / "tokenizer.model"
+        if source.is_file():  # transformers 5 no longer writes it; llama.cpp's converter needs it
+            shutil.copy2(source, aside / "tokenizer.model")
+        (aside / "README.md").write_text(
+            model_card(config, record, kind="adapter"), encoding="utf-8"
+        )
+        checkpoint.seal(aside, out)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise checkpoint.disk_error(error, out.parent) from error
+    return out
+
+
+def copy_adapter(final: Path, out: Path) -> Path:
+    """Copy an adapter folder to `out`, whole or not at all."""
+    if out.resolve() == final.resolve():
+        return out
+    aside = out.with_name(f".writing-{out.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        shutil.copytree(final, aside)
+        checkpoint.seal(aside, out)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise checkpoint.disk_error(error, out.parent) from error
+    return out
+
+
+def keep_initial(model: Any, out: Path) -> Path:
+    """Keep the untrained adapter in `out` (once), which `write_adapter` needs for inits that moved
+    the base's weights.
+    """
+    if not (out / "adapter_config.json").is_file():
+        config = model.peft_config["default"]
+        init, config.init_lora_weights = (
+            config.init_lora_weights,
+            True,
+        )  # peft refuses to convert towards itself
+        model.save_pretrained(str(out), safe_serialization=True)
+        config.init_lora_weights = init
+    return out

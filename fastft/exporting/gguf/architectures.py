@@ -1,0 +1,482 @@
+"""What the seven families that we write ourselves look like in GGUF: tensor names, transforms,
+metadata.
+
+Everything is closed: an unknown architecture, tensor, rope type or config field raises
+`Unsupported`, and the caller hands the model to the upstream converter. Key names and transforms
+are those of llama.cpp's converter, which the tests compare with byte by byte.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastft.errors import FastFTError
+from fastft.exporting.weights import Weights
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Unsupported(FastFTError):
+    """The streaming writer does not know this model exactly."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the file: where its rows come from and what is done to them.
+
+    `shape` is in numpy's order, (rows, row length) or (length,).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    source: str = ""
+    heads: int = 0
+    """rotary halves of so many heads are interleaved: row 2 i + j of a head comes from row j *
+    half + i
+    """
+    shift: float = 0.0
+    """added to every value: Gemma's norms multiply by 1 + weight"""
+    values: tuple[float, ...] = ()
+    """computed from the config instead of read"""
+
+    @property
+    def step(self) -> int:
+        """Rows must be read in multiples of this."""
+        return self.shape[0] // self.heads if self.heads else 1
+
+    def rows(self, weights: Weights, first: int, last: int) -> torch.Tensor:
+        """Return rows `first` to `last` in float32."""
+        import torch
+
+        if self.values:
+            return torch.tensor(self.values[first:last], dtype=torch.float32)
+        part = weights.tensor(self.source, slice(first, last))
+        if self.heads:
+            part = (
+                part.reshape(-1, 2, self.step // 2, *self.shape[1:])
+                .swapaxes(1, 2)
+                .reshape(part.shape)
+            )
+        return part + self.shift if self.shift else part
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as GGUF describes it: `metadata` maps keys to (value, type name), without the
+    tokenizer's.
+    """
+
+    arch: str
+    tensors: list[Tensor]
+    metadata: dict[str, tuple[Any, str]]
+    notes: list[str]
+    """what llama.cpp will do otherwise than transformers, in words for the certificate"""
+
+
+ATTENTION = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "input_layernorm": "attn_norm",
+}
+QK_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+GATED_MLP = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+TWO_NORMS = {"post_attention_layernorm": "ffn_norm"}
+FOUR_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+FUSED = {
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.o_proj": "attn_output",
+    "input_layernorm": "attn_norm",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One transformers class and its GGUF architecture."""
+
+    model_type: str
+    arch: str
+    layer: dict[str, str]
+    biases: frozenset[str] = frozenset()
+    """GGUF names that may have a bias"""
+    activation: str = "silu"
+    permuted: bool = False
+    norm_shift: float = 0.0
+    extra: Callable[[dict[str, Any], dict[str, tuple[Any, str]]], None] = lambda config, metadata: (
+        None
+    )
+
+
+def _llama(config: dict[str, Any], metadata: dict[str, tuple[Any, str]]) -> None:
+    metadata["llama.vocab_size"] = (config["vocab_size"], "UINT32")
+    metadata["llama.rope.dimension_count"] = (_head_dim(config), "UINT32")
+
+
+def _gemma2(config: dict[str, Any], metadata: dict[str, tuple[Any, str]]) -> None:
+    del metadata[
+        "gemma2.rope.freq_base"
+    ]  # llama.cpp's own value for gemma2 is 10000; another one is refused below
+    if _rope(config, "full_attention").get("rope_theta", 10000.0) != 10000.0:
+        raise Unsupported(f"rope_theta {_rope(config, 'full_attention')['rope_theta']} in gemma2")
+    _attention_scale(config, layers_27b=46)
+    if config["layer_types"] != ["sliding_attention", "full_attention"] * (
+        config["num_hidden_layers"] // 2
+    ):
+        raise Unsupported("layer_types: gemma2 alternates sliding and full attention")
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if not config.get(key):
+            raise Unsupported(f"{key} {config.get(key)}: llama.cpp's gemma2 always caps")
+    metadata["gemma2.attn_logit_softcapping"] = (config["attn_logit_softcapping"], "FLOAT32")
+    metadata["gemma2.final_logit_softcapping"] = (config["final_logit_softcapping"], "FLOAT32")
+    metadata["gemma2.attention.sliding_window"] = (config["sliding_window"], "UINT32")
+
+
+def _gemma3(config: dict[str, Any], metadata: dict[str, tuple[Any, str]]) -> None:
+    _attention_scale(config, layers_27b=62)
+    if config.get("attn_logit_softcapping"):
+        raise Unsupported("attn_logit_softcapping in gemma3")
+    if config.get("use_bidirectional_attention"):
+        raise Unsupported("use_bidirectional_attention")
+    if config.get("final_logit_softcapping"):
+        metadata["gemma3.final_logit_softcapping"] = (config["final_logit_softcapping"], "FLOAT32")
+    metadata["gemma3.attention.sliding_window"] = (config["sliding_window"], "UINT32")
+    metadata["gemma3.rope.freq_base_swa"] = (
+        _rope(config, "sliding_attention")["rope_theta"],
+        "FLOAT32",
+    )
+    sliding = [kind == "sliding_attention" for kind in config["layer_types"]]
+    if sliding != [(i + 1) % 6 != 0 for i in range(len(sliding))]:
+        metadata["gemma3.attention.sliding_window_pattern"] = (sliding, "BOOLS")
+
+
+def _phi3(config: dict[str, Any], metadata: dict[str, tuple[Any, str]]) -> None:
+    rope = _rope(config)
+    original = (
+        rope.get("original_max_position_embeddings") or config["original_max_position_embeddings"]
+    )
+    dims = (
+        int((rope.get("partial_rotary_factor") or 1.0) * config["hidden_size"])
+        // config["num_attention_heads"]
+    )
+    metadata["phi3.rope.scaling.original_context_length"] = (original, "UINT32")
+    metadata["phi3.rope.dimension_count"] = (dims, "UINT32")
+    metadata["phi3.attention.sliding_window"] = (config.get("sliding_window") or 0, "UINT32")
+    if rope.get("rope_type") == "longrope":
+        # transformers' _compute_longrope_parameters
+        scale = rope.get("factor") or config["max_position_embeddings"] / original
+        factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+        metadata["phi3.rope.scaling.attn_factor"] = (
+            rope.get("attention_factor") or factor,
+            "FLOAT32",
+        )
+
+
+QKV_BIASES = frozenset({"attn_q", "attn_k", "attn_v"})
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": Family(
+        "llama",
+        "llama",
+        ATTENTION | TWO_NORMS | GATED_MLP,
+        biases=QKV_BIASES | {"attn_output", "ffn_gate", "ffn_up", "ffn_down"},
+        permuted=True,
+        extra=_llama,
+    ),
+    "MistralForCausalLM": Family(
+        "mistral", "llama", ATTENTION | TWO_NORMS | GATED_MLP, permuted=True, extra=_llama
+    ),
+    "Qwen2ForCausalLM": Family(
+        "qwen2", "qwen2", ATTENTION | TWO_NORMS | GATED_MLP, biases=QKV_BIASES
+    ),
+    "Qwen3ForCausalLM": Family("qwen3", "qwen3", ATTENTION | QK_NORMS | TWO_NORMS | GATED_MLP),
+    "Gemma2ForCausalLM": Family(
+        "gemma2",
+        "gemma2",
+        ATTENTION | FOUR_NORMS | GATED_MLP,
+        activation="gelu_pytorch_tanh",
+        norm_shift=1.0,
+        extra=_gemma2,
+    ),
+    "Gemma3ForCausalLM": Family(
+        "gemma3_text",
+        "gemma3",
+        ATTENTION | QK_NORMS | FOUR_NORMS | GATED_MLP,
+        activation="gelu_pytorch_tanh",
+        norm_shift=1.0,
+        extra=_gemma3,
+    ),
+    "Phi3ForCausalLM": Family("phi3", "phi3", FUSED | TWO_NORMS, extra=_phi3),
+}
+ROPE_TYPES = {
+    "llama": {"default", "llama3", "linear"},
+    "mistral": {"default", "llama3", "linear"},
+    "qwen2": {"default", "linear"},
+    "qwen3": {"default", "linear"},
+    "gemma2": {"default"},
+    "gemma3_text": {"default", "linear"},
+    "phi3": {"default", "longrope"},
+}
+# Fields that say how a model was trained or is to be sampled, and nothing about its arithmetic.
+HARMLESS = {
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "quantization_config",
+    "pretraining_tp",
+    "rope_scaling",
+    "rope_theta",
+    "rope_local_base_freq",
+    "sliding_window_pattern",
+    "max_window_layers",
+    "cache_implementation",
+    "hidden_act",
+    "hidden_activation",
+    "unsloth_fixed",
+    "unsloth_version",
+    "model_name",
+    "original_max_position_embeddings",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attention_dropout",
+    "head_dim",
+}
+
+
+def describe(weights: Weights) -> Model:
+    """Return how `weights` look in GGUF. Raises Unsupported with everything that is not known,
+    collected.
+    """
+    family, config = _read_config(weights)
+    metadata = _metadata(family, config)
+    family.extra(config, metadata)
+    tensors = [*_rope_tensors(family, config), *_tensors(family, config, weights)]
+    return Model(family.arch, tensors, metadata, _notes(family, config))
+
+
+def _read_config(weights: Weights) -> tuple[Family, dict[str, Any]]:
+    """Return the family and the config with transformers' own defaults filled in."""
+    from transformers import AutoConfig
+
+    raw = weights.config
+    name = (raw.get("architectures") or ["?"])[0]
+    family = FAMILIES.get(name)
+    if family is None or raw.get("model_type") != family.model_type:
+        raise Unsupported(
+            f"architecture {name} (model_type {raw.get('model_type')}); known: "
+            f"{', '.join(FAMILIES)}"
+        )
+    defaults = AutoConfig.for_model(family.model_type).to_dict()
+    strange = [
+        k
+        for k, v in raw.items()
+        if k not in defaults and k not in HARMLESS and not k.startswith("_") and v
+    ]
+    if strange:
+        raise Unsupported(
+            f"config fields that are not known for {name}: {', '.join(sorted(strange))}"
+        )
+    values = {
+        k: v
+        for k, v in raw.items()
+        if k not in {"architectures", "model_type", "dtype", "torch_dtype"}
+    }
+    config = AutoConfig.for_model(family.model_type, **values).to_dict()
+    _check_config(family, config)
+    return family, config
+
+
+def _check_config(family: Family, config: dict[str, Any]) -> None:
+    problems = []
+    activation = config.get("hidden_activation") or config.get("hidden_act")
+    if activation != family.activation:
+        problems.append(f"activation {activation}, not {family.activation}")
+    kinds = {
+        _rope(config, kind).get("rope_type", "default")
+        for kind in ("full_attention", "sliding_attention")
+    }
+    unknown = kinds - ROPE_TYPES[family.model_type]
+    if unknown:
+        problems.append(f"rope type {', '.join(sorted(unknown))}")
+    if family.model_type != "phi3" and _rope(config).get("partial_rotary_factor", 1.0) not in {
+        None,
+        1.0,
+    }:
+        problems.append(f"partial_rotary_factor {_rope(config)['partial_rotary_factor']}")
+    if config.get("use_sliding_window"):
+        problems.append("use_sliding_window")
+    if problems:
+        raise Unsupported(f"{family.model_type} with " + "; ".join(problems))
+
+
+def _attention_scale(config: dict[str, Any], layers_27b: int) -> None:
+    # llama.cpp knows the 27B model by its number of layers and scales by hidden / heads there.
+    at_27b = config["num_hidden_layers"] == layers_27b
+    expected = (
+        config["hidden_size"] / config["num_attention_heads"] if at_27b else _head_dim(config)
+    )
+    if config["query_pre_attn_scalar"] != expected:
+        raise Unsupported(
+            f"query_pre_attn_scalar {config['query_pre_attn_scalar']}: llama.cpp divides by "
+            f"{expected}"
+        )
+
+
+def _head_dim(config: dict[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def _rope(config: dict[str, Any], kind: str = "full_attention") -> dict[str, Any]:
+    """Return the rope parameters of one kind of attention layer, as transformers 5 keeps them."""
+    found = config.get("rope_parameters") or {}
+    inner = found.get(kind) if kind in found else found
+    return inner if isinstance(inner, dict) else {}
+
+
+def _metadata(family: Family, config: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+    arch, rope = family.arch, _rope(config)
+    heads = config["num_attention_heads"]
+    found: dict[str, tuple[Any, str]] = {
+        f"{arch}.block_count": (config["num_hidden_layers"], "UINT32"),
+        f"{arch}.context_length": (config["max_position_embeddings"], "UINT32"),
+        f"{arch}.embedding_length": (config["hidden_size"], "UINT32"),
+        f"{arch}.feed_forward_length": (config["intermediate_size"], "UINT32"),
+        f"{arch}.attention.head_count": (heads, "UINT32"),
+        f"{arch}.attention.head_count_kv": (config.get("num_key_value_heads") or heads, "UINT32"),
+        f"{arch}.rope.freq_base": (rope.get("rope_theta", 10000.0), "FLOAT32"),
+        f"{arch}.attention.layer_norm_rms_epsilon": (config["rms_norm_eps"], "FLOAT32"),
+    }
+    if config.get("head_dim") and arch != "phi3":
+        found[f"{arch}.attention.key_length"] = (config["head_dim"], "UINT32")
+        found[f"{arch}.attention.value_length"] = (config["head_dim"], "UINT32")
+    if rope.get("rope_type") == "linear":
+        found[f"{arch}.rope.scaling.type"] = ("linear", "STRING")
+        found[f"{arch}.rope.scaling.factor"] = (rope["factor"], "FLOAT32")
+    return found
+
+
+def _rope_tensors(family: Family, config: dict[str, Any]) -> list[Tensor]:
+    rope = _rope(config)
+    if rope.get("rope_type") == "llama3":
+        factors = _llama3_factors(rope, _head_dim(config))
+        return [Tensor("rope_freqs.weight", (len(factors),), values=factors)]
+    if rope.get("rope_type") == "longrope":
+        long, short = (
+            tuple(float(f) for f in rope[key]) for key in ("long_factor", "short_factor")
+        )
+        return [
+            Tensor("rope_factors_long.weight", (len(long),), values=long),
+            Tensor("rope_factors_short.weight", (len(short),), values=short),
+        ]
+    return []
+
+
+def _llama3_factors(rope: dict[str, Any], head_dim: int) -> tuple[float, ...]:
+    """Return what each frequency is divided by: 1 for high ones, `factor` for low ones, smooth
+    between.
+
+    The formula is transformers' `_compute_llama3_parameters`; the frequencies are float32 there
+    and here.
+    """
+    import torch
+
+    frequencies = 1.0 / (
+        rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    )
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    context = rope["original_max_position_embeddings"]
+    factors = []
+    for wavelength in 2 * math.pi / frequencies:
+        if wavelength < context / high:
+            factors.append(1.0)
+        elif wavelength > context / low:
+            factors.append(float(factor))
+        else:
+            smooth = (context / wavelength - low) / (high - low)
+            factors.append(float(1 / ((1 - smooth) / factor + smooth)))
+    return tuple(factors)
+
+
+def _tensors(family: Family, config: dict[str, Any], weights: Weights) -> list[Tensor]:
+    """Name every tensor of the checkpoint; what is left over or missing is reported all at once."""
+    layers = config["num_hidden_layers"]
+    wanted = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+    }
+    for i in range(layers):
+        for module, name in family.layer.items():
+            wanted[f"model.layers.{i}.{module}.weight"] = f"blk.{i}.{name}.weight"
+    allowed = {"lm_head.weight": "output.weight"}
+    for i in range(layers):
+        for module, name in family.layer.items():
+            if name in family.biases:
+                allowed[f"model.layers.{i}.{module}.bias"] = f"blk.{i}.{name}.bias"
+    names = [
+        n
+        for n in weights.names
+        if not n.endswith((".rotary_emb.inv_freq", ".attention.masked_bias"))
+    ]
+    strange = [n for n in names if n not in wanted and n not in allowed]
+    missing = [n for n in wanted if n not in names]
+    if strange or missing:
+        raise Unsupported(
+            f"tensors unknown: {strange[:5]}, missing: {missing[:5]} in {family.model_type}"
+        )
+    if "lm_head.weight" in names and family.arch == "gemma2":
+        raise FastFTError(  # the upstream converter would drop the head without a word
+            "gemma2 with a head of its own (embeddings trained apart) cannot be held by "
+            "GGUF: llama.cpp's gemma2 "
+            "always uses the embedding as its head. Train with ensure_weight_tying, or "
+            "export `merged`."
+        )
+    return [_tensor(family, config, weights, name, (wanted | allowed)[name]) for name in names]
+
+
+def _tensor(
+    family: Family, config: dict[str, Any], weights: Weights, source: str, name: str
+) -> Tensor:
+    heads = 0
+    if family.permuted and ".attn_q." in name:
+        heads = config["num_attention_heads"]
+    elif family.permuted and ".attn_k." in name:
+        heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    shift = family.norm_shift if name.endswith("norm.weight") else 0.0
+    return Tensor(name, weights.shape(source), source=source, heads=heads, shift=shift)
+
+
+def _notes(family: Family, config: dict[str, Any]) -> list[str]:
+    notes = []
+    window = config.get("sliding_window")
+    if (
+        family.model_type in {"mistral", "phi3"}
+        and window
+        and window < config["max_position_embeddings"]
+    ):
+        notes.append(
+            f"llama.cpp has no sliding window for {family.model_type}: answers are exact up "
+            f"to {window} tokens"
+        )
+    rope = _rope(config)
+    if rope.get("rope_type") == "longrope":
+        original = (
+            rope.get("original_max_position_embeddings")
+            or config["original_max_position_embeddings"]
+        )
+        notes.append(
+            f"llama.cpp takes the long rope factors where its context is above {original} "
+            "tokens, transformers where "
+            f"the text is: for exact answers to shorter texts, use a context of {original}"
+        )
+    return notes

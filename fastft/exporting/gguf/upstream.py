@@ -1,0 +1,201 @@
+"""The way out for models that we do not write ourselves: llama.cpp's own converter.
+
+It lies in the source archive of llama-cpp-python. The archive that matches the installed version
+is fetched once from PyPI with pip, kept in ~/.cache/fastft, and its script is run as a subprocess
+with the gguf-py that it came with.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastft.errors import CouldNotFinishError, FastFTError
+from fastft.exporting.gguf.quantize import UNQUANTIZED, cache_folder
+from fastft.exporting.merged import check_disk, export_merged
+from fastft.exporting.weights import Weights
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PARTS = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/", "LICENSE")
+# Runs the converter; a splitting rule that it does not know by its hash is found by behaviour and
+# handed over.
+RUNNER = """
+import os, runpy, sys
+folder = sys.argv[1]
+sys.path[:0] = [folder, folder + "/gguf-py"]
+from conversion.base import TextModel
+known = TextModel.get_vocab_base_pre
+def by_behaviour(self, tokenizer):
+    try:
+        return known(self, tokenizer)
+    except NotImplementedError:
+        if not os.environ.get("FASTFT_PRE"):
+            raise
+        return os.environ["FASTFT_PRE"]
+TextModel.get_vocab_base_pre = by_behaviour
+sys.argv = sys.argv[2:]
+runpy.run_path(folder + "/convert_hf_to_gguf.py", run_name="__main__")
+"""
+
+
+def export_upstream(
+    weights: Weights,
+    vocabulary: Path,
+    paths: dict[str, Path],
+    *,
+    imatrix: dict[str, np.ndarray] | None,
+    threads: int | None,
+    reason: str,
+) -> list[dict[str, Any]]:
+    """Merge, convert with the upstream converter, quantise with llama.cpp; return a record of each
+    file.
+
+    Needs disk for the merged model and a 16-bit file besides the result. Raises FastFTError where
+    the upstream converter does not know the model either, CouldNotFinishError where it cannot be
+    fetched.
+    """
+    from fastft.exporting.gguf import quantize_file, read_record
+
+    converter = upstream_folder()
+    out = next(iter(paths.values())).parent
+    out.mkdir(parents=True, exist_ok=True)
+    sixteen = sum(_values(weights.shape(name)) for name in weights.names) * 2
+    check_disk(out, 3 * sixteen)
+    pre = _pre(vocabulary, weights)
+    with tempfile.TemporaryDirectory(prefix=".upstream-", suffix=".partial", dir=out) as work:
+        model = weights.base
+        if weights.adapter:
+            model = Path(work) / "merged"
+            export_merged(weights.base, weights.adapter, model)
+        made: dict[str, Path] = {}
+        for kind in paths:
+            step = kind if kind in UNQUANTIZED else "bf16"
+            if step not in made:
+                made[step] = Path(work) / f"{step}.gguf"
+                convert(converter, model, made[step], step, pre)
+        for kind, path in paths.items():
+            if kind not in UNQUANTIZED:
+                quantize_file(made["bf16"], path, kind, imatrix=imatrix, threads=threads)
+        for kind, path in paths.items():
+            if kind in UNQUANTIZED:
+                made[kind].replace(path)
+    notes = [f"written by llama.cpp's converter: {reason}"]
+    return [read_record(path, kind, "upstream", notes) for kind, path in paths.items()]
+
+
+def convert(converter: Path, model: Path, out: Path, kind: str, pre: str | None = None) -> None:
+    """Run the upstream converter on the folder `model`; FastFTError with its last words where it
+    fails.
+    """
+    command = [sys.executable, "-c", RUNNER, str(converter), "convert_hf_to_gguf.py", str(model)]
+    done = subprocess.run(
+        [*command, "--outfile", str(out), "--outtype", kind],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+        env={**os.environ, "FASTFT_PRE": pre or "", "HF_HUB_OFFLINE": "1"},
+    )
+    if done.returncode or not out.is_file():
+        last = "\n".join(done.stderr.strip().splitlines()[-3:])
+        raise FastFTError(
+            f"llama.cpp's converter cannot write this model either:\n{last}\nUse the merged "
+            "model (--to merged) with "
+            "transformers, or a newer llama-cpp-python."
+        )
+
+
+def _pre(vocabulary: Path, weights: Weights) -> str | None:
+    """Return the splitting rule's name by behaviour, or None where the tokenizer is of another
+    kind.
+    """
+    from fastft.exporting.gguf.architectures import Unsupported
+    from fastft.exporting.gguf.tokenizer import tokenizer_metadata
+
+    rows = next(weights.shape(n)[0] for n in weights.names if n.endswith("embed_tokens.weight"))
+    try:
+        return str(tokenizer_metadata(vocabulary, rows, "", weights.base)["tokenizer.ggml.pre"][0])
+    except Unsupported:
+        return None
+
+
+def upstream_folder() -> Path:
+    """Return the folder with the upstream converter of the installed llama-cpp-python; fetched at
+    first use.
+    """
+    try:
+        version = metadata.version("llama-cpp-python")
+    except metadata.PackageNotFoundError as error:
+        raise FastFTError(
+            "llama-cpp-python is not installed; pip install 'fastft[gguf]'"
+        ) from error
+    home = cache_folder() / f"llama.cpp-{version}"
+    if (home / PARTS[0]).is_file():
+        return home
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix=".llama.cpp-", suffix=".partial", dir=home.parent
+    ) as work:
+        unpacked = Path(work) / "converter"
+        _unpack(_download(version, Path(work)), unpacked)
+        shutil.rmtree(home, ignore_errors=True)
+        unpacked.rename(home)
+    return home
+
+
+def _download(version: str, folder: Path) -> Path:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--no-binary",
+        "llama-cpp-python",
+    ]
+    done = subprocess.run(
+        [*command, "-d", str(folder), f"llama-cpp-python=={version}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = next(folder.glob("llama_cpp_python-*.tar.gz"), None)
+    if done.returncode or found is None:
+        raise CouldNotFinishError(
+            f"could not fetch llama.cpp's converter (the llama-cpp-python {version} source "
+            "archive, 77 MB, from PyPI): "
+            f"{done.stderr.strip()[-300:]}\nIt is needed once for models that fastft does not "
+            "write itself."
+        )
+    return found
+
+
+def _unpack(archive: Path, out: Path) -> None:
+    """Unpack the converter's own files, and no other part of the archive."""
+    out.mkdir()
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            _, found, inner = member.name.partition("/vendor/llama.cpp/")
+            if found and inner.startswith(PARTS) and member.isfile():
+                member.name = inner
+                tar.extract(member, out, filter="data")
+    if not (out / PARTS[0]).is_file():
+        raise FastFTError(f"{archive.name} holds no {PARTS[0]}.")
+
+
+def _values(shape: tuple[int, ...]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count

@@ -1,0 +1,121 @@
+"""Export targets for llama.cpp: GGUF files of any type, the adapter as a LoRA GGUF, an Ollama
+Modelfile.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastft.errors import FastFTError
+from fastft.progress import Reporter
+from fastft.runs.target import Target
+
+OLLAMA_DEFAULT = "q4_k_m"  # what `ollama` is made of where no GGUF type was asked for
+
+
+def export_for_llamacpp(
+    target: Target,
+    folder: Path,
+    types: list[str],
+    *,
+    lora: bool,
+    ollama: bool,
+    imatrix: str | None,
+    report: Reporter,
+) -> list[dict[str, Any]]:
+    """Write what was asked for into `folder`; returns {"path", "kind", "bytes"} of each file.
+
+    `imatrix` is None, "auto" (collected on the run's own samples), or a file that `--imatrix auto`
+    wrote before.
+    """
+    from fastft.exporting.gguf import export_gguf
+    from fastft.exporting.gguf.lora import export_gguf_lora
+
+    base = base_folder(target)
+    folder.mkdir(parents=True, exist_ok=True)
+    files: list[dict[str, Any]] = []
+    wanted = types or ([OLLAMA_DEFAULT] if ollama else [])
+    if wanted:
+        matrix = importance(target, folder, imatrix, report)
+        with report.bytes("writing GGUF") as progress:
+            records = export_gguf(
+                base, folder, wanted, adapter=target.adapter, imatrix=matrix, name=target.name,
+                progress=progress, say=report.note,
+            )  # fmt: skip
+        files += [{key: record[key] for key in ("path", "kind", "bytes")} for record in records]
+    if lora:
+        if target.adapter is None:
+            raise FastFTError(f"{target.base} is a plain model; it has no adapter to export.")
+        record = export_gguf_lora(base, target.adapter, folder, name=target.name)
+        files.append({key: record[key] for key in ("path", "kind", "bytes")})
+    if ollama:
+        files.append(_modelfile(target, folder, Path(files[0]["path"]), report))
+    return files
+
+
+def base_folder(target: Target) -> Path:
+    """Return the local folder of the 16-bit base; downloads it where only its Hub id is known."""
+    from fastft.exporting.weights import resolve_base
+
+    if target.adapter is not None:
+        return resolve_base(target.adapter, target.base)
+    folder = Path(target.base).expanduser()
+    return folder if folder.is_dir() else resolve_base(folder, target.base)
+
+
+def sample_ids(target: Target) -> list[dict[str, list[int]]]:
+    """Return the run's kept samples ({"input_ids", "labels"}), or nothing for an adapter without a
+    run.
+    """
+    if target.run is None or not target.run.samples.is_file():
+        return []
+    return [
+        json.loads(line) for line in target.run.samples.read_text(encoding="utf-8").splitlines()
+    ]
+
+
+def importance(target: Target, folder: Path, imatrix: str | None, report: Reporter) -> Any:
+    """Return the importance matrix that --imatrix asks for ({tensor: mean squared inputs}), or
+    None.
+    """
+    from fastft.exporting.gguf.imatrix import collect_imatrix, load_imatrix, save_imatrix
+
+    if imatrix is None:
+        return None
+    if imatrix != "auto":
+        if not Path(imatrix).is_file():
+            raise FastFTError(
+                f"--imatrix {imatrix}: no such file. Write auto to collect one from the run's "
+                "own data."
+            )
+        return load_imatrix(imatrix)
+    samples = sample_ids(target)
+    if not samples:
+        raise FastFTError(
+            "--imatrix auto needs a run folder: its samples.jsonl holds the data that it is "
+            "collected on."
+        )
+    from fastft.inference.generate import HuggingFaceChat
+
+    report.note(f"importance matrix: from {len(samples)} of the run's own samples")
+    matrix = collect_imatrix(
+        HuggingFaceChat(target).model, [sample["input_ids"] for sample in samples]
+    )
+    save_imatrix(folder / "imatrix.npz", matrix)
+    return matrix
+
+
+def _modelfile(target: Target, folder: Path, gguf: Path, report: Reporter) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    from fastft.data.template import choose_template
+    from fastft.exporting.ollama import create_line, write_modelfile
+
+    tokenizer = AutoTokenizer.from_pretrained(str(target.adapter or target.base))
+    template = choose_template(tokenizer, None)
+    stops = tokenizer.convert_ids_to_tokens(list(template.end_token_ids))
+    path = write_modelfile(folder, gguf, tokenizer, stops=stops, name=target.name)
+    report.note(f"Ollama: {create_line(path, target.name)}")
+    return {"path": str(path), "kind": "ollama", "bytes": path.stat().st_size}

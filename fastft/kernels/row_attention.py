@@ -1,0 +1,252 @@
+"""Causal attention of each sequence of a padding-free row over itself, with its own backward, on
+the CPU.
+
+Two ways to the same numbers. `_Compiled` runs attention.cpp: bfloat16 on processors with
+AVX512-BF16 or AMX; it never writes scores to memory and sums in float32. `_Blocks` serves every
+other type and processor with torch's batched products on blocks of equal length, in which the
+heads that share a key are rows of one product.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd import Function
+
+from fastft.kernels import native
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin, each (T, dim)."""
+
+NO_WINDOW = 2**40
+
+
+def row_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rotary: Rotary | None,
+    plan: RowPlan,
+    dim: int,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Return softmax(scale q k^T) v for q (T, H dim), k and v (T, KV dim), all before rotation;
+    (T, H dim).
+
+    Position i of a sequence sees position j of the same sequence where 0 <= i - j < `window`
+    (None: all before it).
+    """
+    window = NO_WINDOW if window is None else window
+    way = _Compiled if native.attends(q.dtype, dim) else _Blocks
+    return way.apply(q, k, v, rotary, plan, dim, scale, window)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """The sequences of a row, and their layout for `_Blocks`: each padded to a multiple of PAD
+    positions.
+    """
+
+    edges: torch.Tensor  # (sequences + 1,) int64: where each begins, and T
+    table: torch.Tensor  # (sequences, 4) int64: start, length, padded start, padded length
+    groups: list[
+        tuple[int, int, int]
+    ]  # (padded start, how many, padded length) of neighbours of equal length
+
+
+PAD = 32  # few distinct shapes, so that oneDNN's generated kernels are used again
+QUERY_BLOCK = 256  # queries of one product; keys behind them are not computed
+KEEP_PROBABILITIES = (
+    256  # up to this length the backward reads them instead of computing them again
+)
+
+
+def plan_row(boundaries: Any) -> RowPlan:
+    """Return the layout of a row whose sequences lie between `boundaries` [0, ..., T]."""
+    edges = np.asarray([int(b) for b in boundaries], dtype=np.int64)
+    lengths = np.diff(edges)
+    padded = -(-lengths // PAD) * PAD
+    starts = np.concatenate([[0], np.cumsum(padded)[:-1]])
+    table = torch.from_numpy(
+        np.stack([edges[:-1], lengths, starts, padded], axis=1).astype(np.int64)
+    ).contiguous()
+    groups: list[tuple[int, int, int]] = []
+    for start, length in zip(starts.tolist(), padded.tolist(), strict=True):
+        if groups and groups[-1][2] == length:
+            first, count, _ = groups[-1]
+            groups[-1] = (first, count + 1, length)
+        else:
+            groups.append((start, 1, length))
+    return RowPlan(torch.from_numpy(edges), table, groups)
+
+
+# --- compiled
+
+
+class _Compiled(Function):
+    """Keeps q, k, v as they came, the output, and one float a row and head."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rotary: Rotary | None,
+        plan: RowPlan,
+        dim: int,
+        scale: float,
+        window: int,
+    ) -> torch.Tensor:
+        out, lse = native.attention_forward(q, k, v, rotary, plan.edges, dim, scale, window)
+        ctx.save_for_backward(q, k, v, out, lse, *(rotary or ()))
+        ctx.what = (plan.edges, dim, scale, window)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> Any:
+        q, k, v, out, lse, *rest = ctx.saved_tensors
+        rotary = (rest[0], rest[1]) if rest else None
+        grads = native.attention_backward(dout.contiguous(), q, k, v, out, lse, rotary, *ctx.what)
+        return (*grads, *(None,) * 5)
+
+
+# --- blocks of torch's batched products
+
+
+def _query_blocks(length: int, window: int) -> list[tuple[int, int, int]]:
+    """Return (first query, end, first key) of the products that cover the causal triangle, or its
+    band.
+    """
+    count = -(-length // QUERY_BLOCK)
+    edges = [length * i // count // PAD * PAD for i in range(count)] + [length]
+    return [(a, b, max(0, a - window + 1) // PAD * PAD) for a, b in itertools.pairwise(edges)]
+
+
+class _Blocks(Function):
+    """Keeps rotated q, k and v in blocks, and the attention weights of short sequences."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rotary: Rotary | None,
+        plan: RowPlan,
+        dim: int,
+        scale: float,
+        window: int,
+    ) -> torch.Tensor:
+        kv = k.shape[1] // dim
+        group = q.shape[1] // k.shape[1]
+        packed_q = native.pack_heads(q, rotary, plan.table, (kv, group, dim))
+        packed_k = native.pack_heads(k, rotary, plan.table, (kv, 1, dim))
+        packed_v = native.pack_heads(v, None, plan.table, (kv, 1, dim))
+        out = torch.empty_like(packed_q)
+        kept = []
+        for at in plan.groups:
+            qs, ks, vs, os = _views(at, kv, group, dim, packed_q, packed_k, packed_v, out)
+            for first, end, key in _query_blocks(at[2], window):
+                p = _probabilities(qs, ks, first, end, key, group, window, scale)
+                _into(os, first * group, end * group, p, vs[:, key:end])
+                if at[2] <= KEEP_PROBABILITIES:
+                    kept.append(p)
+        ctx.save_for_backward(packed_q, packed_k, packed_v, *(rotary or ()), *kept)
+        ctx.what = (rotary is not None, plan, kv, group, dim, scale, window, q.shape[0])
+        return native.unpack_heads(out, None, plan.table, (kv, group, dim), q.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> Any:
+        rotates, plan, kv, group, dim, scale, window, tokens = ctx.what
+        packed_q, packed_k, packed_v, *rest = ctx.saved_tensors
+        rotary = (rest.pop(0), rest.pop(0)) if rotates else None
+        kept = iter(rest)
+        packed_do = native.pack_heads(dout.contiguous(), None, plan.table, (kv, group, dim))
+        dq, dk, dv = (
+            torch.empty_like(packed_q),
+            torch.zeros_like(packed_k),
+            torch.zeros_like(packed_v),
+        )
+        for at in plan.groups:
+            qs, ks, vs, dos = _views(at, kv, group, dim, packed_q, packed_k, packed_v, packed_do)
+            dqs, dks, dvs, _ = _views(at, kv, group, dim, dq, dk, dv, packed_do)
+            for first, end, key in _query_blocks(at[2], window):
+                rows = slice(first * group, end * group)
+                if at[2] <= KEEP_PROBABILITIES:
+                    p = next(kept)
+                else:
+                    p = _probabilities(qs, ks, first, end, key, group, window, scale)
+                do = dos[:, rows]
+                ds = torch.bmm(do, vs[:, key:end].transpose(1, 2))
+                _add(dvs, key, end, p.transpose(1, 2), do)
+                native.softmax_backward_(p, ds, scale)
+                _into(dqs, rows.start, rows.stop, ds, ks[:, key:end])
+                _add(dks, key, end, ds.transpose(1, 2), qs[:, rows])
+        return (
+            native.unpack_heads(dq, rotary, plan.table, (kv, group, dim), tokens),
+            native.unpack_heads(dk, rotary, plan.table, (kv, 1, dim), tokens),
+            native.unpack_heads(dv, None, plan.table, (kv, 1, dim), tokens),
+            *(None,) * 5,
+        )
+
+
+def _views(
+    at: tuple[int, int, int],
+    kv: int,
+    group: int,
+    dim: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the blocks of one group of sequences: q, o (count kv, length group, dim), k, v (count
+    kv, length, dim).
+    """
+    start, count, length = at
+    wide, narrow = kv * group * dim, kv * dim
+    queries = (count * kv, length * group, dim)
+    keys = (count * kv, length, dim)
+    return (
+        q[start * wide : (start + count * length) * wide].view(queries),
+        k[start * narrow : (start + count * length) * narrow].view(keys),
+        v[start * narrow : (start + count * length) * narrow].view(keys),
+        o[start * wide : (start + count * length) * wide].view(queries),
+    )
+
+
+def _probabilities(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    first: int,
+    end: int,
+    key: int,
+    group: int,
+    window: int,
+    scale: float,
+) -> torch.Tensor:
+    p = torch.bmm(q[:, first * group : end * group], k[:, key:end].transpose(1, 2))
+    native.softmax_forward_(
+        p, group=group, first_query=first, first_key=key, window=window, scale=scale
+    )
+    return p
+
+
+def _into(out: torch.Tensor, first: int, end: int, left: torch.Tensor, right: torch.Tensor) -> None:
+    if end - first == out.shape[1]:
+        torch.bmm(left, right, out=out)
+    else:
+        out[:, first:end] = torch.bmm(left, right)
+
+
+def _add(out: torch.Tensor, first: int, end: int, left: torch.Tensor, right: torch.Tensor) -> None:
+    if end - first == out.shape[1]:
+        out.baddbmm_(left, right)
+    else:
+        out[:, first:end] += torch.bmm(left, right)

@@ -1,0 +1,69 @@
+"""`fastft plan`: the plan of a config file, its table and its plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastft.config import dump_config, load_config, make_config
+from fastft.errors import AnswerIsNoError, FastFTError
+from fastft.hardware import named_gpu, probe
+from fastft.planning import Plan, apply_changes, plan, plan_table
+from fastft.runs.checkpoint import write_atomically
+
+
+def run(
+    config: Path,
+    overrides: list[str] | None = None,
+    *,
+    gpu: str | None = None,
+    apply: Path | None = None,
+    plot: Path | None = None,
+    show: bool = True,
+) -> Plan:
+    """Return the plan of the config file for the card `gpu` or this machine; print, plot and apply
+    as asked.
+    """
+    _check_outputs(apply, plot)
+    settings = load_config(config, overrides)
+    result = plan(settings, named_gpu(gpu) if gpu is not None else probe(settings.output_dir))
+    if show:
+        result.print()
+    if plot is not None:
+        result.plot(plot)
+    if apply is not None:
+        elsewhere = next((change for change in result.changes if "." not in change.key), None)
+        if elsewhere is not None:
+            instead = f"; with {elsewhere.key} {elsewhere.new} it would" if elsewhere.new else ""
+            raise AnswerIsNoError(
+                f"nothing in {config} can be changed so that it fits "
+                f"{result.hardware}{instead}. Nothing was written."
+            )
+        changed = make_config(apply_changes(settings, result.changes))
+        write_atomically(apply, dump_config(changed))
+    return result
+
+
+def _check_outputs(apply: Path | None, plot: Path | None) -> None:
+    """Raise FastFTError for a file that could not be written, before anything is printed."""
+    for option, path in (("--apply", apply), ("--plot", plot)):
+        if path is not None and path.is_dir():
+            raise FastFTError(f"{option} {path} is a folder; name a file.")
+    if apply is not None and not apply.absolute().parent.is_dir():
+        raise FastFTError(
+            f"--apply {apply}: there is no folder {apply.parent}. Make it, or name another."
+        )
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise FastFTError(f"--plot {plot}: the plot is a PNG; name a file that ends in .png.")
+
+
+def table() -> list[dict[str, Any]]:
+    """Return the rows of `fastft plan --table`."""
+    return plan_table()
+
+
+def table_text(rows: list[dict[str, Any]]) -> str:
+    """Return the table as Markdown."""
+    from fastft.planning.show import table_markdown
+
+    return table_markdown(rows)

@@ -1,0 +1,86 @@
+"""`fastft init`: a commented config whose defaults, comments and choices come from config.py."""
+
+from __future__ import annotations
+
+import types
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from fastft.config import RunConfig
+from fastft.hardware import GIB, Hardware, named_gpu, probe
+
+# (VRAM from, model): 4-bit weights, 2,048 tokens and LoRA r 16 with room to spare; none needs a
+# licence click.
+SUGGESTED = (
+    (38 * GIB, "unsloth/Qwen3-14B-unsloth-bnb-4bit"),
+    (21 * GIB, "unsloth/Qwen3-8B-unsloth-bnb-4bit"),
+    (11 * GIB, "unsloth/Qwen3-4B-unsloth-bnb-4bit"),
+    (7 * GIB, "unsloth/Qwen3-1.7B-unsloth-bnb-4bit"),
+    (0, "Qwen/Qwen3-0.6B"),
+)
+
+
+def commented_config(
+    *, gpu: str | None = None, model: str | None = None, data: str = "data.jsonl"
+) -> str:
+    """Return YAML text: every setting with its default, its meaning and its choices, for the card
+    `gpu` or this machine.
+
+    Raises FastFTError for an unknown card.
+    """
+    hardware = named_gpu(gpu) if gpu else probe()
+    values: dict[tuple[str, ...], Any] = {
+        ("model", "name"): model or _suggested(hardware),
+        ("data", "source"): data,
+    }
+    if hardware.kind != "cuda":
+        values["model", "max_seq_length"] = 512
+    elif hardware.vram_bytes > 38 * GIB:
+        values["model", "max_seq_length"] = 4096
+    head = [
+        f"# A fastft run for {hardware.name}. Check it:  fastft plan run.yaml",
+        "#                                look at the data:  fastft data run.yaml",
+        "#                                train:             fastft train run.yaml",
+        "# A line that is left out keeps the default shown here.",
+    ]
+    return "\n".join([*head, "", *_section(RunConfig, (), values)]) + "\n"
+
+
+def _suggested(hardware: Hardware) -> str:
+    vram = hardware.vram_bytes if hardware.kind == "cuda" else 0
+    return next(name for least, name in SUGGESTED if vram >= least)
+
+
+def _section(section: type[BaseModel], path: tuple[str, ...], values: dict[Any, Any]) -> list[str]:
+    lines: list[str] = []
+    for name, field in section.model_fields.items():
+        here, indent = (*path, name), "  " * len(path)
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            lines += [
+                "",
+                f"{name}:  # {(inner.__doc__ or '').splitlines()[0]}",
+                *_section(inner, here, values),
+            ]
+            continue
+        default = field.get_default(call_default_factory=True)
+        value = values.get(here, None if default is PydanticUndefined else default)
+        text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True).splitlines()[0]
+        comment = "; ".join(part for part in (_choices(inner), field.description) if part)
+        lines.append(
+            (f"{indent}{name}: {text}".ljust(44) + (f"  # {comment}" if comment else "")).rstrip()
+        )
+    return lines
+
+
+def _choices(annotation: Any) -> str:
+    """Return "a | b | c" where a field has a fixed set of values."""
+    if get_origin(annotation) is Literal:
+        return " | ".join(str(value) for value in get_args(annotation))
+    if get_origin(annotation) in (Union, types.UnionType):
+        parts = [_choices(part) for part in get_args(annotation)]
+        return parts[0] if len([p for p in parts if p]) == 1 and len(parts) == 1 else ""
+    return ""

@@ -1,0 +1,625 @@
+"""Every byte of a run, as named terms with their formula and source. Pure arithmetic.
+
+Symbols in the formulas: T tokens in a micro-batch row, H hidden size, I intermediate size, V
+vocabulary, L layers, Q and K widths of all queries and all keys, r rank, c bytes of the compute
+type (2 or 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from pydantic import BaseModel
+
+from fastft.hardware import GIB
+from fastft.planning.shape import NF4_BITS, ModelShape
+
+Place = Literal["vram", "ram", "disk"]
+PHASES = ("load", "train", "eval", "merge", "export")
+
+
+class Term(BaseModel):
+    """One named part of a peak: bytes, the formula they come from, and where that formula comes
+    from.
+    """
+
+    name: str
+    bytes: int
+    formula: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Everything that decides the memory of a run, resolved: no `auto` is left."""
+
+    device: Literal["cuda", "mps", "cpu"]
+    kernels: Literal["unsloth", "fused", "peft", "compiled"]
+    """unsloth: its CUDA kernels; fused: fastft's own layers on a CPU; peft: transformers' and
+    peft's eager modules; compiled: torch.compile.
+    """
+    tokens: int
+    """T: most tokens in one forward pass."""
+    longest: int
+    """Tokens of the longest sequence."""
+    compute_bytes: int = 2
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    rank: int = 16
+    target_modules: str | tuple[str, ...] = "all-linear"
+    use_dora: bool = False
+    dropout: float = 0.0
+    train_tokens: int = 0
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    lora_bytes: int = 4
+    checkpointing: Literal["off", "recompute", "offload"] = "off"
+    loss: Literal["chunked", "full", "fused"] = "chunked"
+    """chunked: Unsloth's; fused: fastft's own on a CPU; full: transformers' over whole logits."""
+    upcast: bool = False
+    """peft's prepare_model_for_kbit_training: norms, embeddings and head in float32, so hidden
+    states are too.
+    """
+    full_finetuning: bool = False
+    cores: int = 1
+    free_bytes: int = 0
+    """VRAM left once weights are loaded, which Unsloth's loss sizes its chunks by; 0: plenty."""
+    allocator_slack: bool = True
+
+    @property
+    def lora(self) -> tuple[int, str | list[str]]:
+        """(rank, target modules) as ModelShape takes them."""
+        targets = self.target_modules
+        return self.rank, targets if isinstance(targets, str) else list(targets)
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of one number of the hidden state between layers."""
+        return 4 if self.upcast else self.compute_bytes
+
+
+def trainable(shape: ModelShape, s: Situation) -> int:
+    """Return the number of trained parameters."""
+    if s.full_finetuning:
+        return shape.parameters
+    return shape.lora_parameters(*s.lora, use_dora=s.use_dora, train_tokens=s.train_tokens)
+
+
+def weight_terms(shape: ModelShape, s: Situation) -> list[Term]:
+    """Base weights by role: what is quantised, and what stays in 16 bit (embeddings, head, norms,
+    routers, biases).
+    """
+    packed = sum(w.parameters for w in shape.of("linear", "expert"))
+    packed -= shape.kept_in_16_bit if s.quantization == "nf4" else 0
+    rest = shape.parameters - packed
+    terms = []
+    if s.quantization == "nf4":
+        formula = f"{packed:,} x {NF4_BITS:.3f} bits"
+        terms.append(
+            _term(
+                "weights in NF4",
+                packed * NF4_BITS / 8,
+                formula,
+                "QLoRA, arXiv 2305.14314, section 3",
+            )
+        )
+    elif s.quantization == "int8":
+        rows = sum(w.shape[0] * w.count for w in shape.of("linear", "expert"))
+        terms.append(
+            _term(
+                "weights in int8",
+                packed + 4 * rows,
+                f"{packed:,} + 4 x rows",
+                "LLM.int8, arXiv 2208.07339",
+            )
+        )
+    else:
+        rest += packed
+    size = 4 if s.upcast else s.compute_bytes
+    name = "weights" if s.quantization == "none" else f"weights kept in {size * 8} bit"
+    return [*terms, _term(name, rest * size, f"{rest:,} x {size} bytes", "parameter count")]
+
+
+def training_state_terms(shape: ModelShape, s: Situation) -> list[Term]:
+    """Trained parameters, their gradients and the optimizer's state."""
+    n = trainable(shape, s)
+    adapter = (
+        []
+        if s.full_finetuning
+        else [
+            _term(
+                "LoRA",
+                n * s.lora_bytes,
+                f"{n:,} x {s.lora_bytes} bytes",
+                "arXiv 2106.09685, section 4.1",
+            )
+        ]
+    )
+    gradients = _term(
+        "gradients",
+        n * s.lora_bytes,
+        f"{n:,} x {s.lora_bytes} bytes",
+        "one for each trained parameter",
+    )
+    if s.optimizer == "adamw":
+        size = 2 * s.lora_bytes
+        return [
+            *adapter,
+            gradients,
+            _term(
+                "optimizer", n * size, f"{n:,} x {size} bytes", "Adam: two moments, arXiv 1412.6980"
+            ),
+        ]
+    formula = (
+        f"{n:,} x 2.06 bytes"  # two 8-bit moments and a float32 constant for 256 values of each
+    )
+    return [
+        *adapter,
+        gradients,
+        _term("optimizer", n * 2.06, formula, "8-bit Adam, arXiv 2110.02861"),
+    ]
+
+
+def layer_bytes_per_token(shape: ModelShape, s: Situation) -> dict[str, float]:
+    """Return what autograd keeps for one layer and token, by part, in bytes.
+
+    Counted with torch's saved-tensor hooks on the eager modules of transformers 5.17 and peft
+    0.21, and read from Unsloth's autograd functions for its GPU kernels (LoRA_QKV, LoRA_MLP,
+    RMSNorm: inputs, gate and up are kept).
+    """
+    c, h, q, k = s.compute_bytes, shape.hidden, shape.query_size, shape.kv_size
+    i = shape.intermediate * max(1, shape.experts_per_token)
+    norms = 4 if shape.family in {"gemma2", "gemma3_text"} else 2
+    qk_norm = (q + k) if shape.family in {"qwen3", "qwen3_moe", "gemma3_text"} else 0
+    targets = shape.lora_targets(s.lora[1]) if not s.full_finetuning else shape.of("linear")
+    inputs = [w.shape[1] for w in targets if w.name != "lm_head"]
+    if s.kernels == "fused":
+        return _fused_layer_bytes(shape, s)
+    if s.kernels != "peft":
+        shared = h + (
+            h if s.kernels == "unsloth" else 0
+        )  # the normed input of attention; Unsloth also keeps the MLP's
+        lora = (shared + (i if s.kernels == "compiled" else 0)) * c if inputs else 0
+        return {
+            "norms": norms * h * s.hidden_bytes,
+            "LoRA inputs": lora,
+            "attention": (2 * q + 2 * k) * c + qk_norm * c,
+            "MLP": 2 * i * c,
+            "rank-r products": s.rank * len(inputs) * c if s.kernels == "compiled" else 0,
+        }
+    # Under autocast every targeted layer makes its own 16-bit copy of its input; in float32 q, k
+    # and v share one, gate and up another.
+    owners = {_SHARED_INPUT.get(w.name, w.name) if c == 4 else w.name: w.shape[1] for w in targets}
+    copies = sum(owners.values())
+    parts: dict[str, float] = {
+        "norms": norms * (4 * h + 4) + 4 * qk_norm,
+        "LoRA inputs": copies * c + (copies * (c + 1) if s.dropout else 0),
+        # SDPA on a padding-free row: queries, keys and values repeated to all heads, output, its
+        # contiguous copy.
+        "attention": (4 * q * c + 4 * shape.heads)
+        + (q * c if "o_proj" not in {w.name for w in targets} else 0),
+        "MLP": 3 * i * c * (2 if shape.family == "gpt_oss" else 1),
+        "rank-r products": s.rank * len(inputs) * c,
+    }
+    if shape.family in {"gemma2", "gpt_oss"}:
+        # Softcaps and sinks need written-out attention: scores, mask and weights of every pair of
+        # positions.
+        parts["attention scores"] = shape.heads * min(s.longest, s.tokens) * (2 * c + 4 + 1)
+    return parts
+
+
+# What fastft.kernels.fused stands in for, by family; elsewhere and on quantised weights only norms,
+# plain LoRA layers and the loss are its own. A unit test compares these with its tables.
+FUSED_ATTENTION = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
+FUSED_MLP = FUSED_ATTENTION | {"gemma", "gemma2", "gemma3_text"}
+FUSED_HEAD = FUSED_MLP | {"phi3", "gpt_oss"}
+KEEP_PROBABILITIES = 256
+"""Sequences up to this length keep their attention weights where attention is not compiled
+(row_attention).
+"""
+
+
+def _fused_layer_bytes(shape: ModelShape, s: Situation) -> dict[str, float]:
+    """What fastft's own autograd functions save (engines/fused.py), and peft's modules where they
+    are not replaced.
+    """
+    c, h, q, k, i = (
+        s.compute_bytes,
+        shape.hidden,
+        shape.query_size,
+        shape.kv_size,
+        shape.intermediate,
+    )
+    norms = 4 if shape.family in {"gemma2", "gemma3_text"} else 2
+    qk_norm = (q + k) * c + 4 * (shape.heads + shape.kv_heads)
+    peft = layer_bytes_per_token(shape, replace(s, kernels="peft"))
+    parts: dict[str, float] = {
+        "norms": norms * (h * c + 4) + (qk_norm if shape.family in {"qwen3", "gemma3_text"} else 0)
+    }
+    if _not_fused(shape, s):
+        return peft | parts
+    targets = {w.name for w in shape.lora_targets(s.lora[1])} if not s.full_finetuning else set()
+    inputs, low = (
+        0.0,
+        len([w for w in shape.lora_targets(s.lora[1]) if w.name != "lm_head"]) * s.rank * c,
+    )
+    if shape.family in FUSED_ATTENTION:
+        # q, k and v; cosines and sines once. Compiled attention keeps a float32 a head and its
+        # output, which is the input of o; blocks of torch's products copy the output, and keep the
+        # weights of short sequences.
+        compiled = c == 2 and shape.head_dim % 16 == 0
+        parts["attention"] = (q + 2 * k) * c + 2 * shape.head_dim * c / shape.layers
+        if compiled:
+            parts["attention"] += 4 * shape.heads + (q * c if "o_proj" not in targets else 0)
+        elif s.longest <= KEEP_PROBABILITIES:
+            parts["attention"] += shape.heads * s.longest * c
+        inputs += h
+    else:
+        parts["attention"] = peft["attention"]
+        # Each of q, k and v is a layer of its own, but all keep the very same input.
+        inputs += h if targets & {"q_proj", "k_proj", "v_proj", "qkv_proj"} else 0
+    inputs += q if "o_proj" in targets else 0
+    if shape.family in FUSED_MLP:
+        parts["MLP"] = 2 * i * c
+        inputs += h
+    else:
+        parts["MLP"] = peft["MLP"]
+        inputs += h if targets & {"gate_up_proj", "gate_proj", "up_proj"} else 0
+        inputs += i if "down_proj" in targets else 0
+    if "attention scores" in peft:
+        parts["attention scores"] = peft["attention scores"]
+    return parts | {"LoRA inputs": inputs * c, "rank-r products": low}
+
+
+def eager_parts(shape: ModelShape, s: Situation) -> dict[str, float]:
+    """Those parts of `layer_bytes_per_token` that transformers' and peft's own modules save."""
+    parts = layer_bytes_per_token(shape, s)
+    if s.kernels != "fused":
+        return parts
+    if _not_fused(shape, s):
+        return {name: size for name, size in parts.items() if name != "norms"}
+    eager = set() if shape.family in FUSED_ATTENTION else {"attention", "attention scores"}
+    eager |= set() if shape.family in FUSED_MLP else {"MLP"}
+    return {name: size for name, size in parts.items() if name in eager}
+
+
+def _not_fused(shape: ModelShape, s: Situation) -> bool:
+    """Whether the LoRA layers are of a kind that fastft leaves to peft."""
+    return s.quantization != "none" or s.use_dora or s.dropout > 0 or shape.experts > 0
+
+
+_SHARED_INPUT = {
+    "q_proj": "qkv",
+    "k_proj": "qkv",
+    "v_proj": "qkv",
+    "gate_proj": "gate_up",
+    "up_proj": "gate_up",
+}
+
+
+def moving_terms(shape: ModelShape, s: Situation) -> list[Term]:
+    """What comes and goes in a step, at its fullest moment.
+
+    Without checkpointing that is the end of the forward pass: all saved tensors, and the larger of
+    the loss and one layer's backward. With it, all layer inputs and either the loss or one
+    recomputed layer, which never meet.
+    """
+    loss, layer = [loss_term(shape, s)], _backward_terms(shape, s)
+    if s.checkpointing == "off":
+        parts = layer_bytes_per_token(shape, s)
+        size = shape.layers * s.tokens * sum(parts.values())
+        formula = f"L {shape.layers} x T {s.tokens:,} x ({_listed(parts)})"
+        kept = [
+            _term("activations", size, formula, "saved tensors, counted (layer_bytes_per_token)")
+        ]
+    else:
+        layer = [_recomputed_term(shape, s), *layer]
+        kept = [_layer_inputs_term(shape, s)] if s.checkpointing == "recompute" else []
+    return [*kept, *max(loss, layer, key=lambda terms: sum(term.bytes for term in terms))]
+
+
+def _backward_terms(shape: ModelShape, s: Situation) -> list[Term]:
+    i = shape.intermediate * max(1, shape.experts_per_token)
+    size = s.tokens * 3 * (i + shape.hidden) * s.compute_bytes
+    terms = [
+        _term(
+            "backward of one layer",
+            size,
+            "T x 3 (I + H) x c",
+            "gradients of gate, up and their product",
+        )
+    ]
+    if s.quantization != "none":
+        largest = max(w.parameters // w.count for w in shape.of("linear"))
+        source = "bitsandbytes and Unsloth dequantise one layer at a time"
+        terms.append(
+            _term("dequantised weight", largest * 2, "largest linear layer x 2 bytes", source)
+        )
+    return terms
+
+
+def _recomputed_term(shape: ModelShape, s: Situation) -> Term:
+    parts = layer_bytes_per_token(shape, s)
+    size = s.tokens * sum(parts.values())
+    return _term(
+        "activations of one layer",
+        size,
+        f"T {s.tokens:,} x ({_listed(parts)})",
+        "recomputed in backward",
+    )
+
+
+def _layer_inputs_term(shape: ModelShape, s: Situation) -> Term:
+    size = shape.layers * s.tokens * shape.hidden * s.hidden_bytes
+    formula = f"L {shape.layers} x T {s.tokens:,} x H {shape.hidden:,} x {s.hidden_bytes}"
+    return _term("layer inputs", size, formula, "gradient checkpointing, arXiv 1604.06174")
+
+
+def _listed(parts: dict[str, float]) -> str:
+    return " + ".join(f"{name} {size:,.0f}" for name, size in parts.items() if size)
+
+
+HEAD_ROWS = 512  # logits at a time: fused.HEAD_ROWS
+CPU_CHUNK = 16 * 2**20  # logits at a time: UNSLOTH_CPU_CE_CHUNK_ELEMENTS
+GPU_LOSS_BUDGET = 4 * GIB  # or half of the free memory, where that is less
+
+
+def loss_term(shape: ModelShape, s: Situation) -> Term:
+    """Logits: a chunk at a time, or all of them in float32 where the loss is not fused."""
+    logits, v = s.tokens * shape.vocab, shape.vocab
+    if s.loss == "fused":
+        size = (
+            min(s.tokens, HEAD_ROWS) * v * s.compute_bytes
+            + 2 * s.tokens * shape.hidden * s.compute_bytes
+        )
+        formula = f"min(T, {HEAD_ROWS}) x V {v:,} x c + 2 T H c"
+        return _term(
+            "logits in chunks",
+            size,
+            formula,
+            "fastft.kernels.fused, in place; hidden states and their gradient",
+        )
+    if s.loss == "full" and s.device == "cpu":
+        formula = f"T x V {v:,} x (c + 8) bytes"
+        source = "transformers' ForCausalLMLoss: logits, their float32 copy, log-softmax"
+        return _term("logits", logits * (s.compute_bytes + 8), formula, source)
+    if s.loss == "full":
+        # Logits, log-softmax and the gradient of each, in float32: all live while log-softmax runs
+        # backward. The published GPU runs used versions of transformers that copied the shifted
+        # logits.
+        return _term(
+            "logits",
+            logits * 16,
+            f"T x V {v:,} x 4 tensors x 4 bytes",
+            "transformers' ForCausalLMLoss",
+        )
+    if s.kernels == "compiled":
+        source = "torchtune's CEWithChunkedOutputLoss keeps 16-bit logits"
+        return _term("logits", logits * 2, f"T x V {v:,} x 2 bytes", source)
+    if s.device == "cpu":
+        # Measured: 134 MB above the resident memory for 16 Mi logits, two float32 copies.
+        size = min(logits, CPU_CHUNK) * 8 + 2 * s.tokens * shape.hidden * s.compute_bytes
+        formula = f"min(T x V {v:,}, {CPU_CHUNK >> 20} Mi) x 8 bytes + 2 T H c"
+        return _term(
+            "logits in chunks", size, formula, "unsloth_zoo.cpu.ops, chunked cross entropy"
+        )
+    # 16-bit logits, float32 copy, log-softmax, gradient: 14 bytes. Unsloth cuts rows whose logits x
+    # 16 exceed its budget, so the worst row up to T is the one that just fills it.
+    budget = min(GPU_LOSS_BUDGET, s.free_bytes // 2) if s.free_bytes else GPU_LOSS_BUDGET
+    size = min(logits * 14, budget * 14 // 16)
+    formula = f"min(T x V {v:,} x 14 bytes, 14/16 of {budget / GIB:.1f} GiB)"
+    return _term("logits", size, formula, "unsloth_zoo.fused_losses, fused cross entropy")
+
+
+CUDA_CONTEXT = int(0.45 * GIB)
+CUDA_SLACK = 0.05
+HEAP_FRAGMENTATION = {"off": 0.75, "recompute": 0.5, "offload": 0.5}
+"""Resident but unused heap, as a share of what transformers' and peft's own modules save: fitted
+with glibc 2.36 (see docs/plan.md).
+"""
+FUSED_FRAGMENTATION = {"off": 0.05, "recompute": 0.0, "offload": 0.0}
+"""The same for fastft's fused layers, which make few temporaries between the tensors that they
+keep: fitted.
+"""
+RECOMPUTING_HOLES = 8
+"""Layers' worth of what a layer saves that stay as holes where fused layers are recomputed: fitted
+to two runs.
+"""
+TRAINER = int(0.14e9)  # trainer, data and code loaded on first use: fitted
+QUANTISING_HOLES = 0.85
+"""16-bit weights are loaded, rounded and freed one by one: the share of them that stays resident
+(glibc).
+"""
+MMAP_LIMIT = 32 * 2**20
+"""Larger blocks always go back to the system: glibc's DEFAULT_MMAP_THRESHOLD_MAX."""
+TOKEN_BYTES = 500  # a token and its merge in the tokenizer's tables: fitted
+IMPORTS = {"cpu": int(0.62e9), "cuda": int(3.0e9), "mps": int(1.0e9)}
+
+
+def train_terms(shape: ModelShape, s: Situation) -> list[Term]:
+    """Everything in the memory that computes (VRAM, or RAM on a CPU) at the peak of a training
+    step.
+    """
+    states = training_state_terms(shape, s)
+    if s.optimizer == "paged_adamw_8bit":
+        states = states[:-1]  # its pages move to RAM under pressure
+    fixed = [*weight_terms(shape, s), *states]
+    moving = moving_terms(shape, s)
+    return [*fixed, *moving, *overhead_terms(s, moving, shape)]
+
+
+def overhead_terms(s: Situation, moving: Iterable[Term], shape: ModelShape) -> list[Term]:
+    """What the allocator holds beyond the live tensors, and the CUDA context."""
+    if not s.allocator_slack:
+        return []
+    live = sum(term.bytes for term in moving)
+    if s.device == "cpu":
+        eager = sum(eager_parts(shape, s).values())
+        fused = sum(layer_bytes_per_token(shape, s).values()) - eager
+        share, fused_share = (
+            HEAP_FRAGMENTATION[s.checkpointing],
+            FUSED_FRAGMENTATION[s.checkpointing],
+        )
+        size = (share * eager + fused_share * fused) * shape.layers * s.tokens
+        formula = f"L x T x ({share} x {eager:,.0f} + {fused_share} x {fused:,.0f})"
+        if s.kernels == "fused" and s.checkpointing != "off":
+            saved = sum(layer_bytes_per_token(shape, replace(s, checkpointing="off")).values())
+            size += RECOMPUTING_HOLES * saved * s.tokens
+            formula += f" + {RECOMPUTING_HOLES} x T x {saved:,.0f}"
+        source = "glibc keeps the holes that freed temporaries leave; measured (docs/plan.md)"
+        fitted = "fitted to measured runs (docs/plan.md)"
+        small = [w for w in shape.of("linear") if 2 * w.parameters // w.count < MMAP_LIMIT]
+        quantised = sum(w.parameters for w in small) if s.quantization != "none" else 0
+        holes = f"{QUANTISING_HOLES} x 2 bytes x {quantised:,} quantised parameters"
+        return [
+            _term("holes of quantising", QUANTISING_HOLES * 2 * quantised, holes, fitted),
+            _term("heap fragmentation", size, formula, source),
+            _term("trainer and data", TRAINER, "constant", fitted),
+            _term(
+                "tokenizer",
+                shape.vocab * TOKEN_BYTES,
+                f"V {shape.vocab:,} x {TOKEN_BYTES} bytes",
+                fitted,
+            ),
+        ]
+    slack = _term(
+        "allocator slack",
+        CUDA_SLACK * live,
+        f"{CUDA_SLACK:.0%} of what comes and goes",
+        "rounding to 2 MiB blocks",
+    )
+    context = _term(
+        "CUDA context",
+        CUDA_CONTEXT if s.device == "cuda" else 0,
+        "0.45 GiB",
+        "typical: kernels, cuBLAS workspace",
+    )
+    return [slack, context] if s.device == "cuda" else [slack]
+
+
+def eval_terms(shape: ModelShape, s: Situation) -> list[Term]:
+    """A forward pass without gradients: nothing is saved, but the logits of a row are whole."""
+    t, c = s.tokens, s.compute_bytes
+    i = shape.intermediate * max(1, shape.experts_per_token)
+    states = training_state_terms(shape, s)
+    states = [term for term in states if term.name != "gradients"]
+    layer = _term(
+        "one layer's forward",
+        t * (4 * shape.hidden + 3 * i) * c,
+        "T x (4 H + 3 I) x c",
+        "inputs and products",
+    )
+    logits = _term(
+        "logits",
+        t * shape.vocab * (c + 8),
+        f"T x V {shape.vocab:,} x (c + 8) bytes",
+        "c, float32, log-softmax",
+    )
+    if s.device != "cpu" or s.loss == "fused":
+        logits = loss_term(shape, s)
+    moving = [max(layer, logits, key=lambda term: term.bytes)]
+    context = (
+        [_term("CUDA context", CUDA_CONTEXT, "0.45 GiB", "typical")] if s.device == "cuda" else []
+    )
+    return [*weight_terms(shape, s), *states, *moving, *context]
+
+
+def load_terms(shape: ModelShape, s: Situation) -> list[Term]:
+    """The weights, and the tensor that is being converted or quantised."""
+    largest = max(w.parameters // w.count for w in shape.weights)
+    stored = 4 if shape.stored == "float32" else 2
+    staging = _term(
+        "tensor being loaded", largest * stored, "largest tensor as stored", "loaded one by one"
+    )
+    context = (
+        [_term("CUDA context", CUDA_CONTEXT, "0.45 GiB", "typical")] if s.device == "cuda" else []
+    )
+    return [*weight_terms(shape, s), staging, *context]
+
+
+def host_terms(shape: ModelShape, s: Situation, phase: str) -> list[Term]:
+    """RAM beside a GPU: libraries, offloaded layer inputs, paged optimizer state, checkpoint pages
+    while loading.
+    """
+    terms = [imports_term(s)]
+    if phase == "load":
+        largest = max(w.parameters // w.count for w in shape.weights)
+        terms.append(
+            _term(
+                "tensor being loaded",
+                largest * 2,
+                "largest tensor x 2 bytes",
+                "safetensors are mapped",
+            )
+        )
+    if phase == "train" and s.checkpointing == "offload":
+        size = shape.layers * s.tokens * shape.hidden * s.hidden_bytes
+        terms.append(
+            _term(
+                "layer inputs",
+                size,
+                f"L {shape.layers} x T {s.tokens:,} x H x c",
+                "Unsloth offloads them to RAM",
+            )
+        )
+    if phase == "train" and s.optimizer == "paged_adamw_8bit":
+        terms.append(training_state_terms(shape, s)[-1])
+    return terms
+
+
+def imports_term(s: Situation) -> Term:
+    """Python with its libraries loaded."""
+    source = {"cpu": "measured: import unsloth, one thread"}.get(s.device, "typical, not measured")
+    return _term("Python and libraries", IMPORTS[s.device], "constant", source)
+
+
+def merge_terms(shape: ModelShape, s: Situation) -> list[Term]:
+    """Writing base + LoRA tensor by tensor: 6 bytes a parameter where nothing is added, 12 where a
+    delta is.
+    """
+    changed = {w.name for w in shape.lora_targets(s.lora[1])}
+    sizes = {
+        w.name: w.parameters // w.count * (12 if w.name in changed else 6) for w in shape.weights
+    }
+    name = max(sizes, key=lambda leaf: sizes[leaf])
+    formula = f"{name}: parameters x {12 if name in changed else 6} bytes"
+    return [
+        imports_term(s),
+        _term(
+            "one tensor", sizes[name], formula, "16 bit, float32 W, delta and sum; or W and result"
+        ),
+    ]
+
+
+GGUF_CHUNK = 2**20  # values that one thread of the GGUF writer holds: writer.CHUNK_VALUES
+GGUF_CHUNK_BYTES = 55
+"""Of a value: 16 bit, float32 W, delta, its scaled copy, sum, quantised make 21; each thread's
+heap keeps the rest.
+"""
+GGUF_TOKEN_BYTES = 1500
+"""Of a token: the tokenizer, and its vocabulary and merges as Python strings."""
+
+
+def export_terms(shape: ModelShape, s: Situation) -> list[Term]:
+    """The GGUF writer: each thread holds a chunk of rows in 16 bit, float32, its delta and
+    quantised.
+    """
+    values = min(GGUF_CHUNK, max(w.parameters // w.count for w in shape.lora_targets(s.lora[1])))
+    formula = f"{s.cores} threads x {values:,} values x {GGUF_CHUNK_BYTES} bytes"
+    vocabulary = f"V {shape.vocab:,} x {GGUF_TOKEN_BYTES:,} bytes"
+    return [
+        imports_term(s),
+        _term(
+            "chunks of rows",
+            s.cores * values * GGUF_CHUNK_BYTES,
+            formula,
+            "fitted to measured exports",
+        ),
+        _term(
+            "vocabulary", shape.vocab * GGUF_TOKEN_BYTES, vocabulary, "fitted to measured exports"
+        ),
+    ]
+
+
+def _term(name: str, size: float, formula: str, source: str) -> Term:
+    return Term(name=name, bytes=int(size), formula=formula, source=source)

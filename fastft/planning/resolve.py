@@ -1,0 +1,291 @@
+"""From a config and a machine to a `Situation`: every `auto` decided, each with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from fastft.config import MOVES_THE_BASE, RunConfig
+from fastft.errors import FastFTError
+from fastft.hardware import GIB, Choice, Hardware, compute_dtype, optimizer
+from fastft.planning.memory import (
+    FUSED_HEAD,
+    Situation,
+    Term,
+    eval_terms,
+    host_terms,
+    imports_term,
+    train_terms,
+    weight_terms,
+)
+from fastft.planning.shape import ModelShape
+
+MARGIN = 0.10
+"""Share of the memory that automatic choices leave free, and below which a plan is `tight`: the
+published error.
+"""
+CPU_ROW = 1024
+"""More tokens in a row make a CPU no faster: its matrix products are at full speed and the caches
+are not.
+"""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A situation, and the choices that led to it."""
+
+    situation: Situation
+    choices: dict[str, Choice]
+
+
+def resolve(config: RunConfig, hardware: Hardware, shape: ModelShape) -> Resolved:
+    """Return the situation that `fastft train` would be in. Raises FastFTError for what cannot be
+    trained here.
+    """
+    quantization = pick_quantization(
+        config.model.quantization, shape, hardware, lora_init=config.lora.init
+    )
+    resolved = _resolve(config, hardware, shape, quantization)
+    if (
+        config.model.quantization != "auto"
+        or quantization.value != "none"
+        or hardware.kind != "cuda"
+    ):
+        return resolved
+    if config.lora.init in MOVES_THE_BASE or config.model.dtype == "float32":
+        return resolved  # neither goes with quantised weights
+    peak, free = train_peak_bytes(shape, resolved.situation), hardware.vram_free_bytes
+    if peak <= (1 - MARGIN) * free:
+        return resolved
+    why = f"with 16-bit weights a step takes {peak / GIB:.1f} of {free / GIB:.1f} GiB"
+    return _resolve(config, hardware, shape, Choice("nf4", why))
+
+
+def _resolve(
+    config: RunConfig, hardware: Hardware, shape: ModelShape, quantization: Choice[Any]
+) -> Resolved:
+    dtype = compute_dtype(hardware, config.model.dtype)
+    longest, batch = config.model.max_seq_length, config.train.effective_batch_size
+    tokens, asked = config.lora.train_tokens, config.train.micro_batch_tokens
+    optimizer_choice = optimizer(hardware, config.train.optimizer)
+    start = Situation(
+        device=hardware.kind,
+        kernels=_kernels(config, hardware),
+        # What an automatic choice must make room for: one sequence, or the row that was asked for.
+        tokens=longest if asked == "auto" else _row(asked, longest, batch),
+        longest=longest,
+        compute_bytes=4 if dtype.value == "float32" else 2,
+        quantization=quantization.value,
+        rank=config.lora.r,
+        target_modules=_frozen(config.lora.target_modules),
+        use_dora=config.lora.use_dora,
+        dropout=config.lora.dropout,
+        train_tokens=0 if tokens == "auto" else len(tokens),
+        optimizer=optimizer_choice.value,
+        loss=_loss_of(config, hardware, shape),
+        cores=hardware.cpu_cores,
+    )
+    shape.lora_parameters(*start.lora)  # refuses unknown target modules now
+    weights = _total(weight_terms(shape, start))
+    start = replace(
+        start,
+        free_bytes=max(GIB // 2, hardware.vram_free_bytes - weights)
+        if hardware.kind == "cuda"
+        else 0,
+    )
+    checkpointing = pick_gradient_checkpointing(
+        config.train.gradient_checkpointing, shape=shape, situation=start, hardware=hardware
+    )
+    start = replace(start, checkpointing=_how(checkpointing.value, start))
+    budget = pick_micro_batch_tokens(
+        asked, shape=shape, situation=start, hardware=hardware, effective_batch_size=batch
+    )
+    choices: dict[str, Choice[Any]] = {
+        "quantization": quantization,
+        "dtype": dtype,
+        "optimizer": optimizer_choice,
+        "gradient_checkpointing": checkpointing,
+        "micro_batch_tokens": budget,
+    }
+    return Resolved(replace(start, tokens=_row(budget.value, longest, batch)), choices)
+
+
+def _row(budget: int, longest: int, batch: int) -> int:
+    """Most tokens of one forward pass: a sequence is never cut, and a step has no more than its
+    sequences.
+    """
+    return min(max(longest, budget), longest * batch)
+
+
+# Unsloth's CPU path chunks the loss of these; elsewhere (softcaps, MoE heads) the logits stay
+# whole.
+CHUNKED_ON_CPU = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma3_text", "olmo2", "smollm3"}
+)
+
+
+def _kernels(config: RunConfig, hardware: Hardware) -> Literal["unsloth", "fused", "peft"]:
+    if hardware.kind == "cuda":
+        return "peft" if config.model.engine == "stock" else "unsloth"
+    return "fused" if hardware.kind == "cpu" and config.train.fused_layers is not False else "peft"
+
+
+def _loss_of(
+    config: RunConfig, hardware: Hardware, shape: ModelShape
+) -> Literal["chunked", "full", "fused"]:
+    changed_head = "lm_head" in config.lora.target_modules or (
+        shape.tied and isinstance(config.lora.train_tokens, list)
+    )
+    if _kernels(config, hardware) == "fused" and shape.family in FUSED_HEAD and not changed_head:
+        return "fused"
+    stock = config.model.engine == "stock" or hardware.kind == "mps"
+    return (
+        "full"
+        if stock or (hardware.kind == "cpu" and shape.family not in CHUNKED_ON_CPU)
+        else "chunked"
+    )
+
+
+def _frozen(targets: str | list[str]) -> str | tuple[str, ...]:
+    return targets if isinstance(targets, str) else tuple(targets)
+
+
+def _how(checkpointing: bool, s: Situation) -> Literal["off", "recompute", "offload"]:
+    if not checkpointing:
+        return "off"
+    return "offload" if s.kernels == "unsloth" else "recompute"
+
+
+def pick_quantization(
+    requested: str, shape: ModelShape, hardware: Hardware, *, lora_init: str = "default"
+) -> Choice[Any]:
+    """Return none, nf4 or int8 and why: nf4 on a GPU whose memory 16-bit weights would fill to
+    more than 60 %.
+
+    Raises FastFTError where `lora_init` has to change base weights that are stored in 4 bit.
+    """
+    moves = lora_init in MOVES_THE_BASE
+    if requested == "auto" and shape.stored == "nf4" and moves:
+        raise FastFTError(
+            f"lora.init {lora_init} changes the base weights, which {shape.name} stores in 4 "
+            "bit; set lora.init: default, "
+            "or name the model's 16-bit checkpoint."
+        )
+    if requested != "auto":
+        return Choice(requested, "asked for")
+    if shape.stored == "nf4":
+        return Choice("nf4", "the checkpoint is stored in bitsandbytes 4 bit")
+    if hardware.kind != "cuda":
+        return Choice("none", "no NVIDIA GPU: 16-bit weights are faster than NF4")
+    if moves:
+        return Choice(
+            "none", f"lora.init {lora_init} changes the base weights, which NF4 cannot hold"
+        )
+    weights, free = 2 * shape.parameters, hardware.vram_free_bytes
+    numbers = f"16-bit weights take {weights / GIB:.1f} of {free / GIB:.1f} GiB"
+    if weights > 0.6 * free:
+        return Choice("nf4", numbers)
+    return Choice("none", f"{numbers} and need no dequantisation")
+
+
+def available_bytes(hardware: Hardware) -> int:
+    """Memory that training may take where the tensors live: free VRAM, or free RAM on a CPU."""
+    return hardware.ram_free_bytes if hardware.kind == "cpu" else hardware.vram_free_bytes
+
+
+def train_peak_bytes(shape: ModelShape, s: Situation) -> int:
+    """Peak of a training step (or of the evaluation between, where that is larger), with the CPU's
+    imports.
+    """
+    peak = max(_total(train_terms(shape, s)), _total(eval_terms(shape, s)))
+    return peak + (imports_term(s).bytes if s.device == "cpu" else 0)
+
+
+def pick_gradient_checkpointing(
+    requested: bool | str, *, shape: ModelShape, situation: Situation, hardware: Hardware
+) -> Choice[bool]:
+    """Return whether layers are recomputed, and why: off where one full-length sequence fits
+    without it.
+
+    `situation.tokens` is the row that must fit; checkpointing costs one more forward pass, a third
+    of the time.
+    """
+    if requested != "auto":
+        return Choice(bool(requested), "asked for")
+    peak = train_peak_bytes(shape, replace(situation, checkpointing="off"))
+    free = available_bytes(hardware)
+    numbers = f"{peak / GIB:.1f} GiB without it, {free / GIB:.1f} GiB free"
+    if peak <= (1 - MARGIN) * free:
+        return Choice(False, f"not needed: {numbers}")
+    return Choice(True, f"needed: {numbers}")
+
+
+def pick_micro_batch_tokens(
+    requested: int | str,
+    *,
+    shape: ModelShape,
+    situation: Situation,
+    hardware: Hardware,
+    effective_batch_size: int,
+) -> Choice[int]:
+    """Return the most tokens of one forward pass, and why: the largest budget that fits with a
+    margin of 10 %.
+
+    Never more than a whole step (`effective_batch_size` sequences of `situation.longest`), nor, on
+    a CPU, than keeps it busy; never less than the longest sequence, which is a row of its own
+    anyway.
+    """
+    if requested != "auto":
+        return Choice(int(requested), "asked for")
+    longest = situation.longest
+    whole = longest * effective_batch_size
+    cap = min(whole, max(CPU_ROW, longest)) if hardware.kind == "cpu" else whole
+
+    def has_room(tokens: int) -> bool:
+        s = replace(situation, tokens=tokens)
+        if train_peak_bytes(shape, s) > (1 - MARGIN) * available_bytes(hardware):
+            return False
+        # Beside a GPU: the layer inputs that checkpointing offloads lie in RAM.
+        return (
+            s.device != "cuda"
+            or _total(host_terms(shape, s, "train")) <= (1 - MARGIN) * hardware.ram_free_bytes
+        )
+
+    fits = longest
+    while fits < cap and has_room(min(cap, 2 * fits)):
+        fits = min(cap, 2 * fits)
+    peak = train_peak_bytes(shape, replace(situation, tokens=fits))
+    numbers = f"{peak / GIB:.1f} of {available_bytes(hardware) / GIB:.1f} GiB"
+    if fits == cap:
+        why = (
+            "keeps a CPU busy"
+            if hardware.kind == "cpu" and cap < whole
+            else "a whole step in one pass"
+        )
+        return Choice(fits, f"{why}: {numbers}")
+    # Between the doubling that fits and the one that does not, in steps of 512 tokens.
+    low, high = fits, min(cap, 2 * fits)
+    while high - low > 512:
+        middle = (low + high) // 2
+        if has_room(middle):
+            low = middle
+        else:
+            high = middle
+    peak = train_peak_bytes(shape, replace(situation, tokens=low))
+    why = (
+        "the largest that fits"
+        if has_room(low)
+        else "one sequence, and that takes more than nine tenths"
+    )
+    return Choice(low, f"{why}: {peak / GIB:.1f} of {available_bytes(hardware) / GIB:.1f} GiB")
+
+
+def _total(terms: list[Term]) -> int:
+    return sum(term.bytes for term in terms)
+
+
+def ram_terms(shape: ModelShape, s: Situation, phase: str) -> list[Term]:
+    """RAM of a phase beside a GPU, or the imports alone on a CPU (whose tensors are counted
+    apart).
+    """
+    return [imports_term(s)] if s.device == "cpu" else host_terms(shape, s, phase)

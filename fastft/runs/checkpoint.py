@@ -1,0 +1,303 @@
+"""Checkpoints that are whole or absent: written aside, hashed, renamed; resumed only where they
+match.
+
+A checkpoint folder gets its manifest (sha256 and size of each file) last, and its name last of
+all. What a killed process leaves behind is a folder with a temporary name, which nobody takes for
+a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastft.config import RunConfig
+from fastft.errors import CouldNotFinishError, FastFTError
+from fastft.files import LOCAL, Files
+
+MANIFEST = "manifest.json"
+# Without any one of these a resume silently starts the optimizer or the schedule anew.
+REQUIRED = (
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+)
+MAY_CHANGE = {
+    "train": {"epochs", "max_steps", "max_minutes", "report_to"}
+    | {"logging_steps", "save_steps", "save_total_limit", "eval_steps"},
+}
+# Compared by their content: the base's fingerprint, the data's.
+MAY_MOVE = {"model": {"name"}, "data": {"source", "eval_source", "chat_template"}}
+MAY_CHANGE_SECTIONS = {"mirror", "export", "output_dir", "project"}
+
+
+def seal(folder: Path, final: Path) -> None:
+    """Make `folder` (written under a temporary name) into `final`: manifest, flush to disk,
+    rename.
+    """
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    entries = {
+        str(p.relative_to(folder)): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in files
+    }
+    write_atomically(folder / MANIFEST, json.dumps({"files": entries}, indent=1))
+    for path in files:
+        _flush(path)
+    old = final.with_name(f".writing-old-{final.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)  # renamed, not deleted in place: nobody sees half of it
+    os.replace(folder, final)
+    _flush(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def what_is_wrong(
+    folder: Path, required: tuple[str, ...] = REQUIRED, files: Files = LOCAL
+) -> str | None:
+    """Return why `folder` is no whole checkpoint (missing, truncated or changed files), or None
+    where it is.
+    """
+    try:
+        entries = read_manifest(b"".join(files.read(folder / MANIFEST)))
+    except (FileNotFoundError, NotADirectoryError):
+        return "it has no manifest"
+    except OSError as error:
+        return f"its manifest cannot be read: {error.strerror or error}"
+    except ValueError:
+        return "its manifest is damaged"
+    for name in required:
+        if name not in entries:
+            return f"{name} is not part of it"
+    for name, entry in entries.items():
+        try:
+            size = files.size(folder / name)
+            if size != entry["bytes"]:
+                return f"{name} has {size:,} bytes instead of {entry['bytes']:,}"
+            if files.digest(folder / name)[0] != entry["sha256"]:
+                return f"{name} was changed (its sha256 differs)"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror or error}"
+    return None
+
+
+def read_manifest(content: bytes) -> dict[str, dict[str, Any]]:
+    """Return {file: {"sha256", "bytes"}} of a manifest's content; raises ValueError where it is
+    none.
+    """
+    try:
+        entries = json.loads(content.decode("utf-8"))["files"]
+        for name, entry in entries.items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{name} lies outside the folder")
+            if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):
+                raise ValueError(f"{name} has no size or no hash")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it has not the form of a manifest: {error}") from error
+    return entries
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Return (step, path) of the folders that are named like checkpoints, oldest first; not yet
+    verified.
+    """
+    found = [
+        (int(m[1]), path)
+        for path in folder.glob("checkpoint-*")
+        if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    return sorted(found)
+
+
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint folder."""
+    return int(path.name.split("-")[1])
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """Return (newest whole checkpoint or None, a warning for each damaged one that was passed
+    over).
+    """
+    warnings: list[str] = []
+    for _, path in reversed(checkpoints(folder)):
+        problem = what_is_wrong(path)
+        if problem is None:
+            return path, warnings
+        warnings.append(
+            f"checkpoint {path.name} is damaged ({problem}); the one before it is taken"
+        )
+    return None, warnings
+
+
+def prune(folder: Path, keep: int, protected: set[int]) -> None:
+    """Delete all but the newest `keep` checkpoints and the `protected` steps; leftovers of killed
+    writes too.
+    """
+    for path in folder.glob(".writing-*"):
+        shutil.rmtree(path)
+    found = checkpoints(folder)
+    for step, path in found[: max(0, len(found) - keep)]:
+        if step not in protected:
+            # Renamed first, so that a kill in the middle leaves nothing that is named like a
+            # checkpoint.
+            doomed = path.with_name(f".writing-pruned-{step}")
+            os.replace(path, doomed)
+            shutil.rmtree(doomed)
+
+
+def refuse_differences(before: dict[str, Any], config: RunConfig) -> list[str]:
+    """Raise FastFTError naming every setting that differs from the run's and may not change on
+    resume.
+
+    Returns a line for each path that differs: another machine has other paths, and what lies there
+    is compared by its fingerprint.
+    """
+    now = config.model_dump()
+    lines: list[str] = []
+    moved: list[str] = []
+    for section, values in now.items():
+        if section in MAY_CHANGE_SECTIONS:
+            continue
+        old = before.get(section, {})
+        for key, value in values.items():
+            if key in MAY_CHANGE.get(section, set()) or key not in old or old[key] == value:
+                continue
+            line = f"{section}.{key} was {old[key]!r}, is now {value!r}"
+            (moved if key in MAY_MOVE.get(section, set()) and old[key] and value else lines).append(
+                line
+            )
+    if lines:
+        raise FastFTError(
+            f"the run in {config.run_dir} was started with other settings:\n"
+            + "\n".join(f"  - {line}" for line in lines)
+            + "\nPut them back to go on, or start a new run with another project name."
+        )
+    return moved
+
+
+@contextlib.contextmanager
+def hold(run_dir: Path) -> Iterator[None]:
+    """Hold the run's lock; raises FastFTError naming the process that has it. A dead holder's lock
+    is taken over.
+    """
+    path = run_dir / ".lock"
+    with _writing(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        handle = path.open("a+")
+    handle.seek(0)
+    holder = handle.read().strip()
+    if not _lock(handle, holder):
+        handle.close()
+        raise FastFTError(
+            f"{run_dir} is being trained by {holder or 'another process'}. Wait for it, stop "
+            "it, or use another project name."
+        )
+    try:
+        handle.seek(0)
+        handle.truncate()
+        since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+        handle.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
+        handle.flush()
+        yield
+        handle.seek(0)
+        handle.truncate()
+    finally:
+        handle.close()  # releases the lock; the kernel does so too where the process is killed
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old or the new content, never a part."""
+    temporary = path.with_name(f".{path.name}.writing")
+    with _writing(path.parent):
+        temporary.write_text(text, encoding="utf-8")
+        _flush(temporary)
+        os.replace(temporary, path)
+
+
+def sha256(path: Path) -> str:
+    """Return the hex sha256 of a file, read in pieces."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise FastFTError(
+            f"{folder} cannot be written: permission denied. Set output_dir to a folder of yours."
+        ) from error
+    except NotADirectoryError as error:
+        raise FastFTError(f"{folder} cannot be made: a file stands in the way.") from error
+    except FileExistsError as error:
+        raise FastFTError(f"{folder} cannot be made: a file of that name exists.") from error
+    except OSError as error:
+        raise disk_error(error, folder) from error
+
+
+def disk_error(error: OSError, folder: Path) -> CouldNotFinishError:
+    """Return the clear form of an OSError while writing: how much is free and what to do."""
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    return CouldNotFinishError(
+        f"could not write below {folder}: {error.strerror or error} ({free / 2**20:,.0f} MiB "
+        "free). The last checkpoint is "
+        "whole. Make room or set output_dir to another disk, then run the same command again."
+    )
+
+
+def _flush(path: Path) -> None:
+    """Have the kernel put `path` on the disk, so that a power cut does not undo the rename's
+    order.
+    """
+    with contextlib.suppress(PermissionError):  # Windows cannot open folders
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _lock(handle: Any, holder: str) -> bool:
+    """Take the kernel's lock on an open file, which ends with the process; False where another
+    process has it.
+    """
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except (
+        OSError
+    ):  # a file system without locks (network drives): ask whether the process that is named lives
+        return not _lives_here(holder)
+    return True
+
+
+def _lives_here(holder: str) -> bool:
+    """Whether `holder`, as `hold` writes it, is another process of this machine that is alive."""
+    named = re.match(r"process (\d+) on (\S+)", holder)
+    if not named or named[2] != socket.gethostname() or int(named[1]) == os.getpid():
+        return False
+    import psutil
+
+    return psutil.pid_exists(int(named[1]))

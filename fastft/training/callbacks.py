@@ -1,0 +1,269 @@
+"""When to evaluate, save and stop: decided after each step, from the config and the run's own
+history.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from fastft.config import RunConfig
+from fastft.data.batches import cut, cut_padded, segments_of
+from fastft.errors import CouldNotFinishError
+from fastft.hardware import probe
+from fastft.planning import ModelShape, Situation, calibrate
+from fastft.progress import Reporter
+from fastft.runs import checkpoint
+from fastft.runs.folder import best_step, out_of_patience
+from fastft.runs.mirror import Mirror
+from fastft.training.loop import peak_memory_bytes
+
+
+class Steering(TrainerCallback):
+    """Sets Trainer's flags at the end of each step.
+
+    The history of held-out losses is read from log.jsonl on a resume, so early stopping and the
+    best checkpoint survive a kill without any state of their own.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        config: RunConfig,
+        history: list[dict[str, Any]],
+        stop_after: int | None,
+        started: float,
+        folder: Path,
+        report: Reporter,
+        total_steps: int,
+        mirror: Mirror | None = None,
+    ) -> None:
+        self.trainer, self.settings, self.history = trainer, config.train, history
+        self.stop_after, self.started, self.folder, self.report = (
+            stop_after,
+            started,
+            folder,
+            report,
+        )
+        self.total_steps, self.mirror = total_steps, mirror
+        self.steps_now = 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop before a gradient that is not finite reaches the weights (in float16 the loss
+        scaler skips such a step).
+        """
+        import torch
+
+        gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+        if (
+            not args.fp16
+            and gradients
+            and not math.isfinite(torch.nn.utils.get_total_norm(gradients).item())
+        ):
+            raise CouldNotFinishError(
+                f"the gradient is not finite at step {state.global_step + 1}; nothing of this "
+                "step was kept. Try a smaller "
+                "train.learning_rate, a longer warm-up, or model.dtype: float32."
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Decide on stopping, evaluating and saving."""
+        self.steps_now += 1
+        last = state.global_step >= self.total_steps
+        reason = self._reason_to_pause()
+        if reason and not last:
+            self.report.note(reason)
+            control.should_training_stop = control.should_save = True
+        if self.trainer.held_out is not None and (
+            last or state.global_step % self.settings.eval_steps == 0
+        ):
+            control.should_evaluate = True
+        control.should_save = control.should_save or last
+        return control
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Keep the best checkpoint, stop where nothing gets better; runs before Trainer looks at
+        should_save.
+        """
+        losses = [record["eval_loss"] for record in self.history if "eval_loss" in record]
+        best_at = losses.index(min(losses))
+        if best_at == len(losses) - 1:
+            control.should_save = True
+        patience = self.settings.early_stopping_patience
+        if out_of_patience(self.history, patience):
+            self.report.note(f"no better held-out loss in {patience} evaluations; stopping early")
+            self.trainer.stopped_early = True
+            control.should_training_stop = control.should_save = True
+        return control
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Delete what is neither new nor best, only now that a newer checkpoint is whole; have the
+        mirror follow.
+        """
+        best = {step} if (step := best_step(self.history)) is not None else set()
+        copying = self.mirror.copying if self.mirror else set()
+        checkpoint.prune(self.folder, self.settings.save_total_limit, best | copying)
+        if self.mirror:
+            self.mirror.request(self.settings.save_total_limit, best)
+        seconds = self.trainer.progress.saving_seconds
+        if len(seconds) == 1:
+            size = sum(
+                p.stat().st_size
+                for p in (self.folder / f"checkpoint-{state.global_step}").rglob("*")
+            )
+            self.report.note(
+                f"saving a checkpoint takes {seconds[0]:.2f} s ({size / 2**20:,.1f} MiB)"
+            )
+
+    def _reason_to_pause(self) -> str | None:
+        if self.trainer.stopped_by_signal:
+            return "interrupted; saving"
+        if self.stop_after is not None and self.steps_now >= self.stop_after:
+            return f"--stop-after {self.stop_after}: saving"
+        minutes = self.settings.max_minutes
+        saving = max(
+            self.trainer.progress.saving_seconds, default=0.0
+        )  # so that the checkpoint too is in time
+        if minutes is not None and time.monotonic() - self.started + saving >= 60 * minutes:
+            took = f" (the slowest so far took {saving:.1f} s)" if saving else ""
+            return f"train.max_minutes {minutes:g}: saving{took}"
+        return None
+
+
+class MemoryCheck(TrainerCallback):
+    """Compares the plan with the memory of the first two steps, and stops a run whose longest
+    batch will not fit.
+
+    `advice` is None, or why the run was stopped and what to change; the state is saved then.
+    """
+
+    STEPS = 2
+
+    def __init__(
+        self,
+        trainer: Any,
+        shape: ModelShape,
+        situation: Situation,
+        *,
+        adjustable: bool,
+        report: Reporter,
+        record: Callable[..., None],
+    ) -> None:
+        self.trainer, self.shape, self.situation = trainer, shape, situation
+        self.adjustable, self.report, self.record = adjustable, report, record
+        self.steps_now = 0
+        self.largest, self.longest = 0, 0
+        self.sampler: _PeakSampler | None = None
+        self.advice: str | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Watch the memory from the first step on, and note the largest micro-batch."""
+        if self.steps_now >= self.STEPS:
+            return
+        if self.sampler is None:
+            self.sampler = _PeakSampler()
+            self.sampler.start()
+        steps, policy = self.trainer.steps, self.trainer.policy
+        segments = segments_of(steps[state.global_step % len(steps)])
+        lengths = [len(segment) for segment in segments if segment.supervised]
+        padded = policy.rows == "padded"
+        for row in (cut_padded if padded else cut)(lengths, policy.micro_batch_tokens):
+            longest = max(lengths[i] for i in row)
+            tokens = longest * len(row) if padded else sum(lengths[i] for i in row)
+            self.largest, self.longest = max((self.largest, self.longest), (tokens, longest))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """After the second step: say predicted and measured, and whether what is to come fits."""
+        self.steps_now += 1
+        if self.steps_now != self.STEPS or self.sampler is None or not self.largest:
+            return control
+        measured = self.sampler.stop()
+        found = calibrate(
+            self.shape,
+            replace(self.situation, longest=self._longest_sequence()),
+            tokens=self.largest,
+            longest=self.longest,
+            measured_bytes=measured,
+            largest_tokens=max(self.largest, self._largest_to_come()),
+            limit_bytes=_limit_bytes(),
+        )
+        self.record(memory=asdict(found) | {"fits": found.fits})
+        if found.fits:
+            self.report.note(found.message)
+        elif self.adjustable and found.largest_fitting_tokens >= self._longest_sequence():
+            self.trainer.policy.micro_batch_tokens = found.largest_fitting_tokens
+            self.report.warn(
+                f"{found.message.split('. Stop now')[0]}; micro-batches have at most "
+                f"{found.largest_fitting_tokens:,} tokens from here on (the effective batch stays)"
+            )
+        elif state.global_step < state.max_steps:
+            self.advice = found.message
+            control.should_training_stop = control.should_save = True
+        return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the watch where the run ended before its second step."""
+        if self.sampler is not None:
+            self.sampler.stop()
+
+    def _longest_sequence(self) -> int:
+        return int(self.trainer.steps.dataset.lengths.max())
+
+    def _largest_to_come(self) -> int:
+        """The most tokens that any micro-batch of this run can have, however its sequences are
+        shuffled.
+        """
+        lengths = sorted(self.trainer.steps.dataset.lengths, reverse=True)
+        whole = int(sum(lengths[: self.trainer.steps.effective_batch_size]))
+        return max(min(self.trainer.policy.micro_batch_tokens, whole), self._longest_sequence())
+
+
+class _PeakSampler(threading.Thread):
+    """The largest resident memory since it was started (reserved VRAM on a GPU), in bytes.
+
+    The kernel's own high-water mark also holds what loading and the held-out loss took before, so
+    the present value is read every few milliseconds; where the high-water mark grew meanwhile,
+    that is the exact peak.
+    """
+
+    INTERVAL = 0.005
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        import psutil
+
+        self.process, self.done, self.peak = psutil.Process(), threading.Event(), 0
+        self.before = peak_memory_bytes()
+
+    def run(self) -> None:
+        """Sample until `stop`."""
+        while not self.done.wait(self.INTERVAL):
+            self.peak = max(self.peak, self.process.memory_info().rss)
+
+    def stop(self) -> int:
+        """End the thread; returns the peak."""
+        import torch
+
+        self.done.set()
+        self.join()
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_reserved()
+        after = peak_memory_bytes()
+        return after if after > self.before else max(self.peak, self.process.memory_info().rss)
+
+
+def _limit_bytes() -> int:
+    """What this process may have in all: what it has, and what is free."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    return probe().ram_free_bytes + psutil.Process().memory_info().rss

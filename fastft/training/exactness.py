@@ -1,0 +1,265 @@
+"""Are padding-free rows exact on this model, with these kernels, on this machine? Found out, not
+assumed.
+
+On a CPU the tests answer it, family by family. On a GPU the attention is that of whatever Unsloth,
+xformers, FlashAttention or torch offer for the card, and an ignored boundary is wrong without any
+message. So before training, a few sequences of the run's own data go through the model four times:
+
+    alone     each sequence by itself: what the gradient has to be
+    padded    as a padded batch: how much of a difference is rounding
+    in a row  all of them in one padding-free row
+    joined    as one long sequence, each seeing those before it: what a row gives whose boundaries are ignored
+
+Rows are used only where their gradient is that of the sequences alone, and clearly not on the way
+to `joined`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastft.data.batches import Rows, Segment, supervised_tokens
+from fastft.engines.base import Engine
+from fastft.errors import FastFTError
+from fastft.hardware import Choice
+from fastft.kernels.varlen import is_known_family, text_config
+from fastft.training.step import Stepper, StepPolicy
+
+MOST_TOKENS, MOST_SEQUENCES = 512, 8
+ERROR, LOSS_ERROR, MARGIN = 1e-3, 1e-2, 4.0
+FLOAT16_SCALE = 1024.0
+
+
+@dataclass(frozen=True)
+class RowCheck:
+    """How far a padding-free row is from its sequences computed alone."""
+
+    sequences: int
+    tokens: int
+    error: float  # 1 - cosine of the gradients, row against alone; 0 is equal
+    rounding: float  # the same of a padded batch against alone
+    norm_ratio: float  # |gradient of the row| / |gradient alone|; 1 is equal
+    loss_error: float  # relative; the larger one of training and evaluation
+    leak: float  # 1 - cosine of the gradients, joined against alone
+
+    @property
+    def exact(self) -> bool:
+        """Whether the row is the same up to rounding, and sequences that saw each other would have
+        been noticed.
+
+        The gradient's cosine may be off by 0.001, or by twice what a padded batch is off (mixtures
+        of experts, where rounding changes a route), its length and the loss by 1 %; ignored
+        boundaries must be at least four times as far away as what was found.
+        """
+        same = (
+            self.error <= max(ERROR, 2 * self.rounding)
+            and abs(self.norm_ratio - 1) <= LOSS_ERROR
+            and self.loss_error <= LOSS_ERROR
+        )
+        return same and self.leak >= MARGIN * self.error
+
+    @property
+    def reason(self) -> str:
+        """One line with the figures, for the choice that is printed and recorded."""
+        return (
+            f"{'exact' if self.exact else 'not exact'} here: {self.sequences} sequences in "
+            f"one row of {self.tokens} tokens give "
+            f"a gradient 1 - cos = {self.error:.1e} from theirs alone (a padded batch: "
+            f"{self.rounding:.1e}, ignored boundaries: "
+            f"{self.leak:.1e}), its length x{self.norm_ratio:.4f}, the loss off by "
+            f"{100 * self.loss_error:.2f} %"
+        )
+
+
+def choose_rows(
+    wanted: bool | str, model: Any, engine: Engine, check: Callable[[Rows], RowCheck | None] | None
+) -> tuple[Rows, Choice]:
+    """Return how the model gets its rows, and the choice to print: without padding where that is
+    exact.
+
+    `wanted` is True, False or "auto". `check` looks whether such rows are exact on this machine;
+    None where tests have shown it for the known families (CPU). Raises FastFTError where rows
+    without padding are asked for and not exact.
+    """
+    if wanted is False:
+        return "padded", Choice(False, "asked for")
+    rows, family = engine.accept_rows(model), text_config(model).model_type
+    reason, exact = f"{family}'s attention is known", True
+    if rows == "varlen" and not is_known_family(model):
+        reason, exact = f"{family}'s attention is not known to be exact without padding", False
+    elif check is not None:
+        exact, reason = _checked(check, rows)
+        engine.forget_check(model)
+    if exact:
+        return rows, Choice(True, reason)
+    if wanted is True:
+        raise FastFTError(
+            f"train.padding_free is on, but {reason}. Set it to auto: padded batches."
+        )
+    return "padded", Choice(False, f"padded batches, because {reason}")
+
+
+def _checked(check: Callable[[Rows], RowCheck | None], rows: Rows) -> tuple[bool, str]:
+    """Return whether rows are exact, and the reason; a kernel that fails on them is a reason too."""
+    try:
+        found = check(rows)
+    except FastFTError:
+        raise
+    except Exception as error:
+        return (
+            False,
+            f"a row without padding failed: {type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0]}",
+        )
+    return (
+        (found.exact, found.reason)
+        if found
+        else (False, "no two sequences of the first step fit into one row")
+    )
+
+
+def check_rows(
+    stepper: Stepper,
+    segments: Sequence[Segment],
+    context: Callable[[], AbstractContextManager[Any]],
+) -> RowCheck | None:
+    """Compare a row of some of `segments` with its sequences alone; None where no two of them fit
+    into a row.
+
+    `stepper` has the rows to be checked in its policy and is left as it was, gradients empty.
+    `context` makes the mixed precision of training.
+    """
+    chosen = _choose(segments, stepper.policy.micro_batch_tokens)
+    if len(chosen) < 2:
+        return None
+    tokens = sum(len(segment) for segment in chosen)
+    in_a_row = replace(stepper.policy, micro_batch_tokens=tokens)
+    alone = replace(stepper.policy, micro_batch_tokens=1, rows="padded")
+    with _without_dropout(stepper.model):
+        expected_loss, expected = _gradient(stepper, alone, chosen, context)
+        _, padded = _gradient(stepper, replace(stepper.policy, rows="padded"), chosen, context)
+        loss, found = _gradient(stepper, in_a_row, chosen, context)
+        _, joined = _gradient(stepper, alone, [_join(chosen)], context)
+        expected_eval, found_eval = (
+            _evaluate(stepper, policy, chosen, context) for policy in (alone, in_a_row)
+        )
+    return RowCheck(
+        sequences=len(chosen),
+        tokens=tokens,
+        error=_distance(found, expected),
+        rounding=_distance(padded, expected),
+        norm_ratio=_norm(found) / _norm(expected) if _norm(expected) else float("inf"),
+        loss_error=max(_relative(loss, expected_loss), _relative(found_eval, expected_eval)),
+        leak=_distance(joined, expected),
+    )
+
+
+def _choose(segments: Sequence[Segment], budget: int) -> list[Segment]:
+    """Return a few sequences that fit into one row together, in their order; the shortest two
+    where none do at first.
+    """
+    most = min(budget, MOST_TOKENS)
+    useful = [segment for segment in segments if segment.supervised]
+    chosen: list[Segment] = []
+    for segment in useful:
+        if len(chosen) < MOST_SEQUENCES and sum(map(len, chosen)) + len(segment) <= most:
+            chosen.append(segment)
+    if len(chosen) >= 2:
+        return chosen
+    shortest = sorted(useful, key=len)[:2]
+    return shortest if sum(map(len, shortest)) <= budget else []
+
+
+def _join(segments: Sequence[Segment]) -> Segment:
+    return Segment(
+        np.concatenate([s.input_ids for s in segments]),
+        np.concatenate([s.labels for s in segments]),
+    )
+
+
+def _gradient(
+    stepper: Stepper,
+    policy: StepPolicy,
+    segments: list[Segment],
+    context: Callable[[], AbstractContextManager[Any]],
+) -> tuple[float, list[torch.Tensor]]:
+    """Return (loss, gradients on the CPU in float32) of `segments` under `policy`."""
+    model = stepper.model
+    model.train()
+    model.zero_grad(set_to_none=True)
+    used = stepper.with_policy(policy)
+    # float16 loses gradients below 6e-8; the factor is the same for all that is compared.
+    used.scale = FLOAT16_SCALE if _computes_in_float16(context) else None
+    factor = used.scale or 1.0
+    loss = used.gradient(model, segments, lambda loss: (loss * factor).backward(), context)
+    gradients = [
+        p.grad.detach().float().cpu()
+        for p in model.parameters()
+        if p.requires_grad and p.grad is not None
+    ]
+    model.zero_grad(set_to_none=True)
+    return loss, gradients
+
+
+@torch.no_grad()
+def _evaluate(
+    stepper: Stepper,
+    policy: StepPolicy,
+    segments: list[Segment],
+    context: Callable[[], AbstractContextManager[Any]],
+) -> float:
+    """Return the loss as evaluation computes it: some kernels take another way there."""
+    stepper.model.eval()
+    with context():
+        return stepper.with_policy(policy).loss(segments) / supervised_tokens(segments)
+
+
+def _computes_in_float16(context: Callable[[], AbstractContextManager[Any]]) -> bool:
+    with context():
+        return any(
+            torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+            for kind in ("cuda", "cpu", "mps")
+        )
+
+
+@contextlib.contextmanager
+def _without_dropout(model: Any) -> Iterator[None]:
+    """Inside, no dropout: the two ways would draw different masks. Leaves training mode and no
+    gradients, also on an error.
+    """
+    layers = [
+        (module, module.p) for module in model.modules() if isinstance(module, torch.nn.Dropout)
+    ]
+    for module, _ in layers:
+        module.p = 0.0
+    try:
+        yield
+    finally:
+        for module, p in layers:
+            module.p = p
+        model.zero_grad(
+            set_to_none=True
+        )  # of a row that failed half-way; the step would add its own to them
+        model.train()
+
+
+def _distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    """Return 1 - cosine of two gradients; infinite where one has no length or is not finite."""
+    dot = sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
+    cosine = dot / (_norm(a) * _norm(b)) if _norm(a) and _norm(b) else float("nan")
+    return max(1 - cosine, 0.0) if np.isfinite(cosine) else float("inf")
+
+
+def _norm(gradients: list[torch.Tensor]) -> float:
+    return sum(float(g.double().square().sum()) for g in gradients) ** 0.5
+
+
+def _relative(a: float, b: float) -> float:
+    return abs(a - b) / abs(b) if b and np.isfinite(a) else float("inf")

@@ -1,0 +1,315 @@
+"""The training loop: transformers' Trainer, with one optimizer step = `effective_batch_size`
+sequences.
+
+Import this module after the engine: Unsloth must come before transformers. What Trainer keeps
+doing: optimizer, schedule, gradient clipping, mixed precision, RNG and optimizer state. What
+differs: its "batch" is a whole optimizer step, which `training_step` cuts into micro-batches;
+checkpoints are sealed; a step whose loss is not finite, or that does not fit, is stopped before it
+can touch the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from fastft.data.batches import StepBatches, segments_of, supervised_tokens
+from fastft.engines.base import Engine
+from fastft.errors import CouldNotFinishError
+from fastft.kernels.fused import FusedLayers
+from fastft.runs import checkpoint
+from fastft.training.step import Stepper, StepPolicy
+
+
+@dataclass
+class Progress:
+    """What the loop knows at any moment; callbacks read it, `training_step` writes it."""
+
+    tokens: int = 0  # without padding, since this process began
+    trained_tokens: int = 0
+    started: float = field(default_factory=time.monotonic)
+    step: dict[str, Any] = field(
+        default_factory=dict
+    )  # loss, tokens, seconds of the step just done
+    saving_seconds: list[float] = field(default_factory=list)
+
+
+class StepTrainer(Trainer):
+    """Trainer whose dataset is one of optimizer steps. See the module's docstring."""
+
+    model: Any
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        *,
+        engine: Engine,
+        train_dataset: Any,
+        eval_dataset: Any | None,
+        effective_batch_size: int,
+        policy: StepPolicy,
+        on_log: Callable[[dict[str, Any]], None],
+        on_note: Callable[[str], None],
+        save_extra: Callable[[Path], None],
+        report_every: int = 1,
+        fused: FusedLayers | None = None,
+    ) -> None:
+        self.steps = StepBatches(train_dataset, effective_batch_size, args.seed)
+        super().__init__(model=model, args=args, train_dataset=self.steps, data_collator=_the_step)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_SetEpoch(self.steps))
+        self.engine = engine
+        self.held_out = eval_dataset
+        self.policy = policy
+        self.on_log = on_log
+        self.save_extra = save_extra
+        self.report_every = report_every
+        self.stepper = Stepper(
+            model,
+            engine,
+            policy,
+            device=self.args.device,
+            on_note=on_note,
+            fused=fused,
+            scale=self.accelerator.scaler,
+        )
+        self.progress = Progress()
+
+    # --- one step
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the steps in order, one a time; the order of the sequences is StepBatches'."""
+        return DataLoader(self.steps, batch_size=1, shuffle=False, collate_fn=_the_step)  # type: ignore[arg-type]
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: Any
+    ) -> tuple[list[Any], None]:
+        """Return the next step's samples; the tokens are counted in `training_step`."""
+        return [step for _, step in zip(range(num_batches), epoch_iterator, strict=False)], None
+
+    def training_step(
+        self, model: Any, inputs: Any, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Accumulate the gradient of one whole step; returns its loss, the mean over its
+        supervised tokens.
+        """
+        started = time.perf_counter()
+        segments = segments_of(inputs)
+        model.train()
+        loss = self.stepper.gradient(
+            model, segments, self.accelerator.backward, self.compute_loss_context_manager
+        )
+        if not math.isfinite(loss):
+            raise CouldNotFinishError(self._not_finite(loss))
+        seconds, tokens = time.perf_counter() - started, sum(len(segment) for segment in segments)
+        self.progress.step = {"loss": loss, "tokens": tokens, "seconds": seconds}
+        self.progress.tokens += tokens
+        self.progress.trained_tokens += supervised_tokens(segments)
+        return torch.tensor(loss, device=self.args.device)
+
+    def _not_finite(self, loss: float) -> str:
+        step, rate = self.state.global_step + 1, self._get_learning_rate()
+        return (
+            f"the loss is {loss} at step {step} (learning rate {rate:.2g}); nothing of this "
+            "step was kept. Try a smaller "
+            "train.learning_rate, a longer warm-up, train.max_grad_norm: 0.3, or "
+            "model.dtype: float32 where float16 was used. "
+            "`fastft data` shows whether the data is sound."
+        )
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return 0: transformers' estimate would count the list of samples."""
+        return 0
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        pass
+
+    # --- evaluation and logs
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Return {"eval_loss": mean loss per supervised token of the held-out data} and log it."""
+        if self.held_out is None:
+            return {}
+        metrics = {"eval_loss": self.mean_loss(self.held_out)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    @torch.no_grad()
+    def mean_loss(self, dataset: Any) -> float:
+        """Return the mean loss per supervised token over `dataset`, in the training's precision."""
+        was_training = self.model.training
+        self.model.eval()
+        total, supervised = 0.0, 0
+        for first in range(0, len(dataset), 32):
+            segments = segments_of(
+                [dataset[i] for i in range(first, min(first + 32, len(dataset)))]
+            )
+            with self.autocast():
+                total += self.stepper.loss(segments)
+            supervised += supervised_tokens(segments)
+        self.model.train(was_training)
+        return total / max(supervised, 1)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the mixed precision that training uses (also before accelerate has wrapped the
+        model).
+        """
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        return torch.autocast(self.args.device.type, dtype) if dtype else contextlib.nullcontext()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Hand every step to `on_log`, and every `report_every`-th on to TensorBoard or W&B."""
+        if "train_runtime" in logs:
+            return
+        record: dict[str, Any] = {"step": self.state.global_step}
+        if "eval_loss" in logs:
+            record["eval_loss"] = logs["eval_loss"]
+        else:
+            step = self.progress.step
+            record |= {
+                "loss": step["loss"],
+                "lr": logs["learning_rate"],
+                "grad_norm": logs.get("grad_norm"),
+            }
+            record |= {"tokens": step["tokens"], "tokens_per_sec": step["tokens"] / step["seconds"]}
+            record |= {"seconds": step["seconds"], "peak_memory_bytes": peak_memory_bytes()}
+            if self.accelerator.optimizer_step_was_skipped:
+                record["grad_norm"] = None  # infinity or NaN, which JSON does not have
+                self.stepper.on_note(
+                    f"step {self.state.global_step}: the gradient overflowed in float16, so "
+                    "the weights stay as they were and "
+                    "the loss scale is halved (usual in the first steps)"
+                )
+        self.on_log(record)
+        if "eval_loss" in logs or self.state.global_step % self.report_every == 0:
+            super().log(logs, start_time)
+
+    # --- checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write checkpoint-N under a temporary name, seal it, rename it."""
+        started = time.perf_counter()
+        step = self.state.global_step
+        root = Path(str(self.args.output_dir))
+        aside = root / f".writing-{step}"
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            # Trainer writes to _get_output_dir()/checkpoint-N.
+            self._aside = aside
+            super()._save_checkpoint(model, trial)
+            inner = aside / f"checkpoint-{step}"
+            self.save_extra(inner)
+            checkpoint.seal(inner, root / f"checkpoint-{step}")
+            shutil.rmtree(aside, ignore_errors=True)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise checkpoint.disk_error(error, root) from error
+        except RuntimeError as error:  # torch.save and safetensors wrap a full disk like this
+            shutil.rmtree(aside, ignore_errors=True)
+            if not any(
+                word in str(error).lower() for word in ("write", "space", "inline_container")
+            ):
+                raise
+            raise checkpoint.disk_error(OSError(None, str(error).splitlines()[0]), root) from error
+        finally:
+            self._aside = None
+        self.progress.saving_seconds.append(time.perf_counter() - started)
+
+    _aside: Path | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
+
+
+class _SetEpoch(TrainerCallback):
+    """Draw the epoch's order before its first step (also when a resume begins in the middle)."""
+
+    def __init__(self, steps: StepBatches) -> None:
+        self.steps = steps
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps.set_epoch(int(state.epoch or 0))
+
+
+def _the_step(steps: list[Any]) -> Any:
+    """Collate function: the loader's "batch" is exactly one step."""
+    (step,) = steps
+    return step
+
+
+def peak_memory_bytes() -> int:
+    """Return the peak of allocated VRAM, or of resident memory where there is no GPU, in bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def training_arguments(
+    folder: Path,
+    *,
+    dtype: str,
+    seed: int,
+    learning_rate: float,
+    scheduler: str,
+    warmup_steps: int,
+    weight_decay: float,
+    max_grad_norm: float,
+    optimizer: str,
+    max_steps: int,
+    epochs: float,
+    save_steps: int,
+    report_to: list[str],
+    log_dir: Path,
+    use_cpu: bool,
+) -> TrainingArguments:
+    """Return transformers' arguments for the loop; `max_steps` and `epochs` agree by construction."""
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(log_dir)
+    return TrainingArguments(
+        output_dir=str(folder),
+        # of steps: StepBatches holds effective_batch_size sequences in each
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        max_steps=max_steps,
+        num_train_epochs=epochs,
+        learning_rate=learning_rate,
+        lr_scheduler_type=scheduler,
+        warmup_steps=warmup_steps,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        optim=optimizer,
+        seed=seed,
+        data_seed=seed,
+        bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=save_steps,
+        # when to evaluate is train.py's decision, which also marks the best checkpoint
+        eval_strategy="no",
+        report_to=report_to or "none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        use_cpu=use_cpu,
+    )

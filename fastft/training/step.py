@@ -1,0 +1,216 @@
+"""One optimizer step's gradient: its sequences cut into micro-batches, through whatever memory
+there is.
+
+Used by both trainers (`fastft train`'s and `FastSFTTrainer`). Import this after the engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastft.data.batches import MicroBatch, Rows, Segment, micro_batches, supervised_tokens
+from fastft.engines.base import Engine
+from fastft.errors import CouldNotFinishError
+from fastft.kernels.fused import FusedLayers
+from fastft.kernels.varlen import padding_free
+
+
+@dataclass
+class StepPolicy:
+    """How a step is cut. `micro_batch_tokens` may shrink while the run goes on; what is learnt
+    does not change.
+    """
+
+    micro_batch_tokens: int
+    rows: Rows
+    pad_token_id: int
+
+
+class Stepper:
+    """Computes the gradient of a step on one model."""
+
+    def __init__(
+        self,
+        model: Any,
+        engine: Engine,
+        policy: StepPolicy,
+        *,
+        device: Any,
+        on_note: Callable[[str], None],
+        fused: FusedLayers | None = None,
+        scale: Any = None,
+    ) -> None:
+        """`scale`: what `backward` multiplies the loss by (float16): a GradScaler, a number, or
+        None.
+        """
+        self.model, self.engine, self.policy, self.fused, self.scale = (
+            model,
+            engine,
+            policy,
+            fused,
+            scale,
+        )
+        self.device, self.on_note = device, on_note
+
+    def with_policy(self, policy: StepPolicy) -> Stepper:
+        """Return a stepper like this one that cuts by `policy`."""
+        return Stepper(
+            self.model,
+            self.engine,
+            policy,
+            device=self.device,
+            on_note=self.on_note,
+            fused=self.fused,
+            scale=self.scale,
+        )
+
+    def gradient(
+        self,
+        model: Any,
+        segments: list[Segment],
+        backward: Callable[[torch.Tensor], None],
+        context: Callable[[], Any],
+    ) -> float:
+        """Add the step's gradient to the parameters; returns its loss, the mean over its
+        supervised tokens.
+
+        `model` is what is called (accelerate's wrapper), `context` makes what a forward pass runs
+        in. After an out-of-memory the same step starts again with half the budget, so gradients
+        must be empty on entry. Raises CouldNotFinishError where a single sequence does not fit.
+        """
+        rng = _rng_state()
+        while True:
+            try:
+                return self._accumulate(model, segments, backward, context)
+            except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Outside the except block: the traceback would keep the activations alive.
+            self._shrink(segments)
+            model.zero_grad(set_to_none=True)
+            _restore_rng(
+                rng
+            )  # the same dropout masks as if the smaller budget had been there from the start
+
+    def _accumulate(
+        self,
+        model: Any,
+        segments: list[Segment],
+        backward: Callable[[torch.Tensor], None],
+        context: Callable[[], Any],
+    ) -> float:
+        self.engine.announce_scale(self.model, self.scale)
+        wide = (
+            torch.float32 if torch.device(self.device).type == "mps" else torch.float64
+        )  # MPS has no float64
+        supervised, loss_sum = (
+            supervised_tokens(segments),
+            torch.zeros((), device=self.device, dtype=wide),
+        )
+        with self.layers(), self.engine.loss_mode(self.model):
+            for batch in self.batches(segments):
+                with context():
+                    loss = model(
+                        **batch.inputs, num_items_in_batch=supervised, use_cache=False
+                    ).loss
+                backward(loss)
+                loss_sum += loss.detach()
+        return loss_sum.item()
+
+    def loss(self, segments: list[Segment]) -> float:
+        """Return the sum of the token losses of `segments`; the caller sets mode, precision and
+        no_grad.
+        """
+        with self.layers():
+            return sum(
+                self.model(**batch.inputs, num_items_in_batch=1, use_cache=False).loss.item()
+                for batch in self.batches(segments)
+            )
+
+    def batches(self, segments: list[Segment]) -> Iterator[MicroBatch]:
+        """Yield the micro-batches of `segments` under the policy as it is now."""
+        policy = self.policy
+        return micro_batches(
+            segments,
+            policy.micro_batch_tokens,
+            rows=policy.rows,
+            pad_token_id=policy.pad_token_id,
+            device=self.device,
+        )
+
+    @contextlib.contextmanager
+    def layers(self) -> Iterator[None]:
+        """Inside, the model attends within its rows' boundaries and computes with the fused
+        layers, where there are any.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.policy.rows == "varlen":
+                stack.enter_context(padding_free(self.model))
+            if self.fused is not None:
+                stack.enter_context(self.fused.active())
+            yield
+
+    def _shrink(self, segments: list[Segment]) -> None:
+        """Halve the budget after an out-of-memory; raises CouldNotFinishError where rows cannot
+        get smaller.
+        """
+        longest = max(len(segment) for segment in segments)
+        before = min(self.policy.micro_batch_tokens, sum(len(segment) for segment in segments))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if before <= longest:
+            raise CouldNotFinishError(
+                f"out of memory on a single sequence of {longest} tokens{_memory_numbers()}. "
+                "Set model.max_seq_length below "
+                f"{longest}, train.gradient_checkpointing: true, or model.quantization: nf4. "
+                "The last checkpoint is whole."
+            )
+        self.policy.micro_batch_tokens = max(before // 2, 1)
+        self.on_note(
+            f"out of memory with {before} tokens a micro-batch{_memory_numbers()}; the same "
+            "step again with "
+            f"{self.policy.micro_batch_tokens} (the effective batch stays)"
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether `error` is a failed allocation, on a GPU or of torch's or Python's on the
+    CPU.
+    """
+    text = str(error).lower()
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
+        or "can't allocate memory" in text
+        or "out of memory" in text
+        or "out_of_memory" in text
+        or "bad_alloc" in text
+    )
+
+
+def _memory_numbers() -> str:
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        peak = torch.cuda.max_memory_allocated()
+        return f" ({peak / 2**30:.1f} GiB peak, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free)"
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return f" ({memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB RAM free)"
+
+
+def _rng_state() -> tuple[Any, Any]:
+    return (
+        torch.get_rng_state(),
+        torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None,
+    )
+
+
+def _restore_rng(state: tuple[Any, Any]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state_all(state[1])

@@ -1,0 +1,1 @@
+"""Is it right: exported files against the trained model, and the machine itself."""

@@ -1,0 +1,249 @@
+"""Limits, verdicts, and the files that carry them: certificate.json and certificate.md.
+
+A verdict is pass, warn or fail. The limits for the distance to the trained model depend on the
+type of the weights; docs/gguf.md says how they were calibrated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+CERTIFICATE = "certificate.json"
+VERDICTS = ("pass", "warn", "fail")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far the answers of a file of one type may be from the trained model's."""
+
+    kl_pass: float
+    """mean KL divergence (nats a token) up to which it passes"""
+    kl_fail: float
+    """mean KL divergence above which it fails; between the two: warn"""
+
+
+LIMITS: dict[str, Limits] = {
+    "f32": Limits(1e-5, 1e-3),
+    "f16": Limits(1e-3, 1e-2),
+    "bf16": Limits(2e-3, 2e-2),
+    "q8_0": Limits(5e-3, 5e-2),
+    "q6_k": Limits(0.02, 0.1),
+    "q5_k_m": Limits(0.04, 0.2),
+    "q5_k_s": Limits(0.06, 0.25),
+    "q5_0": Limits(0.08, 0.3),
+    "q4_k_m": Limits(0.12, 0.5),
+    "q4_k_s": Limits(0.15, 0.6),
+    "q4_0": Limits(0.25, 0.8),
+    "iq4_xs": Limits(0.15, 0.6),
+    "q3_k_m": Limits(0.35, 1.0),
+    "iq3_xxs": Limits(0.6, 1.5),
+    "q2_k": Limits(1.2, 2.5),
+    "iq2_xxs": Limits(2.0, 4.0),
+    "iq1_s": Limits(4.0, 8.0),
+}
+"""Distance limits for each type of file."""
+
+WEIGHT_LIMITS: dict[str, float] = {
+    "f32": 1e-5,
+    "f16": 1e-3,
+    "bf16": 8e-3,
+    "q8_0": 0.02,
+    "q6_k": 0.05,
+    "q5_1": 0.09,
+    "q5_k": 0.09,
+    "q5_0": 0.09,
+    "q4_k": 0.18,
+    "q4_1": 0.18,
+    "q4_0": 0.18,
+    "iq4_xs": 0.18,
+    "iq4_nl": 0.18,
+    "q3_k": 0.35,
+    "iq3": 0.45,
+    "q2_k": 0.6,
+    "iq2": 0.75,
+    "iq1": 0.95,
+}
+"""Largest relative root-mean-square error of one weight, for each type of tensor."""
+
+
+def limits_for(file_type: str) -> Limits:
+    """Return the limits for files of `file_type` ("q4_k_m"); an unknown one gets those of the
+    widest alike.
+
+    Alike is what has the same number of bits: "q4_1" is judged like "iq4_xs".
+    """
+    if file_type in LIMITS:
+        return LIMITS[file_type]
+    alike = [
+        limits
+        for name, limits in LIMITS.items()
+        if name.lstrip("i")[:2] == file_type.lstrip("i")[:2]
+    ]
+    return max(alike, key=lambda limits: limits.kl_fail, default=LIMITS["q8_0"])
+
+
+def weight_limit(tensor_type: str) -> float:
+    """Return the largest relative error of a weight stored as `tensor_type` ("q4_k"; "iq2_xs"
+    counts as "iq2").
+    """
+    return WEIGHT_LIMITS.get(tensor_type, WEIGHT_LIMITS.get(tensor_type[:3], WEIGHT_LIMITS["f32"]))
+
+
+@dataclass(frozen=True)
+class Check:
+    """The outcome of one check of one file."""
+
+    name: str
+    verdict: str
+    detail: str
+
+
+def worst(verdicts: Iterable[str]) -> str:
+    """Return the worst of the verdicts; "pass" where there are none."""
+    return max(verdicts, key=VERDICTS.index, default="pass")
+
+
+def judge_distance(measured: dict[str, float], file_type: str) -> Check:
+    """Return the verdict on the KL divergence and perplexity that were `measured` for a file of
+    `file_type`.
+
+    The mean log-probability of the text may move by the KL limit plus three standard errors: for a
+    small KL the log ratio of two distributions has a variance of about twice the KL (Gaussian
+    approximation), over `positions` tokens.
+    """
+    limits = limits_for(file_type)
+    kl, shift, n = (
+        measured["kl_mean"],
+        abs(math.log(measured["ppl_ratio"])),
+        max(1, measured["positions"]),
+    )
+
+    def allowed(limit: float) -> float:
+        return limit + 3 * math.sqrt(2 * limit / n)
+
+    if not math.isfinite(kl) or kl > limits.kl_fail or shift > allowed(limits.kl_fail):
+        verdict = "fail"
+    elif kl > limits.kl_pass or shift > allowed(limits.kl_pass):
+        verdict = "warn"
+    else:
+        verdict = "pass"
+    detail = (
+        f"{file_type}: KL mean {kl:.3g} (pass up to {limits.kl_pass:g}, fail above "
+        f"{limits.kl_fail:g}), "
+        f"p99 {measured['kl_p99']:.3g}, top-1 agreement {measured['top1']:.2%}, "
+        f"perplexity x{measured['ppl_ratio']:.4f} over {n} positions (pass within "
+        f"x{math.exp(allowed(limits.kl_pass)):.4f})"
+    )
+    return Check("distance", verdict, detail)
+
+
+def file_hash(path: Path) -> str:
+    """Return the sha256 of a file, or of the names and hashes of all files below a folder."""
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for inner in sorted(p for p in path.rglob("*") if p.is_file()):
+            digest.update(f"{inner.relative_to(path).as_posix()}\0{file_hash(inner)}\n".encode())
+        return digest.hexdigest()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_certificate(out: Path) -> dict[str, Any]:
+    """Return the certificate in the folder `out` ({"files": {}} where there is none)."""
+    path = Path(out) / CERTIFICATE
+    if not path.is_file():
+        return {"files": {}}
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def certified(path: Path, out: Path | None = None) -> dict[str, Any] | None:
+    """Return the certificate entry of the file `path` as it is now; None where it has none or was
+    changed since.
+
+    `out`: the folder with the certificate; default: the file's own folder.
+    """
+    path = Path(path)
+    entry = read_certificate(out or path.parent)["files"].get(path.name)
+    return entry if entry and path.exists() and entry["sha256"] == file_hash(path) else None
+
+
+def changed_files(out: Path) -> list[str]:
+    """Return the names of certified files that are gone or no longer what was certified."""
+    return [
+        name
+        for name in read_certificate(out)["files"]
+        if certified(Path(out) / name, Path(out)) is None
+    ]
+
+
+def write_certificate(out: Path, entries: list[dict[str, Any]], about: dict[str, Any]) -> Path:
+    """Write certificate.json and certificate.md into `out` and return the JSON's path.
+
+    Entries of files that were not checked now stay, as long as those files are unchanged.
+    """
+    out = Path(out)
+    kept = {
+        name: entry
+        for name, entry in read_certificate(out)["files"].items()
+        if certified(out / name, out)
+    }
+    files = kept | {Path(entry["path"]).name: entry for entry in entries}
+    certificate = about | {
+        "limits": {name: asdict(limits) for name, limits in LIMITS.items()},
+        "files": files,
+    }
+    _write_whole(out / CERTIFICATE, json.dumps(certificate, indent=2, ensure_ascii=False) + "\n")
+    _write_whole(out / "certificate.md", as_markdown(certificate))
+    return out / CERTIFICATE
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def as_markdown(certificate: dict[str, Any]) -> str:
+    """Return the certificate as a person reads it."""
+    lines = ["# Certificate", "", "Is each file the model that was trained?", ""]
+    lines += [
+        "| File | Verdict | KL mean | KL p99 | Top-1 | Perplexity |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, entry in certificate["files"].items():
+        if entry.get("kl_mean") is None:
+            lines.append(f"| {name} | **{entry['verdict']}** | | | | |")
+        else:
+            lines.append(
+                f"| {name} | **{entry['verdict']}** | {entry['kl_mean']:.3g} | "
+                f"{entry['kl_p99']:.3g} "
+                f"| {entry['top1']:.2%} | x{entry['ppl_ratio']:.4f} |"
+            )
+    for name, entry in certificate["files"].items():
+        lines += ["", f"## {name}", "", f"sha256 `{entry['sha256']}`", ""]
+        lines += [
+            f"- **{check['verdict']}** {check['name']}: {check['detail']}"
+            for check in entry["checks"]
+        ]
+    reference = certificate.get("reference", {})
+    lines += ["", "## How", "", f"Compared with {reference.get('model', 'the trained model')}"]
+    lines[-1] += (
+        f" ({reference.get('compute', 'float32')}) on {reference.get('samples', 'samples')}."
+    )
+    lines += [
+        f"Versions: {', '.join(f'{k} {v}' for k, v in certificate.get('versions', {}).items())}.",
+        "",
+    ]
+    return "\n".join(lines)
