@@ -23,8 +23,8 @@ import typer
 
 from fastft import __version__
 from fastft.bench.command import app as bench_app
-from fastft.config import redact
 from fastft.errors import FastFTError, InterruptedRunError
+from fastft.secrets import redact
 
 app = typer.Typer(
     name="fastft",

@@ -22,13 +22,7 @@ from pydantic import (
 )
 
 from fastft.errors import FastFTError, did_you_mean
-
-SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|wandb_[A-Za-z0-9_-]{16,})")
-
-
-def redact(text: str) -> str:
-    """Return `text` with everything that looks like an access token replaced by ``***``."""
-    return SECRET.sub("***", text)
+from fastft.secrets import redact
 
 
 def _none_words(value: Any) -> Any:

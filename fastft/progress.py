@@ -22,8 +22,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from fastft.config import redact
 from fastft.hardware import Choice
+from fastft.secrets import redact
 
 
 class Reporter:

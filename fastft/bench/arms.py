@@ -233,9 +233,9 @@ class FastftArm:
 
     def train(self, job: Job, witness: Any) -> int | None:
         """Train with the session's own trainer; fastft counts its tokens itself."""
-        trainer = self.session.trainer()
+        trainer = self.session.loop.trainer
         trainer.add_callback(witness)
-        self.session.run(trainer)
+        self.session.run()
         return trainer.progress.tokens
 
 

@@ -4,16 +4,17 @@ its loop.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastft.bench.arms import Job, forbid_flash_attention_2
-from fastft.config import make_config
-from fastft.hardware import Hardware, named_gpu, probe
+from fastft.config import RunConfig, make_config
+from fastft.hardware import Choice, Hardware, named_gpu, probe
+
+if TYPE_CHECKING:
+    from fastft.training.session import Loop
 
 
 @dataclass(frozen=True)
@@ -38,48 +39,60 @@ class Rows(list[Row]):
         return np.array([len(row.input_ids) for row in self])
 
 
+@dataclass(frozen=True)
+class Workload:
+    """The case's sequences in place of fastft's data layer."""
+
+    train: Rows
+    eval: None = None
+    template: None = None
+
+
 class OpenSession:
-    """A `fastft train` session whose data layer was replaced by the workload."""
+    """A session of `fastft train` on the workload."""
 
-    def __init__(self, session: Any) -> None:
-        self._session = session
-        self.model = session.model
-
-    def trainer(self) -> Any:
-        """Return the session's own trainer, in the workload's order instead of a permutation."""
-        trainer = self._session._trainer()
-        trainer.steps.order = np.arange(len(trainer.steps.dataset))
-        trainer.steps.set_epoch = lambda epoch: None
-        return trainer
-
-    def run(self, trainer: Any) -> None:
-        """Train as the session does, signals included."""
-        from fastft.training.train import _stop_signals
-
-        with _stop_signals(trainer):
-            trainer.train()
-        if self._session.memory.advice:
-            raise MemoryError(self._session.memory.advice)
+    def __init__(self, loop: Loop, choices: dict[str, Choice]) -> None:
+        self.loop = loop
+        self.choices = {name: f"{c.value} ({c.reason})" for name, c in choices.items()}
+        """What was chosen and why, for the record."""
 
     @property
-    def choices(self) -> dict[str, str]:
-        """What was chosen and why, for the record."""
-        return {
-            name: f"{choice.value} ({choice.reason})"
-            for name, choice in self._session.choices.items()
-        }
+    def model(self) -> Any:
+        """The model that will be trained."""
+        return self.loop.trainer.model
+
+    def run(self) -> None:
+        """Train as the session does, signals included."""
+        self.loop.run()
+        if self.loop.memory.advice:
+            raise MemoryError(self.loop.memory.advice)
 
 
 def open_session(job: Job) -> OpenSession:
     """Choose, load and attach as `fastft train` does with the case's settings."""
-    from fastft.engines import loading
     from fastft.progress import Reporter
-    from fastft.runs.folder import RunFolder
-    from fastft.training import callbacks
-    from fastft.training.train import _Session
+    from fastft.training.session import Session
 
+    config, cap = _config(job), job.cap_bytes
+    session = Session(
+        config,
+        _capped(probe(job.work), job),
+        report=Reporter(quiet=True),
+        shuffle=False,  # every arm takes the sequences in the workload's order
+        # What the driver calls free is that of the larger card.
+        limit_bytes=None if cap is None else lambda: cap,
+    )
+    opened = session.open()
+    if not job.case.flash_attention_2:
+        forbid_flash_attention_2()
+    sequences = zip(job.workload.input_ids, job.workload.labels, strict=True)
+    prepared = session.prepare(opened, Workload(Rows(Row(*pair) for pair in sequences)))
+    return OpenSession(session.loop(prepared), prepared.choices)
+
+
+def _config(job: Job) -> RunConfig:
     case, work = job.case, job.workload
-    config = make_config(
+    return make_config(
         {
             "project": "bench",
             "output_dir": str(job.work),
@@ -110,23 +123,6 @@ def open_session(job: Job) -> OpenSession:
         },
         where=f"arm {job.arm}",
     )
-    hardware = _capped(probe(job.work), job)
-    if (cap := job.cap_bytes) is not None:
-        callbacks._limit_bytes = lambda: (
-            cap
-        )  # what the driver calls free is that of the larger card
-    choices = loading.choose_loading(config, hardware)
-    run = RunFolder(config.run_dir)
-    session = _Session(
-        config, run, hardware, choices, Reporter(quiet=True), None, time.monotonic(), mirror=None
-    )
-    session._load_tokenizer()
-    if not case.flash_attention_2:
-        forbid_flash_attention_2()
-    rows = Rows(Row(ids, labels) for ids, labels in zip(work.input_ids, work.labels, strict=True))
-    session.data = SimpleNamespace(train=rows, eval=None, template=SimpleNamespace(needs_tokens=[]))  # type: ignore[assignment]
-    session._load_model()
-    return OpenSession(session)
 
 
 def _capped(hardware: Hardware, job: Job) -> Hardware:

@@ -55,18 +55,22 @@ class StepBatches:
     k.
 
     The order is a permutation drawn from (seed, epoch), so it is the same on every machine and
-    after a resume.
+    after a resume; with `shuffle=False` it is the dataset's own.
     """
 
-    def __init__(self, dataset: Any, effective_batch_size: int, seed: int) -> None:
+    def __init__(
+        self, dataset: Any, effective_batch_size: int, seed: int, *, shuffle: bool = True
+    ) -> None:
         self.dataset = dataset
         self.effective_batch_size = effective_batch_size
-        self.seed = seed
+        self.seed, self.shuffle = seed, shuffle
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the order of `epoch`."""
-        self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+        count = len(self.dataset)
+        generator = np.random.default_rng([self.seed, epoch])
+        self.order = generator.permutation(count) if self.shuffle else np.arange(count)
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.effective_batch_size)

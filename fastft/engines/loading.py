@@ -160,9 +160,8 @@ def tokens_to_train(config: LoraConfig, tokenizer: Any, template: Any) -> list[i
     A base model whose vocabulary has the template's special tokens but never saw them in training
     answers with noise unless these rows are learnt.
     """
-    names = (
-        list(template.needs_tokens) if config.train_tokens == "auto" else list(config.train_tokens)
-    )
+    needed = template.needs_tokens if template is not None else []
+    names = list(needed if config.train_tokens == "auto" else config.train_tokens)
     vocabulary = tokenizer.get_vocab()
     unknown = [name for name in names if name not in vocabulary]
     if unknown:

@@ -7,9 +7,10 @@ from typing import Any
 
 import yaml
 
-from fastft.config import RunConfig, redact
+from fastft.config import RunConfig
 from fastft.runs.checkpoint import write_atomically
 from fastft.runs.folder import RunFolder
+from fastft.secrets import redact
 
 
 def write_export_card(run: RunFolder, folder: Path, certificate: dict[str, Any]) -> Path:

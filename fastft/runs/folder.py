@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastft.config import RunConfig, dump_config, make_config, read_yaml, redact
+from fastft.config import RunConfig, dump_config, make_config, read_yaml
 from fastft.errors import FastFTError
 from fastft.runs import checkpoint
 from fastft.runs.checkpoint import write_atomically
+from fastft.secrets import redact
 
 PACKAGES = (
     "fastft",

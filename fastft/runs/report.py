@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastft.config import redact
 from fastft.runs.checkpoint import write_atomically
 from fastft.runs.folder import RunFolder
+from fastft.secrets import redact
 
 
 def write_report(run: RunFolder) -> None:

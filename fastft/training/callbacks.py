@@ -155,8 +155,11 @@ class MemoryCheck(TrainerCallback):
         adjustable: bool,
         report: Reporter,
         record: Callable[..., None],
+        limit_bytes: Callable[[], int],
     ) -> None:
+        """`limit_bytes` says how much memory this process may have in all, when it is asked."""
         self.trainer, self.shape, self.situation = trainer, shape, situation
+        self.limit_bytes = limit_bytes
         self.adjustable, self.report, self.record = adjustable, report, record
         self.steps_now = 0
         self.largest, self.longest = 0, 0
@@ -192,7 +195,7 @@ class MemoryCheck(TrainerCallback):
             longest=self.longest,
             measured_bytes=measured,
             largest_tokens=max(self.largest, self._largest_to_come()),
-            limit_bytes=_limit_bytes(),
+            limit_bytes=self.limit_bytes(),
         )
         self.record(memory=asdict(found) | {"fits": found.fits})
         if found.fits:
@@ -259,8 +262,8 @@ class _PeakSampler(threading.Thread):
         return after if after > self.before else max(self.peak, self.process.memory_info().rss)
 
 
-def _limit_bytes() -> int:
-    """What this process may have in all: what it has, and what is free."""
+def free_for_this_process() -> int:
+    """Return the bytes that this process may have in all: what it has, and what is free."""
     import psutil
     import torch
 

@@ -66,8 +66,9 @@ class StepTrainer(Trainer):
         save_extra: Callable[[Path], None],
         report_every: int = 1,
         fused: FusedLayers | None = None,
+        shuffle: bool = True,
     ) -> None:
-        self.steps = StepBatches(train_dataset, effective_batch_size, args.seed)
+        self.steps = StepBatches(train_dataset, effective_batch_size, args.seed, shuffle=shuffle)
         super().__init__(model=model, args=args, train_dataset=self.steps, data_collator=_the_step)
         self.remove_callback(PrinterCallback)
         self.add_callback(_SetEpoch(self.steps))
@@ -87,6 +88,8 @@ class StepTrainer(Trainer):
             scale=self.accelerator.scaler,
         )
         self.progress = Progress()
+        self.stopped_by_signal = False
+        self.stopped_early = False
 
     # --- one step
 
@@ -201,6 +204,10 @@ class StepTrainer(Trainer):
             super().log(logs, start_time)
 
     # --- checkpoints
+
+    def take(self, folder: Path) -> None:
+        """Give the model the adapter of the checkpoint `folder`."""
+        self._load_from_checkpoint(str(folder))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write checkpoint-N under a temporary name, seal it, rename it."""

@@ -5,28 +5,23 @@ import pytest
 from tests.e2e.conftest import run_python
 
 SESSION = """
-import json, sys, time
+import json, sys
 from dataclasses import asdict
 from pathlib import Path
 from fastft.config import make_config
-from fastft.engines import loading
 from fastft.hardware import probe
 from fastft.progress import Reporter
-from fastft.runs.folder import RunFolder
-from fastft.training.train import _Session
+from fastft.training.session import Session
 base, folder, engine, dtype = sys.argv[1:]
 data = Path(folder) / "data.jsonl"
 data.write_text("\\n".join(json.dumps({"prompt": f"Count to {i}.", "completion": " ".join(map(str, range(i)))}) for i in range(1, 30)))
 config = make_config({"project": "checked", "output_dir": folder, "model": {"name": base, "engine": engine, "dtype": dtype, "max_seq_length": 128},
     "data": {"source": str(data), "eval_fraction": 0}, "lora": {"dropout": 0.1}}, where="here")
-hardware = probe(Path(folder))
-run = RunFolder(config.run_dir)
-session = _Session(config, run, hardware, loading.choose_loading(config, hardware), Reporter(quiet=True), None, time.monotonic(), mirror=None)
-session._load_tokenizer()
-session._load_data()
-session._load_model()
-found = session._check_rows("varlen")
-print(json.dumps(asdict(found) | {"exact": found.exact, "reason": found.reason, "rows": session.rows}))
+session = Session(config, probe(Path(folder)), report=Reporter(quiet=True))
+opened = session.open()
+prepared = session.prepare(opened, session.read_data(opened))
+found = session.check_rows(prepared, "varlen")
+print(json.dumps(asdict(found) | {"exact": found.exact, "reason": found.reason, "rows": prepared.rows}))
 """
 
 

@@ -29,7 +29,7 @@ from fastft.bench.parity import Evidence, judge, judge_across
 from fastft.bench.record import Check, Parity, Record, Result, Step
 from fastft.errors import CouldNotFinishError, FastFTError
 from fastft.quickstart import base_path
-from fastft.training import callbacks
+from fastft.training.session import Loop
 
 
 def a_run(
@@ -165,16 +165,14 @@ def test_the_committed_a_a_result_contains_one():
 
 
 def test_an_arm_that_stopped_for_want_of_memory_says_so():
-    trainer = type("Trainer", (), {"train": lambda self: None, "stopped_by_signal": None})()
-    inner = type(
-        "Session",
-        (),
-        {"model": None, "memory": type("Memory", (), {"advice": "17 GB do not fit"})()},
-    )()
+    class Trainer:
+        def train(self, resume_from_checkpoint):
+            memory.advice = "17 GB do not fit"
+
+    memory = type("Memory", (), {"advice": None})()
     with pytest.raises(MemoryError, match="17 GB do not fit") as caught:
-        session.OpenSession(inner).run(trainer)
+        session.OpenSession(Loop(Trainer(), memory), {}).run()
     assert worker._status_of(caught.value)[0] == "oom"
-    assert callable(callbacks._limit_bytes)
 
 
 # --- the GPU's figures, from a driver that is a script

@@ -5,9 +5,10 @@ import json
 import pytest
 import yaml
 
-from fastft.config import RunConfig, dump_config, load_config, make_config, redact
+from fastft.config import RunConfig, dump_config, load_config, make_config
 from fastft.errors import FastFTError
 from fastft.planning.init import commented_config
+from fastft.secrets import redact
 
 MINIMAL = {"model": {"name": "m"}, "data": {"source": "d.jsonl"}}
 

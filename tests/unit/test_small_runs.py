@@ -1,12 +1,11 @@
 """What a run of a few examples needs: steps that change something, and a word about them."""
 
-from types import SimpleNamespace
-
 import pytest
 
+from fastft.config import TrainConfig
 from fastft.errors import FastFTError
 from fastft.runs.target import resolve
-from fastft.training.train import _Session
+from fastft.training.session import total_steps, warmup_steps
 
 
 @pytest.mark.parametrize(
@@ -15,9 +14,14 @@ from fastft.training.train import _Session
      (1000, None, "constant", 0), (5, 1, "cosine", 1)],
 )  # fmt: skip
 def test_no_run_warms_up_for_one_step_unless_it_is_told_to(total, given, scheduler, expected):
-    settings = SimpleNamespace(warmup_steps=given, warmup_ratio=0.03, scheduler=scheduler)
-    session = SimpleNamespace(config=SimpleNamespace(train=settings), _total_steps=lambda: total)
-    assert _Session._warmup_steps(session) == expected
+    settings = TrainConfig(warmup_steps=given, scheduler=scheduler)
+    assert warmup_steps(settings, total) == expected
+
+
+def test_a_run_without_max_steps_sees_every_sequence_as_often_as_its_epochs_say():
+    settings = TrainConfig(effective_batch_size=8, epochs=1.5)
+    assert [total_steps(settings, sequences) for sequences in (1, 8, 9, 80)] == [2, 2, 3, 15]
+    assert total_steps(TrainConfig(max_steps=7), 80) == 7
 
 
 def test_a_folder_that_only_data_has_seen_says_what_to_do(tmp_path):

@@ -1,0 +1,429 @@
+"""One training session, from a config to a loop that is ready to run.
+
+    session = Session(config, probe())
+    opened = session.open()                   # the tokenizer, and which base this is
+    data = session.read_data(opened)          # before the weights: a fault in it is found in seconds
+    prepared = session.prepare(opened, data)  # the model with its adapter; all choices made
+    loop = session.loop(prepared)
+    loop.run()
+
+`fastft train` adds the run's life around it (resume, record, final/); the benchmark hands in its
+own sequences instead of `read_data`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from fastft.config import MOVES_THE_BASE, RunConfig, TrainConfig
+from fastft.engines import get_engine, loading
+from fastft.engines.base import Engine
+from fastft.exporting.adapter import keep_initial
+from fastft.hardware import Choice, Hardware
+from fastft.progress import Reporter
+from fastft.runs.fingerprint import base_fingerprint
+from fastft.runs.folder import INITIAL_ADAPTER, RunFolder
+from fastft.runs.mirror import Mirror
+
+if TYPE_CHECKING:
+    from fastft.data import Prepared as PreparedData
+    from fastft.data.batches import Rows
+    from fastft.kernels.fused import FusedLayers
+    from fastft.training.callbacks import MemoryCheck
+    from fastft.training.exactness import RowCheck
+    from fastft.training.loop import StepTrainer
+    from fastft.training.step import StepPolicy
+
+FEW_STEPS = 20
+"""A run of fewer steps mostly leaves the model as it was."""
+
+
+class Sequences(Protocol):
+    """What a session trains on: `fastft.data.prepare` returns it, and so may any other source."""
+
+    @property
+    def train(self) -> Any:
+        """Samples with input_ids, labels and segments; `lengths` holds the tokens of each."""
+
+    @property
+    def eval(self) -> Any | None:
+        """The held-out samples, or None."""
+
+    @property
+    def template(self) -> Any | None:
+        """The chat template, whose special tokens are trained where it was added; None for none."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What is known before any weight is read."""
+
+    engine: Engine
+    tokenizer: Any
+    base: dict[str, Any]
+    """The base model's fingerprint."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a session trains with; nothing of it is missing once `prepare` returned."""
+
+    engine: Engine
+    tokenizer: Any
+    base: dict[str, Any]
+    data: Any
+    """What was handed to `prepare` (see `Sequences`)."""
+    model: Any
+    """The peft model."""
+    trainable: int
+    """Its trainable parameters, checked against the closed form."""
+    initial: Path | None
+    """The untrained adapter, kept where its init moved the base's weights."""
+    rows: Rows
+    fused: FusedLayers | None
+    choices: dict[str, Choice]
+    """Every automatic choice with its reason, as it was made in the end."""
+
+    @property
+    def policy(self) -> StepPolicy:
+        """How a step of this session is cut into micro-batches (a new one each time)."""
+        return self.policy_for(self.rows)
+
+    def policy_for(self, rows: Rows) -> StepPolicy:
+        """Return the policy with another kind of rows."""
+        from fastft.training.step import StepPolicy
+
+        budget = self.choices["micro_batch_tokens"].value
+        return StepPolicy(budget, rows, pad_token_id=self.tokenizer.pad_token_id or 0)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A trainer that is ready, and the watch over its memory."""
+
+    trainer: StepTrainer
+    memory: MemoryCheck
+
+    def run(self, resume_from: Path | None = None) -> None:
+        """Train to the end, or until a signal, a time limit or the watch stops it."""
+        with stop_signals(self.trainer):
+            self.trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+
+
+class Session:
+    """One call of `train` on one run. It holds what is given; what is made is returned."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        hardware: Hardware,
+        *,
+        choices: dict[str, Choice] | None = None,
+        report: Reporter | None = None,
+        stop_after: int | None = None,
+        started: float | None = None,
+        mirror: Mirror | None = None,
+        shuffle: bool = True,
+        limit_bytes: Callable[[], int] | None = None,
+    ) -> None:
+        """`choices`: those of `loading.choose_loading`, where they were made already.
+
+        `started` is the time.monotonic() that train.max_minutes counts from. `shuffle=False` takes
+        the sequences in their own order. `limit_bytes` says how much memory this process may have
+        in all; by default, what the driver or the system says is free.
+        """
+        self.config, self.hardware = config, hardware
+        self.choices = choices or loading.choose_loading(config, hardware)
+        self.run = RunFolder(config.run_dir)
+        self.report = report or Reporter()
+        self.stop_after = stop_after
+        self.started = time.monotonic() if started is None else started
+        self.mirror, self.shuffle, self.limit_bytes = mirror, shuffle, limit_bytes
+        self.history: list[dict[str, Any]] = []
+        """The lines of log.jsonl up to the present step."""
+
+    def open(self) -> Opened:
+        """Return the engine, the tokenizer, and which base this is."""
+        engine = get_engine(self.choices["engine"].value)
+        model = self.config.model
+        base = base_fingerprint(model.name, model.revision)
+        return Opened(engine, loading.load_tokenizer(model), base)
+
+    def read_data(self, opened: Opened) -> PreparedData:
+        """Return the config's data, tokenised and split; `opened` proves that the engine came first.
+
+        Unsloth must be imported before transformers, which the data layer imports.
+        """
+        from fastft.data import prepare
+
+        config = self.config
+        data: PreparedData = prepare(
+            config.data,
+            opened.tokenizer,
+            max_seq_length=config.model.max_seq_length,
+            seed=config.train.seed,
+        )
+        # What was trained with is what every later program renders with.
+        data.template.save(opened.tokenizer)
+        self.report.data(data.report)
+        if data.eval is None and (config.data.eval_source or config.data.eval_fraction > 0):
+            self.report.warn(
+                "nothing is held out (too few different rows for it): no held-out loss, no "
+                "best checkpoint"
+            )
+        return data
+
+    def prepare(self, opened: Opened, data: Sequences) -> Prepared:
+        """Load the base, attach LoRA, and choose how rows and layers are computed."""
+        config, choices = self.config, dict(self.choices)
+        checkpointing = choices["gradient_checkpointing"].value
+        base, _, engine = loading.load_for_training(
+            config.model, self.hardware, gradient_checkpointing=checkpointing, choices=choices
+        )
+        model, trainable = loading.attach_lora(
+            base,
+            engine,
+            config.lora,
+            seed=config.train.seed,
+            gradient_checkpointing=checkpointing,
+            train_token_ids=loading.tokens_to_train(config.lora, opened.tokenizer, data.template),
+        )
+        initial = None
+        if config.lora.init in MOVES_THE_BASE:
+            initial = keep_initial(model, self.run.path / INITIAL_ADAPTER)
+        loaded = Prepared(
+            engine, opened.tokenizer, opened.base, data, model, trainable, initial, "padded", None, choices
+        )  # fmt: skip
+        prepared = self._choose_layers(self._choose_rows(loaded))
+        self._report(prepared)
+        return prepared
+
+    def _choose_rows(self, loaded: Prepared) -> Prepared:
+        from fastft.training.exactness import choose_rows
+
+        check = None if self.hardware.kind == "cpu" else partial(self.check_rows, loaded)
+        rows, loaded.choices["padding_free"] = choose_rows(
+            self.config.train.padding_free, loaded.model, loaded.engine, check
+        )
+        return replace(loaded, rows=rows)
+
+    def check_rows(self, loaded: Prepared, rows: Rows) -> RowCheck | None:
+        """Compare a row of the first step's sequences with each of them alone, in the run's
+        precision; None where no two of them fit into one row.
+        """
+        import torch
+
+        from fastft.data.batches import StepBatches, segments_of
+        from fastft.training.exactness import check_rows
+        from fastft.training.step import Stepper
+
+        settings, device = self.config.train, loaded.model.device
+        dtype = getattr(torch, loaded.choices["dtype"].value)
+        stepper = Stepper(
+            loaded.model,
+            loaded.engine,
+            loaded.policy_for(rows),
+            device=device,
+            on_note=self.report.warn,
+        )
+        steps = StepBatches(loaded.data.train, settings.effective_batch_size, settings.seed)
+        mixed = dtype != torch.float32
+        return check_rows(
+            stepper,
+            segments_of(steps[0]),
+            lambda: torch.autocast(device.type, dtype, enabled=mixed),
+        )
+
+    def _choose_layers(self, loaded: Prepared) -> Prepared:
+        """Fastft's own layers, where the model has some that they stand for: CPU, weights not
+        quantised.
+        """
+        import torch
+
+        from fastft.kernels import native
+        from fastft.kernels.fused import FusedLayers
+
+        choices, wanted = loaded.choices, self.config.train.fused_layers
+        if wanted is False or self.hardware.kind != "cpu":
+            choices["fused_layers"] = Choice(False, "asked for" if wanted is False else "CPU only")
+            return loaded
+        fused = FusedLayers(loaded.model, getattr(torch, choices["dtype"].value))
+        kernels = native.why_not()
+        reason = f"{len(fused.forwards)} modules" + (
+            f", torch's element-wise operations ({kernels})" if kernels else ""
+        )
+        choices["fused_layers"] = Choice(bool(fused.forwards), reason)
+        return replace(loaded, fused=fused if fused.forwards else None)
+
+    def _report(self, prepared: Prepared) -> None:
+        for name, choice in prepared.choices.items():
+            self.report.choice(name, choice)
+        self.report.note(f"{prepared.trainable:,} trainable parameters")
+        steps = self.total_steps(prepared.data)
+        if self.config.train.max_steps is None and steps < FEW_STEPS:
+            self.report.note(
+                f"{steps} steps are few, the model will hardly change; a higher train.epochs "
+                "makes more of them"
+            )
+
+    def total_steps(self, data: Sequences) -> int:
+        """Return the optimizer steps of the whole run."""
+        return total_steps(self.config.train, len(data.train))
+
+    def loop(self, prepared: Prepared) -> Loop:
+        """Return the trainer with its callbacks; `run` starts it."""
+        from fastft.training.callbacks import Steering
+        from fastft.training.loop import StepTrainer
+
+        settings, total = self.config.train, self.total_steps(prepared.data)
+        trainer = StepTrainer(
+            prepared.model,
+            self._arguments(prepared, total),
+            engine=prepared.engine,
+            train_dataset=prepared.data.train,
+            eval_dataset=self._held_out(prepared.data.eval),
+            effective_batch_size=settings.effective_batch_size,
+            policy=prepared.policy,
+            on_log=self._on_log,
+            on_note=self.report.warn,
+            save_extra=partial(self._save_extra, prepared.tokenizer),
+            report_every=settings.logging_steps,
+            fused=prepared.fused,
+            shuffle=self.shuffle,
+        )
+        trainer.add_callback(
+            Steering(
+                trainer,
+                self.config,
+                self.history,
+                self.stop_after,
+                self.started,
+                self.run.checkpoints,
+                self.report,
+                total,
+                self.mirror,
+            )
+        )
+        memory = self._memory_check(trainer)
+        trainer.add_callback(memory)
+        return Loop(trainer, memory)
+
+    def _arguments(self, prepared: Prepared, total: int) -> Any:
+        from fastft.training.loop import training_arguments
+
+        settings, choices = self.config.train, prepared.choices
+        return training_arguments(
+            self.run.checkpoints, dtype=choices["dtype"].value, seed=settings.seed,
+            learning_rate=settings.learning_rate, scheduler=settings.scheduler,
+            warmup_steps=warmup_steps(settings, total), weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            optimizer=optimizer_name(choices["optimizer"].value, self.hardware.kind),
+            max_steps=total, epochs=settings.epochs, save_steps=settings.save_steps,
+            report_to=list(settings.report_to), log_dir=self.run.path / "tensorboard",
+            use_cpu=self.hardware.kind == "cpu",
+        )  # fmt: skip
+
+    def _held_out(self, held: Any | None) -> Any | None:
+        """What is measured at each evaluation: the held-out samples, or a fixed draw of
+        `train.max_eval_samples` of them.
+        """
+        most = self.config.train.max_eval_samples
+        if held is None or most is None or len(held) <= most:
+            return held
+        self.report.note(
+            f"the held-out loss is that of {most:,} of {len(held):,} samples "
+            "(train.max_eval_samples)"
+        )
+        drawn = np.random.default_rng(self.config.train.seed).choice(len(held), most, replace=False)
+        return held[np.sort(drawn)]
+
+    def _memory_check(self, trainer: StepTrainer) -> MemoryCheck:
+        """The plan of this run, to be compared with its first steps."""
+        from fastft.planning import load_shape, resolve
+        from fastft.training.callbacks import MemoryCheck, free_for_this_process
+
+        shape = load_shape(self.config.model.name, self.config.model.revision)
+        return MemoryCheck(
+            trainer,
+            shape,
+            resolve(self.config, self.hardware, shape).situation,
+            adjustable=self.config.train.micro_batch_tokens == "auto",
+            report=self.report,
+            record=self.run.update_record,
+            limit_bytes=self.limit_bytes or free_for_this_process,
+        )
+
+    def _save_extra(self, tokenizer: Any, folder: Path) -> None:
+        """Put into a checkpoint what else it takes to go on from it alone."""
+        tokenizer.save_pretrained(folder)
+        self.run.keep_state(folder)
+
+    def _on_log(self, record: dict[str, Any]) -> None:
+        self.run.append_log(record)
+        self.history.append(record)
+        self.report.step(record)
+
+
+def total_steps(settings: TrainConfig, sequences: int) -> int:
+    """Return the optimizer steps of a run: max_steps, or epochs times the steps that hold every
+    sequence once.
+    """
+    if settings.max_steps is not None:
+        return settings.max_steps
+    an_epoch = math.ceil(sequences / settings.effective_batch_size)
+    return max(1, math.ceil(settings.epochs * an_epoch))
+
+
+def warmup_steps(settings: TrainConfig, total: int) -> int:
+    """Return the steps over which the learning rate rises."""
+    if settings.warmup_steps is not None:
+        return settings.warmup_steps
+    if settings.scheduler == "constant":
+        return 0
+    steps = math.ceil(settings.warmup_ratio * total)
+    # The first of them has the rate 0, so one alone would only waste a step.
+    return steps if steps > 1 else 0
+
+
+def optimizer_name(chosen: str, device: str) -> str:
+    """Return transformers' name of the optimizer: fused AdamW has kernels for CUDA and CPU only."""
+    if chosen == "adamw":
+        return "adamw_torch" if device == "mps" else "adamw_torch_fused"
+    return chosen
+
+
+@contextlib.contextmanager
+def stop_signals(trainer: StepTrainer) -> Iterator[None]:
+    """First Ctrl-C or SIGTERM: finish the step, save, stop. Second: stop at once (the last
+    checkpoint is whole).
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(number: int, frame: Any) -> None:
+        if trainer.stopped_by_signal:
+            raise KeyboardInterrupt
+        trainer.stopped_by_signal = True
+        print("stopping after this step; once more to stop at once", file=sys.stderr)
+
+    previous = {
+        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
