@@ -1,19 +1,30 @@
 # make quickstart   the main job on the embedded tiny model, from nothing (about 15 minutes the first time)
 # make test         the default test suite, from nothing
-# Both need only Python 3.11 to 3.13, git, make, cmake and a C++ compiler.
+# make wheel        a wheel of fastft in dist/, to install elsewhere or to upload to a notebook
+# Both of the first need only Python 3.11 to 3.13, git, make, cmake and a C++ compiler.
+#
+# TORCH_INDEX=URL   an index to take torch from (the CPU build, where pip's own holds only CUDA's)
+# HASHES=1          take only files whose SHA-256 stands in requirements/lock-*.txt
 
 PYTHON ?= $(firstword $(foreach v,python3.11 python3.12 python3.13 python3,$(if $(shell $(v) -c "import sys, venv, ensurepip; sys.exit(not (3,11) <= sys.version_info[:2] <= (3,13))" 2>/dev/null && echo ok),$(v))))
 VENV := .venv
 BIN := $(VENV)/bin
 PINS := $(wildcard requirements/*.txt)
+SETUP = $(PYTHON) tools/setup_env.py $(VENV) $(if $(HASHES),--hashes)
+export TORCH_INDEX
 
-.PHONY: quickstart test test-long lint types setup clean
+.PHONY: quickstart test test-fast test-long lint types setup wheel clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/fastft quickstart
+	@echo "fastft is $(BIN)/fastft; 'source $(BIN)/activate' makes it plain 'fastft' in this terminal"
 
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest
+
+# What needs no torch and no model: under a minute.
+test-fast: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest tests/fast
 
 test-long: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m "long and not gpu"
@@ -27,23 +38,16 @@ types: $(VENV)/.ready-dev
 
 setup: $(VENV)/.ready-dev
 
-# torch first and alone: an unpinned one would be dragged in with several GB of CUDA packages.
-# editable_mode=compat: with setuptools' default, Python started in the folder above the clone takes the clone for the package.
-# Unsloth with --no-deps: its metadata asks for torchvision and xformers, which have no CPU build.
+wheel: $(VENV)/.ready
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
 $(VENV)/.ready: pyproject.toml $(PINS)
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 with venv found; install one or set PYTHON=..." >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -r requirements/torch.txt
-	$(BIN)/pip install --quiet -r requirements/base.txt
-	$(BIN)/pip install --quiet --no-deps -r requirements/unsloth.txt
-	@echo "building llama-cpp-python: about 4 minutes on 2 cores, once"
-	$(BIN)/pip install --quiet -r requirements/gguf.txt
-	$(BIN)/pip install --quiet --no-deps --config-settings editable_mode=compat --editable .
-	touch $@
+	@$(SETUP)
 
 $(VENV)/.ready-dev: $(VENV)/.ready requirements/dev.txt
-	$(BIN)/pip install --quiet -r requirements/dev.txt
-	touch $@
+	@$(SETUP) --dev
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

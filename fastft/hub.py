@@ -7,9 +7,14 @@ user's (exit code 3, safe to try again): too many requests, the Hub's own errors
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.metadata
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
 
 from fastft.errors import CouldNotFinishError, FastFTError
 
@@ -27,12 +32,21 @@ def is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "ON", "YES", "TRUE"}
 
 
+@functools.cache
+def http() -> ModuleType:
+    """Return the HTTP library that the installed huggingface_hub uses: httpx, from 2.0 on httpx2.
+
+    Never both: an `isinstance` with the other one's errors would miss without a word.
+    """
+    major = int(importlib.metadata.version("huggingface_hub").split(".")[0])
+    return importlib.import_module("httpx" if major < 2 else "httpx2")
+
+
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
     """Turn what a call of huggingface_hub raises into the FastFTError about `what` ("model
     'a/b'").
     """
-    import httpx
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -45,7 +59,7 @@ def hub_errors(what: str) -> Iterator[None]:
             yield
     except (
         HfHubHTTPError,
-        httpx.HTTPError,
+        http().HTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
@@ -138,11 +152,9 @@ def _not_the_users(error: BaseException, what: str, code: int | None) -> FastFTE
 
 def worth_another_try(error: BaseException) -> bool:
     """Return whether the same request may succeed later: the network, 408, 409, 412, 429 and 5xx."""
-    import httpx
-
     code = status(error)
     if code is None:
-        return isinstance(root(error), httpx.TransportError)
+        return isinstance(root(error), http().TransportError)
     return code in {408, 409, 412, 429} or code >= 500
 
 
@@ -169,20 +181,19 @@ def bounded_waits() -> Iterator[None]:
 
     By default it has no timeout at all, and sleeps as long as a Retry-After says.
     """
-    import httpx
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import hf_raise_for_status
     from huggingface_hub.utils._http import default_client_factory
 
-    def refuse_long_waits(response: httpx.Response) -> None:
+    def refuse_long_waits(response: Any) -> None:
         wait = response.headers.get("Retry-After", "")
         if response.status_code in {429, 503} and wait.isdigit() and float(wait) > LONGEST_WAIT:
             response.read()
             hf_raise_for_status(response)
 
-    def make() -> httpx.Client:
+    def make() -> Any:
         client = default_client_factory()
-        client.timeout = httpx.Timeout(60.0, connect=10.0)
+        client.timeout = http().Timeout(60.0, connect=10.0)
         client.event_hooks = {**client.event_hooks, "response": [refuse_long_waits]}
         return client
 
@@ -197,11 +208,9 @@ def root(error: BaseException) -> BaseException:
     """Return the error of the request itself: huggingface_hub and datasets wrap it in others;
     `error` where there is none.
     """
-    import httpx
-
     waiting: list[BaseException | None] = [error]
     for seen in waiting:
-        if isinstance(seen, httpx.HTTPError):  # HfHubHTTPError, with the answer, is one too
+        if isinstance(seen, http().HTTPError):  # HfHubHTTPError, with the answer, is one too
             return seen
         if seen is not None:
             waiting += [

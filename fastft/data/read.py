@@ -668,7 +668,6 @@ def _saved_folder(path: Path, split: str) -> Source:
 
 
 def _from_hub(source: str, name: str | None, split: str, streaming: bool) -> Source:
-    import httpx
     from datasets import DownloadMode, load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
@@ -690,7 +689,7 @@ def _from_hub(source: str, name: str | None, split: str, streaming: bool) -> Sou
         raise FastFTError(f"the dataset {source}: {error}.") from error
     except (
         OSError,
-        httpx.HTTPError,
+        hub.http().HTTPError,
     ) as error:  # the network's errors, and what datasets makes of them
         if hub.is_offline() or hub.status(error) is not None:
             raise hub.explain(error, f"dataset {source!r}") from error

@@ -401,7 +401,6 @@ def check_whole(path: Path) -> None:
 
 def _check_hub(name: str, revision: str | None, token: str | None) -> None:
     """Ask the Hub (or its cache, when offline) whether `name` exists and has safetensors."""
-    import httpx
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -417,7 +416,7 @@ def _check_hub(name: str, revision: str | None, token: str | None) -> None:
             files = HfApi().list_repo_files(name, revision=revision, token=token)
     except (HfHubHTTPError, HFValidationError) as error:
         raise hub.explain(error, f"model {name!r}") from error
-    except (httpx.HTTPError, OSError) as error:
+    except (hub.http().HTTPError, OSError) as error:
         raise FastFTError(
             f"model {name!r}: no such folder, and the Hub cannot be reached "
             f"({type(error).__name__}). Check the spelling, "

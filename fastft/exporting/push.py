@@ -230,11 +230,10 @@ def _explained(error: BaseException, repo: str) -> FastFTError:
     """Return the message for a failed push; an error that is not the Hub's or the network's is
     ours and stays one.
     """
-    import httpx
     from huggingface_hub.errors import HfHubHTTPError
 
     root = hub.root(error)
-    if not isinstance(root, HfHubHTTPError | httpx.HTTPError | OSError):
+    if not isinstance(root, HfHubHTTPError | hub.http().HTTPError | OSError):
         raise error
     explained = hub.explain(error, f"repository {repo!r}")
     if isinstance(explained, CouldNotFinishError):

@@ -528,7 +528,6 @@ def resolve_base(
 
 
 def _download_base(repo: str, local_only: bool) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
 
     patterns = [
@@ -545,7 +544,7 @@ def _download_base(repo: str, local_only: bool) -> Path:
             return Path(
                 snapshot_download(repo, allow_patterns=patterns, local_files_only=local_only)
             )
-    except (httpx.HTTPError, OSError) as error:
+    except (hub.http().HTTPError, OSError) as error:
         explained = hub.explain(error, f"base model {repo!r}")
         raise type(explained)(f"{explained} Or give a local folder with --base PATH.") from error
 

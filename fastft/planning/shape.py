@@ -651,7 +651,6 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _hub_shape(name: str, revision: str | None) -> ModelShape:
-    import httpx
     from huggingface_hub import get_safetensors_metadata, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         HFValidationError,
@@ -679,7 +678,7 @@ def _hub_shape(name: str, revision: str | None) -> ModelShape:
         raise FastFTError(
             f"model {name!r} has no safetensors weights; fastft does not load pickles."
         ) from error
-    except (LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, hub.http().HTTPError, OSError) as error:
         if hub.status(error) in {401, 403}:
             raise hub.explain(error, f"model {name!r}") from error
         known = _known_by_hub_id(name)
