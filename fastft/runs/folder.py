@@ -48,6 +48,8 @@ class RunFolder:
     """The paths of a run, and the small files in it."""
 
     path: Path
+    writes: bool = True
+    """False in a process that is not the first of several: it reads, and changes nothing."""
 
     @property
     def checkpoints(self) -> Path:
@@ -73,6 +75,8 @@ class RunFolder:
 
     def write_config(self, config: RunConfig) -> None:
         """Write run.yaml: every default written out, no secrets."""
+        if not self.writes:
+            return
         write_atomically(self.path / "run.yaml", dump_config(config))
 
     def read_config(self) -> RunConfig:
@@ -98,6 +102,8 @@ class RunFolder:
 
     def update_record(self, **values: Any) -> None:
         """Merge `values` into run.json."""
+        if not self.writes:
+            return
         write_atomically(
             self.path / "run.json",
             redact(json.dumps(self.read_record() | values, indent=1, ensure_ascii=False)),
@@ -122,6 +128,8 @@ class RunFolder:
         A kill cannot damage these files; a full disk, a power cut, a careless editor and an empty
         new machine can.
         """
+        if not self.writes:
+            return []
         repaired = []
         kept = newest / "run" if newest else None
         problems = {"run.yaml": self._config_problem(), "run.json": self.record_problem()}
@@ -196,6 +204,8 @@ class RunFolder:
 
     def append_log(self, record: dict[str, Any]) -> None:
         """Append one line to log.jsonl."""
+        if not self.writes:
+            return
         with (self.path / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(record) + "\n")
 
@@ -227,6 +237,8 @@ class RunFolder:
 
     def cut_log(self, step: int) -> list[dict[str, Any]]:
         """Drop what was logged after `step` (those steps are done again) and return what is left."""
+        if not self.writes:
+            return []
         kept = [record for record in self.read_log() if record["step"] <= step]
         write_atomically(
             self.path / "log.jsonl", "".join(json.dumps(record) + "\n" for record in kept)
@@ -237,6 +249,8 @@ class RunFolder:
         """Draw loss.png from log.jsonl: training loss, its running mean, held-out loss. None where
         nothing was logged.
         """
+        if not self.writes:
+            return None
         log = self.read_log()
         train = [(r["step"], r["loss"]) for r in log if "loss" in r]
         before = self.read_record().get("eval_loss_before")
