@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from fastft import __version__
 from fastft.bench.command import app as bench_app
 from fastft.errors import FastFTError, InterruptedRunError
 from fastft.secrets import redact
+from fastft.training import ranks
 
 app = typer.Typer(
     name="fastft",
@@ -80,10 +82,10 @@ def run(arguments: list[str]) -> int:
             result = app(args=arguments, prog_name="fastft", standalone_mode=False)
             return result if isinstance(result, int) else 0
         except FastFTError as error:
-            _say(error, debug)
-            return error.exit_code
+            return _end_with(error, debug)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            if ranks.first():
+                print("interrupted", file=sys.stderr)
             return 130
         except (
             Exception
@@ -93,11 +95,12 @@ def run(arguments: list[str]) -> int:
             ):  # click's usage errors: wrong options
                 error.show()
                 return 2
-            _say(
-                f"unexpected {type(error).__name__}: {error}. This is a bug of fastft; "
-                "--debug shows where.",
-                debug,
-            )
+            if ranks.tells_why():
+                _say(
+                    f"unexpected {type(error).__name__}: {error}. This is a bug of fastft; "
+                    "--debug shows where.",
+                    debug,
+                )
             return 3
 
 
@@ -150,6 +153,10 @@ def train(
         int | None,
         typer.Option("--stop-after", help="end after so many more steps; the schedule stays"),
     ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes", help="train in so many processes here, one a GPU (torchrun)"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train; the same command goes on after a stop."""
@@ -157,7 +164,14 @@ def train(
     from fastft.training.train import train as run_train
 
     settings = load_config(config, overrides)
+    if processes is not None and processes != 1:
+        changes = [part for override in overrides or [] for part in ("--set", override)]
+        slice_of = [] if stop_after is None else ["--stop-after", str(stop_after)]
+        command = ["train", str(config), *changes, *slice_of]
+        raise typer.Exit(_in_processes(processes, command, as_json))
     result = run_train(settings, stop_after=stop_after)
+    if not ranks.first():
+        return
     if result.status == "done" and settings.export.to != ["adapter"]:
         from fastft.exporting import export as run_export
 
@@ -460,6 +474,26 @@ def _plain(result: Any) -> Any:
     if hasattr(result, "model_dump"):
         return result.model_dump(mode="json")
     return result
+
+
+def _in_processes(processes: int, command: list[str], as_json: bool) -> int:
+    """Run the command in several processes; returns their exit code."""
+    from fastft.training.launch import launch
+
+    if as_json:
+        os.dup2(_answer.fileno(), 1)  # the first of them answers there
+        command = [*command, "--json"]
+    return launch(processes, [*command, *(["--debug"] if "--debug" in sys.argv else [])])
+
+
+def _end_with(error: FastFTError, debug: bool) -> int:
+    """Say why it ended, once for all processes of a run; returns the exit code."""
+    if isinstance(error, ranks.LostProcessError) and ranks.OWN_LAUNCHER in os.environ:
+        time.sleep(ranks.LAST_WORDS_SECONDS)
+        return ranks.LOST
+    if ranks.tells_why():
+        _say(error, debug)
+    return error.exit_code
 
 
 def _say(error: Any, debug: bool) -> None:

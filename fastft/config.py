@@ -188,6 +188,12 @@ class TrainConfig(Section):
         "auto", description="auto: off where memory allows"
     )
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    lost_after_minutes: float = Field(
+        10,
+        gt=0,
+        description="several processes: one that the others wait for longer than this is taken for "
+        "lost, and all end",
+    )
 
 
 EXPORT_KINDS = ("adapter", "merged", "gguf-lora", "ollama")

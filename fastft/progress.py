@@ -5,6 +5,7 @@ answer's.
 from __future__ import annotations
 
 import contextlib
+import io
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -136,6 +137,11 @@ class Reporter:
                 )
             )
         self.console.print(table)
+
+
+def silent() -> Reporter:
+    """Return a reporter that says nothing at all: that of a process that is not the first."""
+    return Reporter(Console(file=io.StringIO()), quiet=True)
 
 
 def _short(text: Any, limit: int = 160) -> str:

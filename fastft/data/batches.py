@@ -31,6 +31,8 @@ class Segment:
     labels: (
         np.ndarray
     )  # (L,) int32, IGNORE where no loss; the first is always IGNORE, nothing predicts it
+    place: int = 0
+    """Its number in the step, as the step was drawn: what its dropout is keyed by."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -48,6 +50,8 @@ class MicroBatch:
     inputs: dict[str, Any]  # what the model is called with, labels included
     tokens: int  # without padding
     padded_tokens: int
+    spans: tuple[tuple[int, int, int, int], ...] = ()
+    """(row, start, tokens, place in the step) of each sequence."""
 
 
 class StepBatches:
@@ -84,14 +88,15 @@ def segments_of(samples: Sequence[Any]) -> list[Segment]:
     """Return the segments of `samples` (each with input_ids, labels and segments), first labels
     masked.
     """
-    result = []
+    result: list[Segment] = []
     for sample in samples:
         start = 0
         for length in sample.segments:
             end = start + int(length)
             labels = np.array(sample.labels[start:end], dtype=np.int64)
             labels[0] = IGNORE
-            result.append(Segment(np.asarray(sample.input_ids[start:end], dtype=np.int64), labels))
+            ids = np.asarray(sample.input_ids[start:end], dtype=np.int64)
+            result.append(Segment(ids, labels, place=len(result)))
             start = end
         assert start == len(sample.input_ids), "segments must add up to the sequence"
     return result
@@ -185,7 +190,11 @@ def _padding_free(segments: list[Segment], device: Any, rows: Rows) -> MicroBatc
         inputs["packed_seq_lengths"] = torch.from_numpy(np.diff(boundaries).astype(np.int32))
     else:
         inputs["cu_seq_lens_q"] = torch.from_numpy(boundaries.astype(np.int32))
-    return MicroBatch(inputs, tokens=sum(lengths), padded_tokens=sum(lengths) + tail)
+    spans = tuple(
+        (0, int(start), len(segment), segment.place)
+        for start, segment in zip(boundaries, segments, strict=False)
+    )
+    return MicroBatch(inputs, sum(lengths), sum(lengths) + tail, spans)
 
 
 def _padded(segments: list[Segment], pad_token_id: int, device: Any) -> MicroBatch:
@@ -204,4 +213,5 @@ def _padded(segments: list[Segment], pad_token_id: int, device: Any) -> MicroBat
         )
     arrays = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     inputs = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-    return MicroBatch(inputs, tokens=int(mask.sum()), padded_tokens=mask.size)
+    spans = tuple((row, 0, len(segment), segment.place) for row, segment in enumerate(segments))
+    return MicroBatch(inputs, int(mask.sum()), mask.size, spans)

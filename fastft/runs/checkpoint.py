@@ -34,7 +34,7 @@ REQUIRED = (
     "trainer_state.json",
 )
 MAY_CHANGE = {
-    "train": {"epochs", "max_steps", "max_minutes", "report_to"}
+    "train": {"epochs", "max_steps", "max_minutes", "report_to", "lost_after_minutes"}
     | {"logging_steps", "save_steps", "save_total_limit", "eval_steps"},
 }
 # Compared by their content: the base's fingerprint, the data's.

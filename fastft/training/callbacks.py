@@ -23,6 +23,7 @@ from fastft.progress import Reporter
 from fastft.runs import checkpoint
 from fastft.runs.folder import best_step, out_of_patience
 from fastft.runs.mirror import Mirror
+from fastft.training import ranks
 from fastft.training.loop import peak_memory_bytes
 
 
@@ -54,6 +55,7 @@ class Steering(TrainerCallback):
         )
         self.total_steps, self.mirror = total_steps, mirror
         self.steps_now = 0
+        trainer.asks_to_stop = self._asks_to_stop
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop before a gradient that is not finite reaches the weights (in float16 the loss
@@ -105,8 +107,10 @@ class Steering(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Delete what is neither new nor best, only now that a newer checkpoint is whole; have the
-        mirror follow.
+        mirror follow. The first process's business.
         """
+        if not ranks.first():
+            return
         best = {step} if (step := best_step(self.history)) is not None else set()
         copying = self.mirror.copying if self.mirror else set()
         checkpoint.prune(self.folder, self.settings.save_total_limit, best | copying)
@@ -123,18 +127,32 @@ class Steering(TrainerCallback):
             )
 
     def _reason_to_pause(self) -> str | None:
-        if self.trainer.stopped_by_signal:
+        # Several processes stop after the same step: by what was sent with its gradient.
+        alone = ranks.world().size == 1
+        interrupted, late = self._asks_to_stop() if alone else self.trainer.agreed
+        if interrupted:
+            self.trainer.stopped_by_signal = True
             return "interrupted; saving"
         if self.stop_after is not None and self.steps_now >= self.stop_after:
             return f"--stop-after {self.stop_after}: saving"
-        minutes = self.settings.max_minutes
-        saving = max(
-            self.trainer.progress.saving_seconds, default=0.0
-        )  # so that the checkpoint too is in time
-        if minutes is not None and time.monotonic() - self.started + saving >= 60 * minutes:
+        if late:
+            saving = self._saving_seconds()
             took = f" (the slowest so far took {saving:.1f} s)" if saving else ""
-            return f"train.max_minutes {minutes:g}: saving{took}"
+            return f"train.max_minutes {self.settings.max_minutes:g}: saving{took}"
         return None
+
+    def _asks_to_stop(self) -> list[bool]:
+        """Whether this process was told to stop, and whether its time is up."""
+        minutes = self.settings.max_minutes
+        needed = time.monotonic() - self.started + self._saving_seconds()
+        return [
+            bool(self.trainer.stopped_by_signal),
+            minutes is not None and needed >= 60 * minutes,
+        ]
+
+    def _saving_seconds(self) -> float:
+        """The slowest checkpoint so far: the next must be in time too."""
+        return max(self.trainer.progress.saving_seconds, default=0.0)
 
 
 class MemoryCheck(TrainerCallback):
@@ -174,7 +192,7 @@ class MemoryCheck(TrainerCallback):
             self.sampler = _PeakSampler()
             self.sampler.start()
         steps, policy = self.trainer.steps, self.trainer.policy
-        segments = segments_of(steps[state.global_step % len(steps)])
+        segments = ranks.share(segments_of(steps[state.global_step % len(steps)]))
         lengths = [len(segment) for segment in segments if segment.supervised]
         padded = policy.rows == "padded"
         for row in (cut_padded if padded else cut)(lengths, policy.micro_batch_tokens):
@@ -185,8 +203,21 @@ class MemoryCheck(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """After the second step: say predicted and measured, and whether what is to come fits."""
         self.steps_now += 1
-        if self.steps_now != self.STEPS or self.sampler is None or not self.largest:
+        if self.steps_now != self.STEPS or self.sampler is None:
             return control
+        if self.largest:
+            self._compare(state)
+        asked = [advice for advice in ranks.everybodys(self.advice) if advice]
+        if asked:
+            self.advice = asked[0]
+            control.should_training_stop = control.should_save = True
+        return control
+
+    def _compare(self, state: Any) -> None:
+        """Compare plan and measurement; lowers the budget, or sets `advice` where that is not
+        enough.
+        """
+        assert self.sampler is not None
         measured = self.sampler.stop()
         found = calibrate(
             self.shape,
@@ -208,8 +239,6 @@ class MemoryCheck(TrainerCallback):
             )
         elif state.global_step < state.max_steps:
             self.advice = found.message
-            control.should_training_stop = control.should_save = True
-        return control
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the watch where the run ended before its second step."""
@@ -263,10 +292,13 @@ class _PeakSampler(threading.Thread):
 
 
 def free_for_this_process() -> int:
-    """Return the bytes that this process may have in all: what it has, and what is free."""
+    """Return the bytes that this process may have in all: what it has, and what is free (its part
+    of that, where several share a machine's RAM).
+    """
     import psutil
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    return probe().ram_free_bytes + psutil.Process().memory_info().rss
+    free = probe().ram_free_bytes // ranks.world().local_size
+    return free + psutil.Process().memory_info().rss

@@ -15,10 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastft.errors import FastFTError
-from fastft.training.ranks import OWN_LAUNCHER
-
-LOST = 75
-"""Exit code of a process that lost another one: the launcher says so, and ends with 3."""
+from fastft.training.ranks import LOST, OWN_LAUNCHER
 
 SHUTDOWN_SECONDS = 120
 """How long processes may take to finish their step and save, once they were told to stop."""

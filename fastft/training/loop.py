@@ -30,6 +30,7 @@ from fastft.engines.base import Engine
 from fastft.errors import CouldNotFinishError
 from fastft.kernels.fused import FusedLayers
 from fastft.runs import checkpoint
+from fastft.training import ranks
 from fastft.training.step import Stepper, StepPolicy
 
 
@@ -88,6 +89,12 @@ class StepTrainer(Trainer):
             scale=self.accelerator.scaler,
         )
         self.progress = Progress()
+        # torch.compile, which Unsloth uses on a GPU, cannot look into generators: there dropout is
+        # by sequence only where several processes need it to be.
+        self._keys_dropout = self.args.device.type == "cpu" or ranks.world().size > 1
+        self.asks_to_stop: Callable[[], list[bool]] = list
+        """What this process asks of all (Steering sets it); `agreed` is what any of them asked."""
+        self.agreed: list[bool] = []
         self.stopped_by_signal = False
         self.stopped_early = False
 
@@ -112,9 +119,15 @@ class StepTrainer(Trainer):
         started = time.perf_counter()
         segments = segments_of(inputs)
         model.train()
-        loss = self.stepper.gradient(
-            model, segments, self.accelerator.backward, self.compute_loss_context_manager
+        mine = self.stepper.gradient(
+            model,
+            ranks.share(segments),
+            self.accelerator.backward,
+            self.compute_loss_context_manager,
+            supervised=supervised_tokens(segments),
+            drawn=(self.args.seed, self.state.global_step) if self._keys_dropout else None,
         )
+        loss, self.agreed = ranks.add_up(self.model.parameters(), mine, self.asks_to_stop())
         if not math.isfinite(loss):
             raise CouldNotFinishError(self._not_finite(loss))
         seconds, tokens = time.perf_counter() - started, sum(len(segment) for segment in segments)
@@ -155,11 +168,14 @@ class StepTrainer(Trainer):
 
     @torch.no_grad()
     def mean_loss(self, dataset: Any) -> float:
-        """Return the mean loss per supervised token over `dataset`, in the training's precision."""
+        """Return the mean loss per supervised token over `dataset`, in the training's precision;
+        each process measures its part.
+        """
         was_training = self.model.training
         self.model.eval()
-        total, supervised = 0.0, 0
-        for first in range(0, len(dataset), 32):
+        total, supervised = 0.0, 0.0
+        world = ranks.world()
+        for first in range(32 * world.rank, len(dataset), 32 * world.size):
             segments = segments_of(
                 [dataset[i] for i in range(first, min(first + 32, len(dataset)))]
             )
@@ -167,6 +183,7 @@ class StepTrainer(Trainer):
                 total += self.stepper.loss(segments)
             supervised += supervised_tokens(segments)
         self.model.train(was_training)
+        total, supervised = ranks.total(total, supervised)
         return total / max(supervised, 1)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -210,7 +227,9 @@ class StepTrainer(Trainer):
         self._load_from_checkpoint(str(folder))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write checkpoint-N under a temporary name, seal it, rename it."""
+        """Write checkpoint-N under a temporary name, seal it, rename it; the first process does."""
+        if not ranks.first():
+            return
         started = time.perf_counter()
         step = self.state.global_step
         root = Path(str(self.args.output_dir))

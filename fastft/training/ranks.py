@@ -10,7 +10,7 @@ are imported, and to those each process then looks like one of its own with one 
 process alone holds the lock, prints, logs and writes.
 
 Everything that processes tell each other passes through this file. What is sent each step is one
-flat all-reduce (a sum) of the LoRA gradients, the loss and one flag.
+flat all-reduce (a sum) of the LoRA gradients, the loss and the flags that stop a run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,12 @@ START_MINUTES = 24 * 60
 
 OWN_LAUNCHER = "FASTFT_LAUNCHER"
 """Set by `--processes`: the launcher then says itself that a process was lost."""
+
+LOST = 75
+"""Exit code towards that launcher of a process that lost another one; the user sees 3."""
+
+LAST_WORDS_SECONDS = 1.0
+"""How much longer such a process stays, so that the launcher sees first who ended first."""
 
 LAUNCHER_VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE",
@@ -63,6 +69,7 @@ class LostProcessError(CouldNotFinishError):
 
 _world = World()
 _store: Any = None
+_turns = 0
 
 
 def world() -> World:
@@ -239,16 +246,16 @@ def split(segments: Sequence[Segment], parts: int) -> list[list[Segment]]:
 
 
 def add_up(
-    parameters: Sequence[torch.nn.Parameter], loss: float, stop: bool
-) -> tuple[float, bool]:
+    parameters: Iterable[torch.nn.Parameter], loss: float, flags: Sequence[bool] = ()
+) -> tuple[float, list[bool]]:
     """Sum the gradients of the trainable `parameters` over the processes, in place; returns the
-    summed loss, and whether any process wants to stop.
+    summed loss, and for each flag whether it is up in any process.
 
     A process whose share is empty has no gradients: it adds zeros and gets the sum. A loss or a
     gradient that is not finite stays so in the sum, so that all see it alike.
     """
     if _world.size == 1:
-        return loss, stop
+        return loss, list(flags)
     import torch
 
     trained = [p for p in parameters if p.requires_grad]
@@ -258,18 +265,19 @@ def add_up(
     # The loss in two float32: what the first cannot hold is in the second.
     high = torch.tensor(loss, dtype=torch.float32).item()
     low = loss - high if math.isfinite(high) else 0.0
-    numbers = torch.tensor([high, low, float(stop)], device=trained[0].device)
+    numbers = torch.tensor([high, low, *map(float, flags)], device=trained[0].device)
     pieces = [p.grad.flatten().float() for p in trained if p.grad is not None]
     flat = torch.cat([*pieces, numbers])
     del pieces
     with _talking("adding up the gradients"):
         torch.distributed.all_reduce(flat)
         # In here, because with NCCL it is this copy that waits, and that fails.
-        high, low, stops = flat[-3:].tolist()
-    for p, part in zip(trained, flat[:-3].split([p.numel() for p in trained]), strict=True):
+        high, low, *raised = flat[-len(numbers) :].tolist()
+    parts = flat[: -len(numbers)].split([p.numel() for p in trained])
+    for p, part in zip(trained, parts, strict=True):
         assert p.grad is not None
         p.grad.copy_(part.view_as(p))
-    return high + low, stops > 0
+    return high + low, [count > 0 for count in raised]
 
 
 def total(*numbers: float) -> list[float]:
@@ -301,6 +309,32 @@ def from_the_first(value: Any) -> Any:
     return everybodys(value)[0]
 
 
+def start_alike(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Give every process the first one's values of the trainable `parameters`.
+
+    The seed makes them alike already, but for the last digits on unlike cards.
+    """
+    if _world.size == 1:
+        return
+    import torch
+
+    trained = [p for p in parameters if p.requires_grad]
+    flat = torch.cat([p.detach().flatten().float() for p in trained])
+    with _talking("taking over the adapter"):
+        torch.distributed.broadcast(flat, src=0)
+        flat[0].item()  # with NCCL it is this copy that waits, and that fails
+    for p, part in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
+        p.data.copy_(part.view_as(p))
+
+
+def refuse_unlike(what: str, mine: Any) -> None:
+    """Raise FastFTError, in every process, where `mine` is not the same in all of them."""
+    values = everybodys(mine)
+    if any(value != values[0] for value in values):
+        listed = ", ".join(f"process {rank}: {value}" for rank, value in enumerate(values))
+        raise FastFTError(f"the processes of this run differ in {what} ({listed}).")
+
+
 def wait() -> None:
     """Wait until every process is here."""
     if _world.size > 1:
@@ -314,10 +348,12 @@ def first_before_the_others(what: str) -> Iterator[None]:
     For what takes long once and is then read from the disk. Where the first fails, its error ends
     the others too.
     """
+    global _turns
     if _world.size == 1:
         yield
         return
-    key = f"fastft/{what}"
+    _turns += 1  # alike in all processes, since all come by here
+    key = f"fastft/{_turns}/{what}"
     if first():
         yield
         _store.set(key, "done")

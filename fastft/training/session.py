@@ -36,6 +36,7 @@ from fastft.progress import Reporter
 from fastft.runs.fingerprint import base_fingerprint
 from fastft.runs.folder import INITIAL_ADAPTER, RunFolder
 from fastft.runs.mirror import Mirror
+from fastft.training import ranks
 
 if TYPE_CHECKING:
     from fastft.data import Prepared as PreparedData
@@ -146,7 +147,7 @@ class Session:
         """
         self.config, self.hardware = config, hardware
         self.choices = choices or loading.choose_loading(config, hardware)
-        self.run = RunFolder(config.run_dir)
+        self.run = RunFolder(config.run_dir, writes=ranks.first())
         self.report = report or Reporter()
         self.stop_after = stop_after
         self.started = time.monotonic() if started is None else started
@@ -169,12 +170,14 @@ class Session:
         from fastft.data import prepare
 
         config = self.config
-        data: PreparedData = prepare(
-            config.data,
-            opened.tokenizer,
-            max_seq_length=config.model.max_seq_length,
-            seed=config.train.seed,
-        )
+        with ranks.first_before_the_others("tokenising the data"):
+            data: PreparedData = prepare(
+                config.data,
+                opened.tokenizer,
+                max_seq_length=config.model.max_seq_length,
+                seed=config.train.seed,
+            )
+        ranks.refuse_unlike("their data", data.fingerprint[:12])
         # What was trained with is what every later program renders with.
         data.template.save(opened.tokenizer)
         self.report.data(data.report)
@@ -200,9 +203,10 @@ class Session:
             gradient_checkpointing=checkpointing,
             train_token_ids=loading.tokens_to_train(config.lora, opened.tokenizer, data.template),
         )
-        initial = None
-        if config.lora.init in MOVES_THE_BASE:
-            initial = keep_initial(model, self.run.path / INITIAL_ADAPTER)
+        ranks.start_alike(model.parameters())
+        initial = self.run.path / INITIAL_ADAPTER if config.lora.init in MOVES_THE_BASE else None
+        if initial is not None and self.run.writes:
+            initial = keep_initial(model, initial)
         loaded = Prepared(
             engine, opened.tokenizer, opened.base, data, model, trainable, initial, "padded", None, choices
         )  # fmt: skip
@@ -331,7 +335,7 @@ class Session:
             max_grad_norm=settings.max_grad_norm,
             optimizer=optimizer_name(choices["optimizer"].value, self.hardware.kind),
             max_steps=total, epochs=settings.epochs, save_steps=settings.save_steps,
-            report_to=list(settings.report_to), log_dir=self.run.path / "tensorboard",
+            report_to=list(settings.report_to) if self.run.writes else [], log_dir=self.run.path / "tensorboard",
             use_cpu=self.hardware.kind == "cpu",
         )  # fmt: skip
 
@@ -417,7 +421,8 @@ def stop_signals(trainer: StepTrainer) -> Iterator[None]:
         if trainer.stopped_by_signal:
             raise KeyboardInterrupt
         trainer.stopped_by_signal = True
-        print("stopping after this step; once more to stop at once", file=sys.stderr)
+        if ranks.world().size == 1:  # several agree first, and the first of them says so
+            print("stopping after this step; once more to stop at once", file=sys.stderr)
 
     previous = {
         number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)

@@ -18,6 +18,7 @@ from fastft.engines.base import Engine
 from fastft.errors import CouldNotFinishError
 from fastft.kernels.fused import FusedLayers
 from fastft.kernels.varlen import padding_free
+from fastft.training.dropout import dropout_by_sequence
 
 
 @dataclass
@@ -75,18 +76,24 @@ class Stepper:
         segments: list[Segment],
         backward: Callable[[torch.Tensor], None],
         context: Callable[[], Any],
+        *,
+        supervised: int | None = None,
+        drawn: tuple[int, int] | None = None,
     ) -> float:
-        """Add the step's gradient to the parameters; returns its loss, the mean over its
-        supervised tokens.
+        """Add the gradient of `segments` to the parameters; returns their loss: the sum of their
+        token losses over `supervised`, the supervised tokens of the whole step (of which
+        `segments` may be one process's share; by default all).
 
+        `drawn` is the (seed, step) that dropout is keyed by, or None for torch's own dropout.
         `model` is what is called (accelerate's wrapper), `context` makes what a forward pass runs
         in. After an out-of-memory the same step starts again with half the budget, so gradients
         must be empty on entry. Raises CouldNotFinishError where a single sequence does not fit.
         """
         rng = _rng_state()
+        of = supervised_tokens(segments) if supervised is None else supervised
         while True:
             try:
-                return self._accumulate(model, segments, backward, context)
+                return self._accumulate(model, segments, backward, context, of, drawn)
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -103,17 +110,21 @@ class Stepper:
         segments: list[Segment],
         backward: Callable[[torch.Tensor], None],
         context: Callable[[], Any],
+        supervised: int,
+        drawn: tuple[int, int] | None,
     ) -> float:
         self.engine.announce_scale(self.model, self.scale)
         wide = (
             torch.float32 if torch.device(self.device).type == "mps" else torch.float64
         )  # MPS has no float64
-        supervised, loss_sum = (
-            supervised_tokens(segments),
-            torch.zeros((), device=self.device, dtype=wide),
+        loss_sum = torch.zeros((), device=self.device, dtype=wide)
+        by_sequence = (
+            contextlib.nullcontext() if drawn is None else dropout_by_sequence(self.model, *drawn)
         )
-        with self.layers(), self.engine.loss_mode(self.model):
+        with self.layers(), self.engine.loss_mode(self.model), by_sequence as dropout:
             for batch in self.batches(segments):
+                if dropout is not None:
+                    dropout(batch.spans)
                 with context():
                     loss = model(
                         **batch.inputs, num_items_in_batch=supervised, use_cache=False

@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import socket
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,13 @@ from fastft.config import RunConfig
 from fastft.engines import loading
 from fastft.errors import CouldNotFinishError, FastFTError, InterruptedRunError
 from fastft.exporting.adapter import write_adapter
-from fastft.hardware import probe
-from fastft.progress import Reporter
+from fastft.hardware import Choice, Hardware, probe
+from fastft.progress import Reporter, silent
 from fastft.runs import checkpoint
 from fastft.runs.fingerprint import differences
 from fastft.runs.folder import RunFolder, best_step, machine, now, out_of_patience, versions
 from fastft.runs.mirror import FLUSH_SECONDS, INTERRUPTED_FLUSH_SECONDS, Mirror
+from fastft.training import ranks
 from fastft.training.session import Loop, Opened, Prepared, Session
 
 if TYPE_CHECKING:
@@ -79,7 +81,8 @@ def train(
     state is saved.
     """
     started = time.monotonic()
-    report = reporter or Reporter()
+    ranks.join(config.train.lost_after_minutes)
+    report = (reporter or Reporter()) if ranks.first() else silent()
     if stop_after is not None and stop_after < 1:
         raise FastFTError(f"--stop-after is {stop_after}; it must be at least 1.")
     # Absolute, so that the run, its adapter and its certificates find their base from every folder.
@@ -89,13 +92,15 @@ def train(
         }
     )
     _refuse_what_is_not_there(config)
-    hardware = probe(config.output_dir)
+    hardware = _part_of(probe(config.output_dir))
     choices = loading.choose_loading(config, hardware)
-    run = RunFolder(config.run_dir)
-    with checkpoint.hold(run.path), _mirrored(config, run, report) as mirror:
-        newest, warnings = checkpoint.newest_whole(run.checkpoints)
-        for warning in [*warnings, *run.repair_state(newest)]:
-            report.warn(warning)
+    _refuse_unlike_choices(choices)
+    _note_other_cards(hardware, report)
+    run = RunFolder(config.run_dir, writes=ranks.first())
+    with contextlib.ExitStack() as stack:
+        with ranks.first_before_the_others("opening the run's folder"):
+            mirror = _open_folder(stack, config, run, report)
+        newest, started_before = ranks.from_the_first(_look(run, report))
         session = Session(
             config,
             hardware,
@@ -105,10 +110,70 @@ def train(
             started=started,
             mirror=mirror,
         )
-        if not run.is_started():
+        if not started_before:
             return _start(session)
         moved = checkpoint.refuse_differences(run.read_config().model_dump(), config)
         return _go_on(session, newest, moved)
+
+
+def _part_of(machine: Hardware) -> Hardware:
+    """Return the machine with this process's part of its RAM, where several share it."""
+    free = machine.ram_free_bytes // ranks.world().local_size
+    return replace(machine, ram_free_bytes=free)
+
+
+def _refuse_unlike_choices(choices: dict[str, Choice]) -> None:
+    """Raise FastFTError where the processes would train unlike models.
+
+    The token budget and gradient checkpointing may differ: they change no gradient.
+    """
+    names = ("engine", "quantization", "dtype", "optimizer")
+    ranks.refuse_unlike(
+        "what they chose by their hardware; set model.engine, model.quantization, model.dtype and "
+        "train.optimizer to what all of them can do",
+        {name: choices[name].value for name in names},
+    )
+
+
+def _note_other_cards(hardware: Hardware, report: Reporter) -> None:
+    """Say that one process uses one GPU, where there are more."""
+    if hardware.kind == "cuda" and hardware.gpu_count > 1 and ranks.world().size == 1:
+        report.note(
+            f"{hardware.gpu_count} GPUs are visible and one process trains on the first; "
+            f"--processes {hardware.gpu_count} uses all"
+        )
+
+
+def _open_folder(
+    stack: contextlib.ExitStack, config: RunConfig, run: RunFolder, report: Reporter
+) -> Mirror | None:
+    """Hold the run's lock and bring here what the mirror has newer; in the first process alone.
+
+    Raises FastFTError in a process that does not see the folder that the first one made.
+    """
+    if run.writes:
+        stack.enter_context(checkpoint.hold(run.path))
+        return stack.enter_context(_mirrored(config, run, report))
+    if not run.path.is_dir():
+        here = ranks.world()
+        raise FastFTError(
+            f"process {here.rank} of {here.size}, on {socket.gethostname()}, does not see "
+            f"{run.path}, which the first process made. Set output_dir to a disk that all "
+            "machines share."
+        )
+    return None
+
+
+def _look(run: RunFolder, report: Reporter) -> tuple[Path | None, bool] | None:
+    """Return the newest whole checkpoint and whether the run was started before; in the first
+    process alone.
+    """
+    if not run.writes:
+        return None
+    newest, warnings = checkpoint.newest_whole(run.checkpoints)
+    for warning in [*warnings, *run.repair_state(newest)]:
+        report.warn(warning)
+    return newest, run.is_started()
 
 
 def _start(session: Session) -> RunResult:
@@ -119,12 +184,13 @@ def _start(session: Session) -> RunResult:
     run, config = session.run, session.config
     run.write_config(config)
     run.update_record(
-        run_id=uuid.uuid4().hex, started=now(), base=opened.base, machine=machine(), versions=versions(),
+        run_id=uuid.uuid4().hex, started=now(), base=opened.base, machine=_here(), versions=versions(),
         hardware=_plain(asdict(session.hardware)), seed=config.train.seed,
         choices={k: {"value": c.value, "reason": c.reason} for k, c in prepared.choices.items()},
         patches=prepared.engine.patches(), trainable_parameters=prepared.trainable,
         dataset={"fingerprint": data.fingerprint, **data.report.model_dump(include=DATASET_KEYS)},
         template={"name": data.template.name, "why": data.template.why},
+        processes=ranks.everybodys(machine()),
     )  # fmt: skip
     _keep_samples(run, data)
     loop = session.loop(prepared)
@@ -138,7 +204,8 @@ def _go_on(session: Session, newest: Path | None, moved: list[str]) -> RunResult
     """A run that exists: finished, to be resumed from `newest`, or killed before its first
     checkpoint. `moved` are its paths that are others than when it was started.
     """
-    run, record, report = session.run, session.run.read_record(), session.report
+    run, report = session.run, session.report
+    record = ranks.from_the_first(run.read_record())
     opened = session.open()
     _refuse_another_base(session, opened, record, moved)
     data = session.read_data(opened)
@@ -233,15 +300,16 @@ def _note_differences(
         )
         session.run.update_record(versions_on_resume=versions())
     resumed = record.get("resumed", [])
-    here, last = (
-        machine(),
-        [record.get("machine") or {}, *(entry["machine"] for entry in resumed)][-1],
-    )
+    here = _here()
+    last = [record.get("machine") or {}, *(entry["machine"] for entry in resumed)][-1]
+    last = {"processes": 1} | last
+    processes = ranks.everybodys(machine())
     chosen = {k: f"{v['value']} -> {c.value}" for k, v in record.get("choices", {}).items()
               if (c := prepared.choices.get(k)) is not None and c.value != v["value"]}  # fmt: skip
     if here == last and not moved and not chosen:
         return
-    entry = {"after_step": at, "at": now(), "machine": here, "paths": moved, "choices": chosen}
+    entry = {"after_step": at, "at": now(), "machine": here, "paths": moved, "choices": chosen,
+             "processes": processes}  # fmt: skip
     session.run.update_record(resumed=[*resumed, entry])
     changed = [
         f"{key} {last.get(key)} -> {here[key]}" for key in here if here[key] != last.get(key)
@@ -256,7 +324,8 @@ def _judge_untrained(session: Session, prepared: Prepared, loop: Loop) -> float 
     """Record the held-out loss and the answers of the untrained adapter; returns the loss."""
     trainer = loop.trainer
     before = trainer.mean_loss(trainer.held_out) if trainer.held_out is not None else None
-    session.run.update_record(eval_loss_before=before, samples_before=_sample_answers(prepared))
+    if ranks.first():
+        session.run.update_record(eval_loss_before=before, samples_before=_sample_answers(prepared))
     return before
 
 
@@ -293,9 +362,13 @@ def _train(session: Session, prepared: Prepared, loop: Loop, resume_from: Path |
 
 
 def _finish(session: Session, prepared: Prepared, loop: Loop) -> None:
-    """Take the best checkpoint, judge it, write final/, the plot and the report."""
+    """Take the best checkpoint, judge it, write final/, the plot and the report; the first process
+    does.
+    """
     from fastft.runs.report import write_report
 
+    if not ranks.first():
+        return
     run, trainer = session.run, loop.trainer
     last = trainer.state.global_step
     best = _best_whole_step(session, last)
@@ -340,6 +413,8 @@ def _keep_samples(run: RunFolder, data: PreparedData, count: int = 64) -> None:
     """Write samples.jsonl: held-out sequences (else trained ones) that the certificates are
     measured on.
     """
+    if not run.writes:
+        return
     dataset = data.eval if data.eval is not None else data.train
     rows = (dataset[i] for i in range(min(count, len(dataset))))
     lines = [
@@ -433,6 +508,11 @@ def _result_of(run: RunFolder, status: str, seconds: float = 0.0) -> RunResult:
         seconds=round(seconds, 1),
         final=str(run.final) if status == "done" else None,
     )
+
+
+def _here() -> dict[str, Any]:
+    """What of this machine, and of the number of processes, can move the last digits of a loss."""
+    return machine() | {"processes": ranks.world().size}
 
 
 def _changed(before: dict[str, str], after: dict[str, str]) -> str:
