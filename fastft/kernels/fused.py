@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
+from fastft.families import FAMILIES, Family, family_of
 from fastft.kernels import native
 from fastft.kernels.native import Sum, multiply
 from fastft.kernels.row_attention import RowPlan, plan_row, row_attention
@@ -294,44 +295,16 @@ def head_loss(
 
 # --- which modules are replaced
 
-NORMS = {
-    "LlamaRMSNorm",
-    "MistralRMSNorm",
-    "Qwen2RMSNorm",
-    "Qwen3RMSNorm",
-    "Phi3RMSNorm",
-    "SmolLM3RMSNorm",
-}
-NORMS_PLUS_ONE = {"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"}
-MLPS = {
-    "LlamaMLP",
-    "MistralMLP",
-    "Qwen2MLP",
-    "Qwen3MLP",
-    "SmolLM3MLP",
-    "GemmaMLP",
-    "Gemma2MLP",
-    "Gemma3MLP",
-}
-ATTENTIONS = {
-    "LlamaAttention",
-    "MistralAttention",
-    "Qwen2Attention",
-    "Qwen3Attention",
-    "SmolLM3Attention",
-}
-HEADS = {
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-    "phi3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "gpt_oss",
-}
+
+def _classes(part: str, suffix: str) -> dict[str, Family]:
+    """Return {class name of transformers: family} of the modules that `part` stands in for."""
+    rows = FAMILIES.values()
+    return {f"{row.classes}{suffix}": row for row in rows if part in row.fused}
+
+
+NORMS = _classes("norm", "RMSNorm")
+MLPS = _classes("mlp", "MLP")
+ATTENTIONS = _classes("attention", "Attention")
 ACTIVATIONS = {"SiLUActivation": False, "SiLU": False, "GELUTanh": True, "PytorchGELUTanh": True}
 
 
@@ -394,17 +367,13 @@ class FusedLayers:
         if module is self.owner:
             forward = self._causal_lm(module)
             return (forward, False) if forward else None
-        if (
-            kind in NORMS | NORMS_PLUS_ONE
-            and module.weight.dtype == self.dtype
-            and not module.weight.requires_grad
-        ):
-            return self._norm(module, kind in NORMS_PLUS_ONE), False
+        if kind in NORMS and module.weight.dtype == self.dtype and not module.weight.requires_grad:
+            return self._norm(module, NORMS[kind].norms == "plus_one"), False
         if kind in MLPS:
             forward = self._mlp(module)
             return (forward, True) if forward else None
         if kind in ATTENTIONS:
-            forward = self._attention(module)
+            forward = self._attention(module, ATTENTIONS[kind])
             return (forward, False) if forward else None
         projection = self._projection(module, adapted_only=True)
         return (self._linear(projection), True) if projection else None
@@ -487,23 +456,28 @@ class FusedLayers:
 
         return forward
 
-    def _attention(self, module: Any) -> Callable[..., Any] | None:
+    def _attention(self, module: Any, family: Family) -> Callable[..., Any] | None:
         found = [self._projection(p) for p in (module.q_proj, module.k_proj, module.v_proj)]
         projections = [p for p in found if p is not None]
         if len(projections) < 3 or module.attention_dropout:
             return None
         original = type(module).forward
-        mistral = type(module).__name__ == "MistralAttention"
-        window = self.config.sliding_window if mistral else getattr(module, "sliding_window", None)
+        holder = self.config if family.window_in_config else module
+        window = getattr(holder, "sliding_window", None)
         dim, rotates = module.head_dim, getattr(module, "use_rope", True)
         q_norm, k_norm = getattr(module, "q_norm", None), getattr(module, "k_norm", None)
+        limit = _queries_grow_beyond(self.config)
 
         def forward(
             hidden_states: torch.Tensor, position_embeddings: Any = None, *args: Any, **kwargs: Any
         ) -> Any:
             boundaries = kwargs.get("cu_seq_lens_q")
             cos, sin = position_embeddings
-            if boundaries is None or cos.shape[-1] != dim:
+            if (
+                boundaries is None
+                or cos.shape[-1] != dim
+                or (limit and self._plan(boundaries).longest > limit)
+            ):
                 return original(module, hidden_states, position_embeddings, *args, **kwargs)
             rows = _rows(hidden_states, self.dtype)
             q, k, v = _Projections.apply(rows, projections, *_parameters(projections))
@@ -529,9 +503,11 @@ class FusedLayers:
 
     def _causal_lm(self, module: Any) -> Callable[..., Any] | None:
         head = module.get_output_embeddings()
-        odd = ("logits_soft_cap", "logit_scale", "logits_scaling", "output_multiplier_scale")
+        family = family_of(self.config.model_type)
+        odd = {"logits_soft_cap", "logit_scale", "logits_scaling", "output_multiplier_scale"}
+        odd -= {family.head_divisor}
         if (
-            self.config.model_type not in HEADS
+            "head" not in family.fused
             or type(head) is not torch.nn.Linear
             or head.bias is not None
             or not self._frozen(head)
@@ -540,6 +516,9 @@ class FusedLayers:
         ):
             return None
         cap = float(getattr(self.config, "final_logit_softcapping", None) or 0.0)
+        divisor = (
+            float(getattr(self.config, family.head_divisor, 1.0)) if family.head_divisor else 1.0
+        )
         inner = getattr(module, module.base_model_prefix)
         original = module.forward
         from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -553,11 +532,19 @@ class FusedLayers:
                     *args, **{k: v for k, v in given.items() if v is not None}, **kwargs
                 )
             hidden = inner(*args, **kwargs).last_hidden_state
+            hidden = hidden if divisor == 1.0 else hidden / divisor
             return CausalLMOutputWithPast(
                 loss=head_loss(hidden, head.weight, labels, float(num_items_in_batch), cap)
             )
 
         return forward
+
+
+def _queries_grow_beyond(config: Any) -> int:
+    """Return the position from which queries are scaled up (llama_4_scaling_beta); 0 for never."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    grows = rope.get("llama_4_scaling_beta")
+    return int(rope["original_max_position_embeddings"]) if grows else 0
 
 
 def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -58,6 +58,11 @@ class RowPlan:
         tuple[int, int, int]
     ]  # (padded start, how many, padded length) of neighbours of equal length
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self.table[:, 1].max())
+
 
 PAD = 32  # few distinct shapes, so that oneDNN's generated kernels are used again
 QUERY_BLOCK = 256  # queries of one product; keys behind them are not computed

@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from fastft.families import family_of
 from fastft.hardware import GIB
 from fastft.planning.shape import NF4_BITS, ModelShape
 
@@ -169,8 +170,8 @@ def layer_bytes_per_token(shape: ModelShape, s: Situation) -> dict[str, float]:
     """
     c, h, q, k = s.compute_bytes, shape.hidden, shape.query_size, shape.kv_size
     i = shape.intermediate * max(1, shape.experts_per_token)
-    norms = 4 if shape.family in {"gemma2", "gemma3_text"} else 2
-    qk_norm = (q + k) if shape.family in {"qwen3", "qwen3_moe", "gemma3_text"} else 0
+    family = family_of(shape.family)
+    norms, qk_norm = family.norms_a_layer, (q + k) if family.qk_norms == "head" else 0
     targets = shape.lora_targets(s.lora[1]) if not s.full_finetuning else shape.of("linear")
     inputs = [w.shape[1] for w in targets if w.name != "lm_head"]
     if s.kernels == "fused":
@@ -198,21 +199,16 @@ def layer_bytes_per_token(shape: ModelShape, s: Situation) -> dict[str, float]:
         # contiguous copy.
         "attention": (4 * q * c + 4 * shape.heads)
         + (q * c if "o_proj" not in {w.name for w in targets} else 0),
-        "MLP": 3 * i * c * (2 if shape.family == "gpt_oss" else 1),
+        "MLP": family.mlp_tensors * i * c,
         "rank-r products": s.rank * len(inputs) * c,
     }
-    if shape.family in {"gemma2", "gpt_oss"}:
+    if family.written_out_scores:
         # Softcaps and sinks need written-out attention: scores, mask and weights of every pair of
         # positions.
         parts["attention scores"] = shape.heads * min(s.longest, s.tokens) * (2 * c + 4 + 1)
     return parts
 
 
-# What fastft.kernels.fused stands in for, by family; elsewhere and on quantised weights only norms,
-# plain LoRA layers and the loss are its own. A unit test compares these with its tables.
-FUSED_ATTENTION = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
-FUSED_MLP = FUSED_ATTENTION | {"gemma", "gemma2", "gemma3_text"}
-FUSED_HEAD = FUSED_MLP | {"phi3", "gpt_oss"}
 KEEP_PROBABILITIES = 256
 """Sequences up to this length keep their attention weights where attention is not compiled
 (row_attention).
@@ -220,8 +216,8 @@ KEEP_PROBABILITIES = 256
 
 
 def _fused_layer_bytes(shape: ModelShape, s: Situation) -> dict[str, float]:
-    """What fastft's own autograd functions save (engines/fused.py), and peft's modules where they
-    are not replaced.
+    """What fastft's own autograd functions save (kernels/fused.py), and peft's modules where they
+    are not replaced: on quantised weights all but norms, plain LoRA layers and the loss.
     """
     c, h, q, k, i = (
         s.compute_bytes,
@@ -230,12 +226,13 @@ def _fused_layer_bytes(shape: ModelShape, s: Situation) -> dict[str, float]:
         shape.kv_size,
         shape.intermediate,
     )
-    norms = 4 if shape.family in {"gemma2", "gemma3_text"} else 2
-    qk_norm = (q + k) * c + 4 * (shape.heads + shape.kv_heads)
+    family = family_of(shape.family)
     peft = layer_bytes_per_token(shape, replace(s, kernels="peft"))
-    parts: dict[str, float] = {
-        "norms": norms * (h * c + 4) + (qk_norm if shape.family in {"qwen3", "gemma3_text"} else 0)
-    }
+    parts = {"norms": peft["norms"]}
+    if "norm" in family.fused:
+        qk_norm = (q + k) * c + 4 * (shape.heads + shape.kv_heads)
+        parts["norms"] = family.norms_a_layer * (h * c + 4)
+        parts["norms"] += qk_norm if family.qk_norms == "head" else 0
     if _not_fused(shape, s):
         return peft | parts
     targets = {w.name for w in shape.lora_targets(s.lora[1])} if not s.full_finetuning else set()
@@ -243,7 +240,7 @@ def _fused_layer_bytes(shape: ModelShape, s: Situation) -> dict[str, float]:
         0.0,
         len([w for w in shape.lora_targets(s.lora[1]) if w.name != "lm_head"]) * s.rank * c,
     )
-    if shape.family in FUSED_ATTENTION:
+    if "attention" in family.fused:
         # q, k and v; cosines and sines once. Compiled attention keeps a float32 a head and its
         # output, which is the input of o; blocks of torch's products copy the output, and keep the
         # weights of short sequences.
@@ -259,7 +256,7 @@ def _fused_layer_bytes(shape: ModelShape, s: Situation) -> dict[str, float]:
         # Each of q, k and v is a layer of its own, but all keep the very same input.
         inputs += h if targets & {"q_proj", "k_proj", "v_proj", "qkv_proj"} else 0
     inputs += q if "o_proj" in targets else 0
-    if shape.family in FUSED_MLP:
+    if "mlp" in family.fused:
         parts["MLP"] = 2 * i * c
         inputs += h
     else:
@@ -278,8 +275,9 @@ def eager_parts(shape: ModelShape, s: Situation) -> dict[str, float]:
         return parts
     if _not_fused(shape, s):
         return {name: size for name, size in parts.items() if name != "norms"}
-    eager = set() if shape.family in FUSED_ATTENTION else {"attention", "attention scores"}
-    eager |= set() if shape.family in FUSED_MLP else {"MLP"}
+    fused = family_of(shape.family).fused
+    eager = set() if "attention" in fused else {"attention", "attention scores"}
+    eager |= set() if "mlp" in fused else {"MLP"}
     return {name: size for name, size in parts.items() if name in eager}
 
 

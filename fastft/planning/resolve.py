@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from fastft.config import MOVES_THE_BASE, RunConfig
 from fastft.errors import FastFTError
+from fastft.families import family_of
 from fastft.hardware import GIB, Choice, Hardware, compute_dtype, optimizer
 from fastft.planning.memory import (
-    FUSED_HEAD,
     Situation,
     Term,
     eval_terms,
@@ -117,13 +117,6 @@ def _row(budget: int, longest: int, batch: int) -> int:
     return min(max(longest, budget), longest * batch)
 
 
-# Unsloth's CPU path chunks the loss of these; elsewhere (softcaps, MoE heads) the logits stay
-# whole.
-CHUNKED_ON_CPU = frozenset(
-    {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma3_text", "olmo2", "smollm3"}
-)
-
-
 def _kernels(config: RunConfig, hardware: Hardware) -> Literal["unsloth", "fused", "peft"]:
     if hardware.kind == "cuda":
         return "peft" if config.model.engine == "stock" else "unsloth"
@@ -136,12 +129,13 @@ def _loss_of(
     changed_head = "lm_head" in config.lora.target_modules or (
         shape.tied and isinstance(config.lora.train_tokens, list)
     )
-    if _kernels(config, hardware) == "fused" and shape.family in FUSED_HEAD and not changed_head:
+    family = family_of(shape.family)
+    if _kernels(config, hardware) == "fused" and "head" in family.fused and not changed_head:
         return "fused"
     stock = config.model.engine == "stock" or hardware.kind == "mps"
     return (
         "full"
-        if stock or (hardware.kind == "cpu" and shape.family not in CHUNKED_ON_CPU)
+        if stock or (hardware.kind == "cpu" and not family.chunked_loss_on_cpu)
         else "chunked"
     )
 

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from fastft import hub
 from fastft.errors import FastFTError, did_you_mean
+from fastft.families import FAMILIES, family_of
 
 Role = Literal["embedding", "head", "linear", "expert", "router", "norm", "other"]
 STORED_BYTES = {
@@ -192,30 +193,7 @@ OPTIONAL_NUMBERS = (
 )  # fmt: skip
 LARGEST = 100_000_000
 """No size in a config.json of today is near it."""
-# What multimodal models leave out of their text_config: transformers' defaults for the family.
-_7B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}
-OMITTED: dict[str, dict[str, Any]] = {
-    "gemma3_text": {
-        "hidden_size": 2304, "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4,
-        "head_dim": 256, "intermediate_size": 9216, "vocab_size": 262208,
-    },
-    "llama": _7B | {"intermediate_size": 11008},
-    "mistral": _7B | {"intermediate_size": 14336, "num_key_value_heads": 8},
-}  # fmt: skip
 _ATTENTION_LEAVES = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"})
-LLAMA_LIKE = frozenset({"llama", "mistral", "smollm3", "gemma", "granite"})
-KNOWN_FAMILIES = LLAMA_LIKE | {
-    "qwen2",
-    "qwen3",
-    "gemma2",
-    "gemma3_text",
-    "phi3",
-    "gpt_oss",
-    "mixtral",
-    "qwen3_moe",
-    "olmo2",
-}
-TIED_BY_DEFAULT = frozenset({"gemma", "gemma2", "gemma3_text", "smollm3"})
 
 
 def shape_from_config(config: dict[str, Any], name: str = "model") -> ModelShape:
@@ -234,7 +212,7 @@ def shape_from_config(config: dict[str, Any], name: str = "model") -> ModelShape
     )
     experts = _first(config, EXPERTS)
     notes = []
-    if family not in KNOWN_FAMILIES:
+    if family not in FAMILIES:
         like = f"a Llama-like decoder with {experts} experts" if experts else "a Llama-like decoder"
         notes.append(f"{family} is not a family fastft knows: taken for {like}")
     method = (config.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
@@ -258,7 +236,7 @@ def shape_from_config(config: dict[str, Any], name: str = "model") -> ModelShape
         if experts
         else config["intermediate_size"],
         vocab=config["vocab_size"],
-        tied=family in TIED_BY_DEFAULT if tied is None else bool(tied),
+        tied=family_of(family).tied if tied is None else bool(tied),
         weights=(),
         experts=experts,
         experts_per_token=_first(config, EXPERTS_PER_TOKEN),
@@ -294,7 +272,8 @@ def _language_model(config: Any, name: str) -> dict[str, Any]:
             "again."
         )
     family = text.get("model_type", config.get("model_type"))
-    return {**OMITTED.get(family if isinstance(family, str) else "", {}), **config, **text}
+    omitted = family_of(family).omitted if isinstance(family, str) else {}
+    return {**omitted, **config, **text}
 
 
 def _first(config: dict[str, Any], keys: tuple[str, ...]) -> int:
@@ -401,27 +380,27 @@ def _stored(config: dict[str, Any]) -> str:
 
 def _decoder_weights(s: ModelShape, config: dict[str, Any]) -> list[Weight]:
     """The weights of the known families, in the layout of transformers 5."""
-    n, bias = s.layers, bool(config.get("attention_bias", s.family in {"qwen2", "gpt_oss"}))
+    n, family = s.layers, family_of(s.family)
+    bias = bool(config.get("attention_bias", family.attention_bias))
     weights = [
         Weight("embed_tokens", (s.vocab, s.hidden), 1, "embedding"),
         Weight("norm", (s.hidden,), 1, "norm"),
     ]
     if not s.tied:
         weights.append(Weight("lm_head", (s.vocab, s.hidden), 1, "head"))
-    if s.family == "phi3":
+    if family.joined_projections:
         weights.append(Weight("qkv_proj", (s.query_size + 2 * s.kv_size, s.hidden), n, "linear"))
     else:
         for leaf, out in (("q_proj", s.query_size), ("k_proj", s.kv_size), ("v_proj", s.kv_size)):
             weights.append(Weight(leaf, (out, s.hidden), n, "linear"))
             weights += [Weight(f"{leaf}.bias", (out,), n, "other")] if bias else []
     weights.append(Weight("o_proj", (s.hidden, s.query_size), n, "linear"))
-    if bias and s.family != "qwen2":  # Qwen2 has biases on q, k and v alone
+    if bias and family.output_bias:
         weights.append(Weight("o_proj.bias", (s.hidden,), n, "other"))
-    norms = 4 if s.family in {"gemma2", "gemma3_text"} else 2
-    weights.append(Weight("layernorms", (s.hidden,), norms * n, "norm"))
-    if s.family in {"qwen3", "qwen3_moe", "gemma3_text"}:
+    weights.append(Weight("layernorms", (s.hidden,), family.norms_a_layer * n, "norm"))
+    if family.qk_norms == "head":
         weights.append(Weight("qk_norms", (s.head_dim,), 2 * n, "norm"))
-    if s.family == "olmo2":
+    if family.qk_norms == "projection":
         weights += [
             Weight("q_norm", (s.query_size,), n, "norm"),
             Weight("k_norm", (s.kv_size,), n, "norm"),
@@ -436,7 +415,7 @@ def _decoder_weights(s: ModelShape, config: dict[str, Any]) -> list[Weight]:
 
 
 def _mlp_weights(s: ModelShape, n: int, width: int) -> list[Weight]:
-    if s.family == "phi3":
+    if family_of(s.family).joined_projections:
         up = [Weight("gate_up_proj", (2 * width, s.hidden), n, "linear")]
     else:
         up = [Weight(leaf, (width, s.hidden), n, "linear") for leaf in ("gate_proj", "up_proj")]

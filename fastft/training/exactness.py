@@ -1,9 +1,10 @@
 """Are padding-free rows exact on this model, with these kernels, on this machine? Found out, not
 assumed.
 
-On a CPU the tests answer it, family by family. On a GPU the attention is that of whatever Unsloth,
-xformers, FlashAttention or torch offer for the card, and an ignored boundary is wrong without any
-message. So before training, a few sequences of the run's own data go through the model four times:
+On a CPU the tests answer it for the families of fastft/families.py. For any other family, and on a
+GPU, where the attention is that of whatever Unsloth, xformers, FlashAttention or torch offer for
+the card, an ignored boundary is wrong without any message. So before training, a few sequences of
+the run's own data go through the model four times:
 
     alone     each sequence by itself: what the gradient has to be
     padded    as a padded batch: how much of a difference is rounding
@@ -48,6 +49,7 @@ class RowCheck:
     norm_ratio: float  # |gradient of the row| / |gradient alone|; 1 is equal
     loss_error: float  # relative; the larger one of training and evaluation
     leak: float  # 1 - cosine of the gradients, joined against alone
+    longest: int = 0  # tokens of the longest of these sequences
 
     @property
     def exact(self) -> bool:
@@ -79,23 +81,32 @@ class RowCheck:
 
 
 def choose_rows(
-    wanted: bool | str, model: Any, engine: Engine, check: Callable[[Rows], RowCheck | None] | None
+    wanted: bool | str,
+    model: Any,
+    engine: Engine,
+    check: Callable[[Rows], RowCheck | None],
+    *,
+    tested: bool,
+    longest: int,
 ) -> tuple[Rows, Choice]:
     """Return how the model gets its rows, and the choice to print: without padding where that is
     exact.
 
-    `wanted` is True, False or "auto". `check` looks whether such rows are exact on this machine;
-    None where tests have shown it for the known families (CPU). Raises FastFTError where rows
-    without padding are asked for and not exact.
+    `wanted` is True, False or "auto". `check` looks whether such rows are exact on this machine.
+    `tested`: tests hold the known families' rows here (a CPU), so these need no look. `longest`:
+    most tokens of a sequence of the run. Raises FastFTError where rows without padding are asked
+    for and not exact.
     """
     if wanted is False:
         return "padded", Choice(False, "asked for")
-    rows, family = engine.accept_rows(model), text_config(model).model_type
-    reason, exact = f"{family}'s attention is known", True
-    if rows == "varlen" and not is_known_family(model):
-        reason, exact = f"{family}'s attention is not known to be exact without padding", False
-    elif check is not None:
-        exact, reason = _checked(check, rows)
+    rows, config = engine.accept_rows(model), text_config(model)
+    known = rows != "varlen" or is_known_family(model)
+    if known and tested:
+        reason, exact = f"{config.model_type}'s attention is known", True
+    elif not known and (reason := _unfit(config)):
+        exact = False
+    else:
+        exact, reason = _checked(check, rows, None if known else _window(config), longest)
         engine.forget_check(model)
     if exact:
         return rows, Choice(True, reason)
@@ -106,8 +117,32 @@ def choose_rows(
     return "padded", Choice(False, f"padded batches, because {reason}")
 
 
-def _checked(check: Callable[[Rows], RowCheck | None], rows: Rows) -> tuple[bool, str]:
-    """Return whether rows are exact, and the reason; a kernel that fails on them is a reason too."""
+def _unfit(config: Any) -> str:
+    """Say why no look at short sequences could show rows to be exact; empty where one could."""
+    kinds = set(getattr(config, "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }
+    if not kinds:
+        return ""
+    return (
+        f"{config.model_type} has layers of kind {', '.join(sorted(kinds))}, which do not take "
+        "the boundaries of sequences"
+    )
+
+
+def _window(config: Any) -> int | None:
+    return getattr(config, "sliding_window", None)
+
+
+def _checked(
+    check: Callable[[Rows], RowCheck | None], rows: Rows, window: int | None, longest: int
+) -> tuple[bool, str]:
+    """Return whether rows are exact, and the reason; a kernel that fails on them is a reason too.
+
+    `window` is the sliding window of a family that no test knows: where the run has sequences
+    beyond it and the check had none, it has shown nothing about it.
+    """
     try:
         found = check(rows)
     except FastFTError:
@@ -118,11 +153,14 @@ def _checked(check: Callable[[Rows], RowCheck | None], rows: Rows) -> tuple[bool
             f"a row without padding failed: {type(error).__name__}: "
             f"{(str(error).splitlines() or [''])[0]}",
         )
-    return (
-        (found.exact, found.reason)
-        if found
-        else (False, "no two sequences of the first step fit into one row")
-    )
+    if found is None:
+        return False, "no two sequences of the first step fit into one row"
+    if found.exact and window and longest > window >= found.longest:
+        return False, (
+            f"the longest of the sequences looked at has {found.longest} tokens, the model's "
+            f"sliding window {window}: what happens beyond it was not seen"
+        )
+    return found.exact, found.reason
 
 
 def check_rows(
@@ -158,6 +196,7 @@ def check_rows(
         norm_ratio=_norm(found) / _norm(expected) if _norm(expected) else float("inf"),
         loss_error=max(_relative(loss, expected_loss), _relative(found_eval, expected_eval)),
         leak=_distance(joined, expected),
+        longest=max(len(segment) for segment in chosen),
     )
 
 

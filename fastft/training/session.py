@@ -217,9 +217,13 @@ class Session:
     def _choose_rows(self, loaded: Prepared) -> Prepared:
         from fastft.training.exactness import choose_rows
 
-        check = None if self.hardware.kind == "cpu" else partial(self.check_rows, loaded)
         rows, loaded.choices["padding_free"] = choose_rows(
-            self.config.train.padding_free, loaded.model, loaded.engine, check
+            self.config.train.padding_free,
+            loaded.model,
+            loaded.engine,
+            partial(self.check_rows, loaded),
+            tested=self.hardware.kind == "cpu",
+            longest=self.config.model.max_seq_length,
         )
         return replace(loaded, rows=rows)
 

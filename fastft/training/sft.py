@@ -28,7 +28,7 @@ from fastft.data.batches import IGNORE, Rows, Segment, supervised_tokens
 from fastft.engines import get_engine
 from fastft.errors import CouldNotFinishError, FastFTError
 from fastft.kernels.fused import FusedLayers
-from fastft.training.exactness import RowCheck, check_rows, choose_rows
+from fastft.training.exactness import MOST_TOKENS, RowCheck, check_rows, choose_rows
 from fastft.training.step import Stepper, StepPolicy
 
 CPU_TOKENS = 1024  # enough to keep a CPU's matrix products busy
@@ -129,11 +129,17 @@ class FastSFTTrainer(SFTTrainer):
         )
 
     def _choose_rows(self, segments: list[Segment]) -> None:
-        """Take rows without padding where they are exact: known on a CPU, looked at on a GPU with
-        the first step's data.
+        """Take rows without padding where they are exact: known for tested families on a CPU,
+        looked at with the first step's data for others and on a GPU.
         """
-        check = None if self.args.device.type == "cpu" else partial(self._check_rows, segments)
-        rows, choice = choose_rows("auto", self.model, self._stepper.engine, check)
+        rows, choice = choose_rows(
+            "auto",
+            self.model,
+            self._stepper.engine,
+            partial(self._check_rows, segments),
+            tested=self.args.device.type == "cpu",
+            longest=getattr(self.args, "max_length", None) or MOST_TOKENS,
+        )
         self._stepper.policy.rows = rows
         _say(f"FastSFTTrainer: {'rows without padding: ' if choice.value else ''}{choice.reason}")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastft.errors import FastFTError
+from fastft.families import FAMILIES, family_of
 from fastft.verification.certificate import Check, judge_distance, weight_limit
 from fastft.verification.reference import head_count, rotary_rows, sampled_rows
 
@@ -25,15 +26,7 @@ if TYPE_CHECKING:
 
 LogitsOf = Callable[[list[int]], "Iterator[np.ndarray]"]
 
-ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-    "phi3": "phi3",
-}
+ARCHITECTURES = {name: row.gguf.arch for name, row in FAMILIES.items() if row.gguf}
 """transformers' model_type -> llama.cpp's general.architecture, for the families whose weights are
 compared.
 """
@@ -335,13 +328,12 @@ def trained_rows(
 
     config = reference["config"]
     heads = heads_of(hf_name, config)
-    if heads and config["model_type"] in {"llama", "mistral"}:
+    family = family_of(config["model_type"])
+    if heads and family.gguf and family.gguf.permuted:
         rows = rotary_rows(reference["tensors"][hf_name][0], heads)[rows]
     found = trained[hf_name][np.searchsorted(trained[f"{hf_name}#rows"], rows)]
-    if config["model_type"].startswith("gemma") and hf_name.endswith("norm.weight"):
-        return (
-            found + 1.0
-        )  # llama.cpp multiplies by the weight, transformers by one plus the weight
+    if family.norm_shift and hf_name.endswith("norm.weight"):
+        return found + np.float32(family.norm_shift)  # llama.cpp multiplies by the weight itself
     return found
 
 

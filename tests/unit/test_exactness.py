@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastft import families
 from fastft.data.batches import Segment
 from fastft.engines.stock import ENGINE
 from fastft.errors import CouldNotFinishError, FastFTError
@@ -165,7 +166,6 @@ def fails(rows):
 @pytest.mark.parametrize(
     ("check", "rows", "reason"),
     [
-        (None, "varlen", "llama's attention is known"),
         (lambda rows: GOOD, "varlen", "exact here: 6 sequences in one row of 319 tokens"),
         (lambda rows: BAD, "padded", "padded batches, because not exact here: 6 sequences"),
         (lambda rows: CANNOT_TELL, "padded", "padded batches, because not exact here: 2 sequences"),
@@ -178,20 +178,67 @@ def fails(rows):
     ],
 )
 def test_rows_are_chosen_by_what_was_found(model_of, check, rows, reason):
-    chosen, choice = choose_rows("auto", model_of("llama"), ENGINE, check)
+    chosen, choice = choose_rows(
+        "auto", model_of("llama"), ENGINE, check, tested=False, longest=128
+    )
     assert chosen == rows
     assert choice.value is (rows != "padded")
     assert reason in choice.reason
     assert "\n" not in choice.reason
 
 
+def test_a_family_of_the_table_needs_no_look_where_it_was_tested(model_of):
+    chosen, choice = choose_rows("auto", model_of("llama"), ENGINE, fails, tested=True, longest=128)
+    assert (chosen, choice.reason) == ("varlen", "llama's attention is known")
+
+
+def test_a_family_outside_of_the_table_is_looked_at(model_of, monkeypatch):
+    monkeypatch.delitem(families.FAMILIES, "llama")
+    model = model_of("llama")
+
+    def look(rows):
+        return check_rows(stepper(model, rows), sequences(), FLOAT32)
+
+    chosen, choice = choose_rows("auto", model, ENGINE, look, tested=True, longest=128)
+    assert chosen == "varlen"
+    assert choice.reason.startswith("exact here: 6 sequences")
+
+
+@pytest.mark.parametrize(("window", "chosen"), [(64, "varlen"), (100, "padded")])
+def test_a_window_that_no_sequence_was_longer_than_was_not_seen(
+    model_of, monkeypatch, window, chosen
+):
+    monkeypatch.delitem(families.FAMILIES, "mistral")
+    model = model_of("mistral")
+    monkeypatch.setattr(model.config, "sliding_window", window)
+
+    def look(rows):
+        return check_rows(stepper(model, rows), sequences(), FLOAT32)
+
+    rows, choice = choose_rows("auto", model, ENGINE, look, tested=True, longest=128)
+    assert rows == chosen
+    if chosen == "padded":
+        assert "sliding window 100" in choice.reason
+    rows, _ = choose_rows("auto", model, ENGINE, look, tested=True, longest=100)
+    assert rows == "varlen"  # no sequence of the run is longer than the window
+
+
+def test_layers_that_carry_a_state_are_padded_and_it_is_said(model_of):
+    rows, choice = choose_rows("auto", model_of("qwen3.5"), ENGINE, fails, tested=True, longest=128)
+    assert rows == "padded"
+    assert "linear_attention" in choice.reason
+
+
 def test_padded_is_never_looked_at(model_of):
-    assert choose_rows(False, model_of("llama"), ENGINE, fails)[0] == "padded"
+    assert (
+        choose_rows(False, model_of("llama"), ENGINE, fails, tested=False, longest=128)[0]
+        == "padded"
+    )
 
 
 def test_asked_for_and_not_exact_is_an_error(model_of):
     with pytest.raises(FastFTError, match=r"padding_free is on, but not exact here.*auto"):
-        choose_rows(True, model_of("llama"), ENGINE, lambda rows: BAD)
+        choose_rows(True, model_of("llama"), ENGINE, lambda rows: BAD, tested=False, longest=128)
 
 
 def test_out_of_memory_is_not_a_reason_for_padding(model_of):
@@ -199,4 +246,4 @@ def test_out_of_memory_is_not_a_reason_for_padding(model_of):
         raise CouldNotFinishError("out of memory on a single sequence")
 
     with pytest.raises(CouldNotFinishError):
-        choose_rows("auto", model_of("llama"), ENGINE, too_large)
+        choose_rows("auto", model_of("llama"), ENGINE, too_large, tested=False, longest=128)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from fastft.config import load_config, make_config
 from fastft.errors import FastFTError
+from fastft.families import FAMILIES
 from fastft.hardware import GIB, KNOWN_GPUS, named_gpu, probe
 from fastft.planning import (
     KNOWN_MODELS,
@@ -37,7 +38,7 @@ from fastft.planning import (
 from fastft.planning.disk import adapter_bytes, gguf_bytes
 from fastft.planning.memory import layer_bytes_per_token, train_terms, trainable, weight_terms
 from fastft.planning.resolve import train_peak_bytes
-from fastft.planning.shape import OMITTED, _known_by_hub_id, with_headers
+from fastft.planning.shape import _known_by_hub_id, with_headers
 from fastft.planning.time import spoken
 
 ROOT = Path(__file__).parents[2]
@@ -329,17 +330,6 @@ def test_the_plan_knows_what_the_fused_layers_stand_for():
     pytest.importorskip("torch")
     from fastft.kernels import fused, row_attention
 
-    classes = {
-        "llama": "Llama",
-        "mistral": "Mistral",
-        "qwen2": "Qwen2",
-        "qwen3": "Qwen3",
-        "smollm3": "SmolLM3",
-    }
-    classes |= {"gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3"}
-    assert {f"{classes[family]}Attention" for family in memory.FUSED_ATTENTION} == fused.ATTENTIONS
-    assert {f"{classes[family]}MLP" for family in memory.FUSED_MLP} == fused.MLPS
-    assert memory.FUSED_HEAD == fused.HEADS
     assert memory.HEAD_ROWS == fused.HEAD_ROWS
     assert memory.KEEP_PROBABILITIES == row_attention.KEEP_PROBABILITIES
 
@@ -512,7 +502,7 @@ def test_omitted_values_are_what_transformers_takes():
     pytest.importorskip("transformers")
     from transformers import AutoConfig
 
-    for family, values in OMITTED.items():
+    for family, values in ((row.model_type, row.omitted) for row in FAMILIES.values()):
         real = AutoConfig.for_model(family)
         assert values == {key: getattr(real, key) for key in values}, family
 

@@ -1,5 +1,6 @@
-"""What the seven families that we write ourselves look like in GGUF: tensor names, transforms,
-metadata.
+"""What the families that we write ourselves look like in GGUF: tensor names, transforms, metadata.
+
+Which these are, and what is told of each in one word, stands in fastft/families.py.
 
 Everything is closed: an unknown architecture, tensor, rope type or config field raises
 `Unsupported`, and the caller hands the model to the upstream converter. Key names and transforms
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastft.errors import FastFTError
 from fastft.exporting.weights import Weights
+from fastft.families import FAMILIES, Family, Gguf, gguf_arch
 
 if TYPE_CHECKING:
     import torch
@@ -101,29 +103,15 @@ FUSED = {
 }
 
 
-@dataclass(frozen=True)
-class Family:
-    """One transformers class and its GGUF architecture."""
-
-    model_type: str
-    arch: str
-    layer: dict[str, str]
-    biases: frozenset[str] = frozenset()
-    """GGUF names that may have a bias"""
-    activation: str = "silu"
-    permuted: bool = False
-    norm_shift: float = 0.0
-    extra: Callable[[dict[str, Any], dict[str, tuple[Any, str]]], None] = lambda config, metadata: (
-        None
-    )
+Metadata = dict[str, tuple[Any, str]]
 
 
-def _llama(config: dict[str, Any], metadata: dict[str, tuple[Any, str]]) -> None:
+def _llama(config: dict[str, Any], metadata: Metadata) -> None:
     metadata["llama.vocab_size"] = (config["vocab_size"], "UINT32")
     metadata["llama.rope.dimension_count"] = (_head_dim(config), "UINT32")
 
 
-def _gemma2(config: dict[str, Any], metadata: dict[str, tuple[Any, str]]) -> None:
+def _gemma2(config: dict[str, Any], metadata: Metadata) -> None:
     del metadata[
         "gemma2.rope.freq_base"
     ]  # llama.cpp's own value for gemma2 is 10000; another one is refused below
@@ -142,7 +130,7 @@ def _gemma2(config: dict[str, Any], metadata: dict[str, tuple[Any, str]]) -> Non
     metadata["gemma2.attention.sliding_window"] = (config["sliding_window"], "UINT32")
 
 
-def _gemma3(config: dict[str, Any], metadata: dict[str, tuple[Any, str]]) -> None:
+def _gemma3(config: dict[str, Any], metadata: Metadata) -> None:
     _attention_scale(config, layers_27b=62)
     if config.get("attn_logit_softcapping"):
         raise Unsupported("attn_logit_softcapping in gemma3")
@@ -160,7 +148,7 @@ def _gemma3(config: dict[str, Any], metadata: dict[str, tuple[Any, str]]) -> Non
         metadata["gemma3.attention.sliding_window_pattern"] = (sliding, "BOOLS")
 
 
-def _phi3(config: dict[str, Any], metadata: dict[str, tuple[Any, str]]) -> None:
+def _phi3(config: dict[str, Any], metadata: Metadata) -> None:
     rope = _rope(config)
     original = (
         rope.get("original_max_position_embeddings") or config["original_max_position_embeddings"]
@@ -182,50 +170,15 @@ def _phi3(config: dict[str, Any], metadata: dict[str, tuple[Any, str]]) -> None:
         )
 
 
-QKV_BIASES = frozenset({"attn_q", "attn_k", "attn_v"})
-FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family(
-        "llama",
-        "llama",
-        ATTENTION | TWO_NORMS | GATED_MLP,
-        biases=QKV_BIASES | {"attn_output", "ffn_gate", "ffn_up", "ffn_down"},
-        permuted=True,
-        extra=_llama,
-    ),
-    "MistralForCausalLM": Family(
-        "mistral", "llama", ATTENTION | TWO_NORMS | GATED_MLP, permuted=True, extra=_llama
-    ),
-    "Qwen2ForCausalLM": Family(
-        "qwen2", "qwen2", ATTENTION | TWO_NORMS | GATED_MLP, biases=QKV_BIASES
-    ),
-    "Qwen3ForCausalLM": Family("qwen3", "qwen3", ATTENTION | QK_NORMS | TWO_NORMS | GATED_MLP),
-    "Gemma2ForCausalLM": Family(
-        "gemma2",
-        "gemma2",
-        ATTENTION | FOUR_NORMS | GATED_MLP,
-        activation="gelu_pytorch_tanh",
-        norm_shift=1.0,
-        extra=_gemma2,
-    ),
-    "Gemma3ForCausalLM": Family(
-        "gemma3_text",
-        "gemma3",
-        ATTENTION | QK_NORMS | FOUR_NORMS | GATED_MLP,
-        activation="gelu_pytorch_tanh",
-        norm_shift=1.0,
-        extra=_gemma3,
-    ),
-    "Phi3ForCausalLM": Family("phi3", "phi3", FUSED | TWO_NORMS, extra=_phi3),
+# What a family's config says beyond the fields that all share, by general.architecture.
+EXTRA: dict[str, Callable[[dict[str, Any], Metadata], None]] = {
+    "llama": _llama,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "phi3": _phi3,
 }
-ROPE_TYPES = {
-    "llama": {"default", "llama3", "linear"},
-    "mistral": {"default", "llama3", "linear"},
-    "qwen2": {"default", "linear"},
-    "qwen3": {"default", "linear"},
-    "gemma2": {"default"},
-    "gemma3_text": {"default", "linear"},
-    "phi3": {"default", "longrope"},
-}
+WRITTEN = {f"{row.classes}ForCausalLM": row for row in FAMILIES.values() if row.gguf}
+"""Class name in a config's `architectures` -> the family's row."""
 # Fields that say how a model was trained or is to be sampled, and nothing about its arithmetic.
 HARMLESS = {
     "architectures",
@@ -260,9 +213,9 @@ def describe(weights: Weights) -> Model:
     """
     family, config = _read_config(weights)
     metadata = _metadata(family, config)
-    family.extra(config, metadata)
+    EXTRA.get(gguf_arch(family.model_type), lambda config, metadata: None)(config, metadata)
     tensors = [*_rope_tensors(family, config), *_tensors(family, config, weights)]
-    return Model(family.arch, tensors, metadata, _notes(family, config))
+    return Model(gguf_arch(family.model_type), tensors, metadata, _notes(family, config))
 
 
 def _read_config(weights: Weights) -> tuple[Family, dict[str, Any]]:
@@ -271,11 +224,10 @@ def _read_config(weights: Weights) -> tuple[Family, dict[str, Any]]:
 
     raw = weights.config
     name = (raw.get("architectures") or ["?"])[0]
-    family = FAMILIES.get(name)
+    family = WRITTEN.get(name)
     if family is None or raw.get("model_type") != family.model_type:
         raise Unsupported(
-            f"architecture {name} (model_type {raw.get('model_type')}); known: "
-            f"{', '.join(FAMILIES)}"
+            f"architecture {name} (model_type {raw.get('model_type')}); known: {', '.join(WRITTEN)}"
         )
     defaults = AutoConfig.for_model(family.model_type).to_dict()
     strange = [
@@ -297,22 +249,32 @@ def _read_config(weights: Weights) -> tuple[Family, dict[str, Any]]:
     return family, config
 
 
+def _gguf(family: Family) -> Gguf:
+    assert family.gguf is not None, "only families with a GGUF row are described"
+    return family.gguf
+
+
+def _layer_names(family: Family) -> dict[str, str]:
+    """Return {module in a transformers layer: GGUF name}."""
+    names = FUSED if family.joined_projections else ATTENTION | GATED_MLP
+    names = names | (QK_NORMS if family.qk_norms == "head" else {})
+    return names | (FOUR_NORMS if family.norms_a_layer == 4 else TWO_NORMS)
+
+
 def _check_config(family: Family, config: dict[str, Any]) -> None:
-    problems = []
+    problems, gguf = [], _gguf(family)
     activation = config.get("hidden_activation") or config.get("hidden_act")
-    if activation != family.activation:
-        problems.append(f"activation {activation}, not {family.activation}")
+    if activation != gguf.activation:
+        problems.append(f"activation {activation}, not {gguf.activation}")
     kinds = {
         _rope(config, kind).get("rope_type", "default")
         for kind in ("full_attention", "sliding_attention")
     }
-    unknown = kinds - ROPE_TYPES[family.model_type]
+    unknown = kinds - gguf.rope_types
     if unknown:
         problems.append(f"rope type {', '.join(sorted(unknown))}")
-    if family.model_type != "phi3" and _rope(config).get("partial_rotary_factor", 1.0) not in {
-        None,
-        1.0,
-    }:
+    partial = _rope(config).get("partial_rotary_factor", 1.0) not in {None, 1.0}
+    if partial and not gguf.partial_rotary:
         problems.append(f"partial_rotary_factor {_rope(config)['partial_rotary_factor']}")
     if config.get("use_sliding_window"):
         problems.append("use_sliding_window")
@@ -345,7 +307,7 @@ def _rope(config: dict[str, Any], kind: str = "full_attention") -> dict[str, Any
 
 
 def _metadata(family: Family, config: dict[str, Any]) -> dict[str, tuple[Any, str]]:
-    arch, rope = family.arch, _rope(config)
+    arch, rope = gguf_arch(family.model_type), _rope(config)
     heads = config["num_attention_heads"]
     found: dict[str, tuple[Any, str]] = {
         f"{arch}.block_count": (config["num_hidden_layers"], "UINT32"),
@@ -410,18 +372,18 @@ def _llama3_factors(rope: dict[str, Any], head_dim: int) -> tuple[float, ...]:
 
 def _tensors(family: Family, config: dict[str, Any], weights: Weights) -> list[Tensor]:
     """Name every tensor of the checkpoint; what is left over or missing is reported all at once."""
-    layers = config["num_hidden_layers"]
+    layers, layer = config["num_hidden_layers"], _layer_names(family)
     wanted = {
         "model.embed_tokens.weight": "token_embd.weight",
         "model.norm.weight": "output_norm.weight",
     }
     for i in range(layers):
-        for module, name in family.layer.items():
+        for module, name in layer.items():
             wanted[f"model.layers.{i}.{module}.weight"] = f"blk.{i}.{name}.weight"
     allowed = {"lm_head.weight": "output.weight"}
     for i in range(layers):
-        for module, name in family.layer.items():
-            if name in family.biases:
+        for module, name in layer.items():
+            if name in _gguf(family).biases:
                 allowed[f"model.layers.{i}.{module}.bias"] = f"blk.{i}.{name}.bias"
     names = [
         n
@@ -434,10 +396,10 @@ def _tensors(family: Family, config: dict[str, Any], weights: Weights) -> list[T
         raise Unsupported(
             f"tensors unknown: {strange[:5]}, missing: {missing[:5]} in {family.model_type}"
         )
-    if "lm_head.weight" in names and family.arch == "gemma2":
+    if "lm_head.weight" in names and not _gguf(family).own_head:
         raise FastFTError(  # the upstream converter would drop the head without a word
-            "gemma2 with a head of its own (embeddings trained apart) cannot be held by "
-            "GGUF: llama.cpp's gemma2 "
+            f"{family.model_type} with a head of its own (embeddings trained apart) cannot be "
+            f"held by GGUF: llama.cpp's {family.model_type} "
             "always uses the embedding as its head. Train with ensure_weight_tying, or "
             "export `merged`."
         )
@@ -447,10 +409,10 @@ def _tensors(family: Family, config: dict[str, Any], weights: Weights) -> list[T
 def _tensor(
     family: Family, config: dict[str, Any], weights: Weights, source: str, name: str
 ) -> Tensor:
-    heads = 0
-    if family.permuted and ".attn_q." in name:
+    heads, permuted = 0, _gguf(family).permuted
+    if permuted and ".attn_q." in name:
         heads = config["num_attention_heads"]
-    elif family.permuted and ".attn_k." in name:
+    elif permuted and ".attn_k." in name:
         heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     shift = family.norm_shift if name.endswith("norm.weight") else 0.0
     return Tensor(name, weights.shape(source), source=source, heads=heads, shift=shift)
@@ -459,11 +421,7 @@ def _tensor(
 def _notes(family: Family, config: dict[str, Any]) -> list[str]:
     notes = []
     window = config.get("sliding_window")
-    if (
-        family.model_type in {"mistral", "phi3"}
-        and window
-        and window < config["max_position_embeddings"]
-    ):
+    if _gguf(family).ignores_window and window and window < config["max_position_embeddings"]:
         notes.append(
             f"llama.cpp has no sliding window for {family.model_type}: answers are exact up "
             f"to {window} tokens"

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastft.errors import FastFTError
+from fastft.families import gguf_arch
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-
-GGUF_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
-"""transformers' model_type -> llama.cpp's architecture, where the two are named differently."""
 
 
 def collect_imatrix(model: Any, batches: Iterable[Any]) -> dict[str, np.ndarray]:
@@ -109,7 +107,7 @@ def gguf_names(model: Any, names: list[str]) -> dict[str, str]:
     import gguf
 
     model_type = model.config.model_type
-    arch = GGUF_ARCHITECTURES.get(model_type, model_type)
+    arch = gguf_arch(model_type)
     enum = next((member for member, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), None)
     if enum is None:
         raise FastFTError(

@@ -1,0 +1,221 @@
+"""What fastft knows of each model family: one frozen row a `model_type`, and nothing anywhere else.
+
+The attention kernels, the fused layers, the plan, the GGUF writer and the certificate all derive
+from these rows. A family without a row still trains: plain transformers computes it, the plan
+takes it for Llama-like, rows without padding are looked at on the run's own first sequences, and
+llama.cpp's own converter writes its GGUF.
+
+How to add one: docs/models.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+ALL_FUSED = frozenset({"norm", "attention", "mlp", "head"})
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """What llama.cpp calls the family, where fastft's own writer knows it exactly."""
+
+    arch: str
+    """general.architecture; also names the writer's entry for the family's own metadata."""
+    rope_types: frozenset[str] = frozenset({"default", "linear"})
+    """The rope types of transformers that the file can express."""
+    permuted: bool = False
+    """Rotary halves of q and k are interleaved, as llama.cpp's Llama wants them."""
+    biases: frozenset[str] = frozenset()
+    """GGUF names of the tensors that may have a bias."""
+    activation: str = "silu"
+    partial_rotary: bool = False
+    """Whether partial_rotary_factor can be written."""
+    ignores_window: bool = False
+    """llama.cpp attends to everything where transformers has a sliding window."""
+    own_head: bool = True
+    """Whether the file can hold an output head apart from the embedding."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model_type of transformers: its layers, and what of fastft is exact for it."""
+
+    model_type: str
+    classes: str
+    """What transformers' class names begin with: Llama of LlamaAttention, LlamaForCausalLM."""
+    norms: Literal["plain", "plus_one"] = "plain"
+    """Whether an RMSNorm multiplies by its weight, or by one plus its weight."""
+    norms_a_layer: int = 2
+    qk_norms: Literal["none", "head", "projection"] = "none"
+    """Norms of queries and keys: one of a head's width, or one of the whole projection's."""
+    tied: bool = False
+    """Embedding and head are one tensor where the config does not say (transformers' default)."""
+    attention_bias: bool = False
+    """q, k and v have biases where the config does not say."""
+    output_bias: bool = True
+    """o_proj has one, too, where the others have."""
+    joined_projections: bool = False
+    """qkv_proj and gate_up_proj instead of the single ones (phi3)."""
+    rows: Literal["exact", "check"] = "check"
+    """exact: tests hold rows without padding to the padded gradient on a CPU. check: looked at on
+    the run's own first sequences.
+    """
+    fused: frozenset[str] = frozenset()
+    """Which of norm, attention, mlp and head fastft.kernels.fused computes."""
+    window_in_config: bool = False
+    """The attention reads its sliding window from the config, not from itself."""
+    head_divisor: str = ""
+    """Config key of what the logits are divided by (granite's logits_scaling)."""
+    written_out_scores: bool = False
+    """Softcaps or sinks: scores of all pairs of positions are kept for the backward pass."""
+    mlp_tensors: int = 3
+    """Tensors of the MLP's width that autograd keeps of a layer on transformers' modules."""
+    chunked_loss_on_cpu: bool = False
+    """Unsloth's CPU path computes the loss in chunks."""
+    omitted: dict[str, Any] = field(default_factory=dict)
+    """What the text_config of published multimodal checkpoints leaves out."""
+    gguf: Gguf | None = None
+
+    @property
+    def norm_shift(self) -> float:
+        """What is added to a norm's weight before it multiplies."""
+        return 1.0 if self.norms == "plus_one" else 0.0
+
+
+_QKV_BIASES = frozenset({"attn_q", "attn_k", "attn_v"})
+_LLAMA_ROPES = frozenset({"default", "llama3", "linear"})
+_7B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}
+_GELU = "gelu_pytorch_tanh"
+
+_ROWS = (
+    Family(
+        "llama",
+        "Llama",
+        rows="exact",
+        fused=ALL_FUSED,
+        chunked_loss_on_cpu=True,
+        omitted=_7B | {"intermediate_size": 11008},
+        gguf=Gguf(
+            "llama",
+            _LLAMA_ROPES,
+            permuted=True,
+            biases=_QKV_BIASES | {"attn_output", "ffn_gate", "ffn_up", "ffn_down"},
+        ),
+    ),
+    Family(
+        "mistral",
+        "Mistral",
+        rows="exact",
+        fused=ALL_FUSED,
+        window_in_config=True,
+        chunked_loss_on_cpu=True,
+        omitted=_7B | {"intermediate_size": 14336, "num_key_value_heads": 8},
+        gguf=Gguf("llama", _LLAMA_ROPES, permuted=True, ignores_window=True),
+    ),
+    Family(
+        "qwen2",
+        "Qwen2",
+        attention_bias=True,
+        output_bias=False,
+        rows="exact",
+        fused=ALL_FUSED,
+        chunked_loss_on_cpu=True,
+        gguf=Gguf("qwen2", biases=_QKV_BIASES),
+    ),
+    Family(
+        "qwen3",
+        "Qwen3",
+        qk_norms="head",
+        rows="exact",
+        fused=ALL_FUSED,
+        chunked_loss_on_cpu=True,
+        gguf=Gguf("qwen3"),
+    ),
+    Family(
+        "gemma",
+        "Gemma",
+        norms="plus_one",
+        tied=True,
+        rows="exact",
+        fused=ALL_FUSED - {"attention"},
+        chunked_loss_on_cpu=True,
+    ),
+    Family(
+        "gemma2",
+        "Gemma2",
+        norms="plus_one",
+        norms_a_layer=4,
+        tied=True,
+        rows="exact",
+        fused=ALL_FUSED - {"attention"},
+        written_out_scores=True,
+        gguf=Gguf("gemma2", frozenset({"default"}), activation=_GELU, own_head=False),
+    ),
+    Family(
+        "gemma3_text",
+        "Gemma3",
+        norms="plus_one",
+        norms_a_layer=4,
+        qk_norms="head",
+        tied=True,
+        rows="exact",
+        fused=ALL_FUSED - {"attention"},
+        chunked_loss_on_cpu=True,
+        omitted={
+            "hidden_size": 2304,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "intermediate_size": 9216,
+            "vocab_size": 262208,
+        },
+        gguf=Gguf("gemma3", activation=_GELU),
+    ),
+    Family(
+        "phi3",
+        "Phi3",
+        joined_projections=True,
+        rows="exact",
+        fused=frozenset({"norm", "head"}),
+        chunked_loss_on_cpu=True,
+        gguf=Gguf(
+            "phi3", frozenset({"default", "longrope"}), partial_rotary=True, ignores_window=True
+        ),
+    ),
+    Family(
+        "gpt_oss",
+        "GptOss",
+        attention_bias=True,
+        rows="exact",
+        fused=frozenset({"head"}),
+        written_out_scores=True,
+        mlp_tensors=6,
+    ),
+    Family(
+        "smollm3",
+        "SmolLM3",
+        tied=True,
+        rows="exact",
+        fused=ALL_FUSED,
+        chunked_loss_on_cpu=True,
+    ),
+    # Known to the plan alone.
+    Family("granite", "Granite"),
+    Family("mixtral", "Mixtral"),
+    Family("qwen3_moe", "Qwen3Moe", qk_norms="head"),
+    Family("olmo2", "Olmo2", qk_norms="projection", chunked_loss_on_cpu=True),
+)
+FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
+
+
+def family_of(model_type: str) -> Family:
+    """Return the row of `model_type`; for one that has none, a row that promises nothing."""
+    return FAMILIES.get(model_type) or Family(model_type, "")
+
+
+def gguf_arch(model_type: str) -> str:
+    """Return llama.cpp's name of a family; where no row says, it is taken to be the same."""
+    gguf = family_of(model_type).gguf
+    return gguf.arch if gguf else model_type
