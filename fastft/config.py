@@ -83,6 +83,15 @@ class DataConfig(Section):
     columns: dict[str, str] = Field(
         default_factory=dict, description="what the format calls a column: what your file calls it"
     )
+    ignore: list[str] = Field(
+        default_factory=list,
+        description="columns that carry nothing to learn from, such as a score or a topic",
+    )
+    take: Literal["chosen"] | None = Field(
+        None,
+        description="of preference and KTO data: chosen trains the good answers alone; null: such "
+        "data is refused",
+    )
     chat_template: str | None = Field(
         None,
         description="a named template (chatml, llama3, alpaca, alpaca_ja ...), or a file; null: the "

@@ -9,17 +9,29 @@ does not fit it is not guessed at: it is refused with a reason, and counted.
     prompt_completion  {"prompt", "completion"}    both text, or both lists of messages
     question_answer    {"question", "answer"}
     text               {"text"}, or a bare string a line
+
+How one message is read: messages.py. Data that is no list of answers to learn: labels.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fastft.data.read import Bad, parse_json
-from fastft.data.template import Message, parse_arguments
+from fastft.data.labels import Labels, find_labels
+from fastft.data.messages import (
+    MEDIA,
+    BadRowError,
+    as_text,
+    read_messages,
+    read_tools,
+    text_message,
+    without_padding,
+)
+from fastft.data.template import Message
 from fastft.errors import FastFTError, did_you_mean
 
 FORMATS: dict[str, tuple[str, ...]] = {
@@ -35,34 +47,44 @@ FORMATS: dict[str, tuple[str, ...]] = {
 OPTIONAL = {
     "messages": ("system", "tools"),
     "sharegpt": ("system", "tools"),
-    "alpaca": ("input", "system"),
-    "prompt_completion": ("system", "tools"),
-    "question_answer": ("system",),
+    "alpaca": ("input", "system", "history"),
+    "prompt_completion": ("input", "system", "tools", "history"),
+    "question_answer": ("input", "system", "history"),
     "text": (),
 }
-ALIASES = {
-    "conversation": "conversations", "response": "output", "functions": "tools", "system_prompt": "system",
-    "context": "input",
+_SYSTEM = ("system_prompt", "system_message", "systemInstruction", "system_instruction",
+           "システム")  # fmt: skip
+_CONTEXT = ("context", "article", "passage", "paragraph", "document", "background", "文脈", "本文")
+ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
+    "messages": {"messages": ("contents", "dialog", "dialogue", "dialogs", "dialogues", "turns")},
+    "sharegpt": {"conversations": ("conversation",)},
+    "alpaca": {
+        "instruction": ("指示",),
+        "input": ("入力", *_CONTEXT, "question", "query", "質問"),
+        "output": ("出力", "応答", "回答", "response", "completion", "answer"),
+    },
+    "prompt_completion": {
+        "completion": ("response", "output", "answer"),
+        "input": ("入力", *_CONTEXT),
+    },
+    "question_answer": {
+        "question": ("質問", "query", "problem", "問題", "user", "human", "input"),
+        "answer": ("回答", "response", "output", "completion", "answers", "応答", "出力", "solution",
+                   "assistant", "gpt", "bot", "答え"),
+        "input": _CONTEXT,
+    },
+    "text": {},
 }  # fmt: skip
-"""Other names that are common for a column, used where the real one is missing."""
+"""Other names that are common for a format's column, used where the real one is missing."""
+_EVERYWHERE = {"system": _SYSTEM, "tools": ("functions",), "history": ("履歴",)}
 
-ROLES = {
-    "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
-    "chatgpt": "assistant", "bot": "assistant", "system": "system", "developer": "system", "tool": "tool",
-    "function": "tool", "observation": "tool", "function_response": "tool", "ipython": "tool",
-    "function_call": "function_call", "tool_call": "function_call",
-}  # fmt: skip
-
+# Columns that may carry a part of what is asked. One that is not read must stand in what is.
+_CARRIERS = re.compile(
+    "|".join((*_CONTEXT, "history", "question", "query", "prompt", "instruction", "input",
+              "choices", "options", "passages", "documents", "articles", "質問", "指示", "入力")),
+    re.IGNORECASE,
+)  # fmt: skip
 _JSON_TEXT = re.compile(r'\s*\[\s*\{\s*"(?:role|content)"\s*:')
-_THINK = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
-
-
-class BadRowError(FastFTError):
-    """A row that cannot be used; `reason` is the key it is counted under."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 class FormatError(FastFTError):
@@ -76,6 +98,8 @@ class Example:
     messages: list[Message] = dataclasses.field(default_factory=list)
     tools: list[Any] | None = None
     text: str | None = None
+    unread: frozenset[str] = frozenset()
+    """Keys of its messages that are not read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,114 +112,171 @@ class Format:
     evidence: str
     unused: tuple[str, ...] = ()
     """Columns of the file that are not read."""
+    ignored: frozenset[str] = frozenset()
+    """Columns of which the user said that they carry nothing to learn from."""
+    labels: Labels = dataclasses.field(default_factory=Labels)
+    """What is taken of data that labels its answers."""
+
+    @functools.cached_property
+    def settled(self) -> frozenset[str]:
+        """Columns that are read, or of which it is known that nothing is lost without them."""
+        return frozenset((*self.columns.values(), *self.ignored))
 
 
 def detect(
-    rows: Sequence[Any], *, format: str = "auto", columns: Mapping[str, str] | None = None
+    rows: Sequence[Any],
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    take: str | None = None,
+    ignore: Sequence[str] = (),
 ) -> Format:
     """Return the format of a dataset from its first rows.
 
-    Raises FormatError that lists the columns there are and those that each format needs.
+    Raises FormatError that lists the columns there are and those that each format needs, and
+    LabelledDataError for data that is no list of answers to learn.
     """
     columns = dict(columns or {})
+    labels = find_labels(rows, take=take, ignore=ignore, columns=columns, wants=format)
+    looked_at = [row for row in (_applied(labels, row) for row in rows) if row is not None]
     seen: dict[str, int] = {}
-    for row in rows:
-        for key in (
-            row if isinstance(row, Mapping) else ["(bare text)"] if isinstance(row, str) else []
-        ):
+    bare = {"text": 0, "list": 0}
+    for row in looked_at:
+        for key in row if isinstance(row, Mapping) else ():
             seen[str(key)] = seen.get(str(key), 0) + 1
-    present = [name for name in seen if name != "(bare text)"]
+        bare["text"] += isinstance(row, str)
+        bare["list"] += isinstance(row, list | tuple)
+    present = [name for name in seen if name not in ignore]
     _check_columns(columns, format, present)
-    resolved = {name: _find(name, columns, seen) for name in _all_names()}
-    fits: dict[str, int] = {}  # format -> rows that have its columns
-    for name in [format] if format != "auto" else _order(columns):
-        if all(resolved[column] is not None for column in FORMATS[name]) and _looks_right(
-            name, rows, resolved
-        ):
-            fits[name] = min(seen[str(resolved[column])] for column in FORMATS[name])
-    if fits:
-        # The first of those that most rows have; a few rows of another shape do not decide.
-        name = max(fits, key=lambda name: (_mapped(name, columns), fits[name]))
-        # An optional column that no looked-at row has may come later; it is then called by its own
-        # name.
-        used = {c: str(resolved[c] or c) for c in (*FORMATS[name], *OPTIONAL[name])}
-        what = " and ".join(used[c] for c in FORMATS[name])
-        how = "asked for" if format != "auto" else "detected"
-        evidence = f"{how}: {fits[name]} of the first {len(rows)} rows have {what}"
-        return Format(
-            name, used, evidence, tuple(c for c in present if c.strip() and c not in used.values())
-        )
-    if seen.get("(bare text)") and format in ("auto", "text"):
-        return Format(
-            "text",
-            {},
-            f"detected: {seen['(bare text)']} of the first {len(rows)} rows are bare texts",
-        )
+    found = {
+        name: resolved
+        for name in ([format] if format != "auto" else _order(columns))
+        if (resolved := _resolved(name, columns, seen, ignore)) is not None
+        and _looks_right(name, looked_at, resolved)
+    }
+    if found:
+        made = _best(found, columns, seen, looked_at, present, format)
+        return dataclasses.replace(made, labels=labels, ignored=frozenset(ignore))
+    for kind, name in (("text", "text"), ("list", "messages")):
+        if bare[kind] and format in ("auto", name):
+            how = f"detected: {bare[kind]} of the first {len(looked_at)} rows are bare {kind}s"
+            return Format(name, {}, how, labels=labels, ignored=frozenset(ignore))
+    raise FormatError(_unknown_columns(looked_at, present, format))
+
+
+def _applied(labels: Labels, row: Any) -> Any:
+    try:
+        return labels.apply(row)
+    except BadRowError:
+        return None
+
+
+def _best(
+    found: Mapping[str, dict[str, str]],
+    columns: Mapping[str, str],
+    seen: Mapping[str, int],
+    rows: Sequence[Any],
+    present: list[str],
+    format: str,
+) -> Format:
+    """Return the first of the formats that most rows have; a few rows of another shape do not
+    decide.
+    """
+    fits = {name: min(seen[used[c]] for c in FORMATS[name]) for name, used in found.items()}
+    name = max(found, key=lambda name: (_mapped(name, columns), fits[name]))
+    # An optional column that no looked-at row has may come later; it is then called by its own
+    # name.
+    used = {c: c for c in OPTIONAL[name] if c not in found[name].values()} | found[name]
+    what = " and ".join(used[c] for c in FORMATS[name])
+    how = "asked for" if format != "auto" else "detected"
+    evidence = f"{how}: {fits[name]} of the first {len(rows)} rows have {what}"
+    unused = tuple(c for c in present if c.strip() and c not in used.values())
+    return Format(name, used, evidence, unused)
+
+
+def _unknown_columns(rows: Sequence[Any], present: list[str], format: str) -> str:
+    """Say what is needed, and the line that mends it with the user's own names."""
+    texts = [
+        c for c in present
+        if any(isinstance(row, Mapping) and isinstance(row.get(c), str) for row in rows)
+    ] or present  # fmt: skip
+    mine = [_yaml_name(c) for c in texts[:2]] or ["my_question", "my_answer"]
+    fix = (
+        f"{{prompt: {mine[0]}, completion: {mine[1]}}}" if len(mine) > 1 else f"{{text: {mine[0]}}}"
+    )
     known = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in FORMATS.items())
-    raise FormatError(
+    return (
         f"cannot tell what the rows mean{'' if format == 'auto' else f' as {format}'}: their "
-        "columns are "
-        f"{listed(present) or '(none)'}. Formats and the columns they need: {known}. Map "
-        "yours with data.columns, "
-        "for example columns: {prompt: my_question, completion: my_answer}."
+        f"columns are {listed(present) or '(none)'}. Say which of them is asked and which is "
+        f"answered, for example:\n    data:\n      columns: {fix}\n"
+        f"Formats and the columns they need: {known}."
     )
 
 
-def convert(row: Any, format: Format, *, input_heading: str | None = None) -> Example:
-    """Return the row as an Example. Raises BadRowError with the reason it is counted under."""
+def _yaml_name(name: str) -> str:
+    name = name.encode("utf-8", "backslashreplace").decode()[:60]
+    return name if re.fullmatch(r"\w[\w .-]*", name) else repr(name)
+
+
+def convert(
+    row: Any, format: Format, *, input_heading: str | None = None, padded: bool = False
+) -> Example:
+    """Return the row as an Example. Raises BadRowError with the reason it is counted under.
+
+    `padded`: the row comes from Arrow, which fills keys that a row lacks with null.
+    """
     if isinstance(row, str) and format.name == "text":
-        return Example(text=_text(row, "text"))
+        return Example(text=as_text(row, "text"))
+    if isinstance(row, list | tuple) and format.name == "messages":
+        row = {format.columns.get("messages", "messages"): row}
     if not isinstance(row, Mapping):
         raise BadRowError(
             "not_an_object", f"a row must be an object with columns, not {type(row).__name__}"
         )
-    value = {name: row.get(column) for name, column in format.columns.items()}
-    missing = [format.columns[name] for name in FORMATS[format.name] if value.get(name) is None]
+    if padded:
+        row = without_padding(row)
+    row = format.labels.apply(row)
+    columns = format.columns or {"messages": "messages"}
+    value = {name: row.get(column) for name, column in columns.items()}
+    missing = [columns.get(n, n) for n in FORMATS[format.name] if value.get(n) is None]
     if missing:
         raise BadRowError(
             "missing_column",
             f"no {', '.join(missing)} in this row (it has {listed(map(str, row)) or 'nothing'})",
         )
-    example = _CONVERTERS[format.name](value, input_heading)
+    example = _CONVERTERS[format.name](value, format, input_heading)
     if example.text is None:
         _check(example)
+        _check_nothing_lost(row, format, example)
     return example
 
 
-def _messages(value: dict[str, Any], _: str | None) -> Example:
-    messages = [_message(m) for m in _list(value["messages"], "messages")]
-    return Example(_with_system(messages, value), _tools(value.get("tools")))
+def _messages(value: dict[str, Any], format: Format, _: str | None) -> Example:
+    name = FORMATS[format.name][0]
+    messages, unread = read_messages(value[name], name)
+    return _example(messages, value, unread)
 
 
-def _sharegpt(value: dict[str, Any], _: str | None) -> Example:
-    messages: list[Message] = []
-    for turn in _list(value["conversations"], "conversations"):
-        if isinstance(turn, Mapping) and "from" in turn:
-            turn = {**turn, "role": turn["from"], "content": turn.get("value")}
-        messages.append(_message(turn))
-    return Example(_with_system(messages, value), _tools(value.get("tools")))
-
-
-def _alpaca(value: dict[str, Any], heading: str | None) -> Example:
-    asked = _text(value["instruction"], "instruction")
-    given = _text(value.get("input"), "input", optional=True)
+def _alpaca(value: dict[str, Any], _: Format, heading: str | None) -> Example:
+    asked = as_text(value["instruction"], "instruction")
+    given = as_text(value.get("input"), "input", optional=True)
     if given.strip():
         asked = f"{asked}\n\n{heading}\n{given}" if heading else f"{asked}\n\n{given}"
     return _pair(asked, value["output"], value, "output")
 
 
-def _prompt_completion(value: dict[str, Any], _: str | None) -> Example:
+def _prompt_completion(value: dict[str, Any], format: Format, _: str | None) -> Example:
     prompt, completion = value["prompt"], value["completion"]
     if _is_messages(prompt) and _is_messages(completion):
-        asked, answered = _list(prompt, "prompt"), _list(completion, "completion")
-        messages = [_message(m) for m in (*asked, *answered)]
+        asked, unread = read_messages(prompt, "prompt")
+        answered, more = read_messages(completion, "completion")
         # Only the completion is trained.
-        for message in messages[: len(asked)]:
+        for message in asked:
             if message["role"] == "assistant":
                 message["weight"] = 0
-        return Example(_with_system(messages, value), _tools(value.get("tools")))
-    example = _pair(_text(prompt, "prompt"), completion, value, "completion")
-    return dataclasses.replace(example, tools=_tools(value.get("tools")))
+        return _example([*asked, *answered], value, unread | more)
+    asked_text = _with_context(as_text(prompt, "prompt"), value, format)
+    return _pair(asked_text, completion, value, "completion")
 
 
 def _is_messages(value: Any) -> bool:
@@ -207,17 +288,18 @@ def _is_messages(value: Any) -> bool:
     )
 
 
-def _question_answer(value: dict[str, Any], _: str | None) -> Example:
-    return _pair(_text(value["question"], "question"), value["answer"], value, "answer")
+def _question_answer(value: dict[str, Any], format: Format, _: str | None) -> Example:
+    asked = _with_context(as_text(value["question"], "question"), value, format)
+    return _pair(asked, value["answer"], value, "answer")
 
 
-def _plain(value: dict[str, Any], _: str | None) -> Example:
-    return Example(text=_text(value["text"], "text"))
+def _plain(value: dict[str, Any], _: Format, __: str | None) -> Example:
+    return Example(text=as_text(value["text"], "text"))
 
 
 _CONVERTERS = {
     "messages": _messages,
-    "sharegpt": _sharegpt,
+    "sharegpt": _messages,
     "alpaca": _alpaca,
     "prompt_completion": _prompt_completion,
     "question_answer": _question_answer,
@@ -225,199 +307,105 @@ _CONVERTERS = {
 }
 
 
+def _with_context(asked: str, value: Mapping[str, Any], format: Format) -> str:
+    """Put a passage before the question that is asked about it, an input after its prompt."""
+    given = as_text(value.get("input"), format.columns.get("input", "input"), optional=True)
+    if not given.strip():
+        return asked
+    after = format.columns.get("input") in ("input", "入力")
+    return f"{asked}\n\n{given}" if after else f"{given}\n\n{asked}"
+
+
 def _pair(asked: str, answer: Any, value: dict[str, Any], column: str) -> Example:
+    before: list[Message] = []
+    unread: set[str] = set()
+    if value.get("history") not in (None, "", [], ()):
+        before, unread = read_messages(value["history"], "history")
     messages = [
-        _message({"role": "user", "content": asked}),
-        _message({"role": "assistant", "content": _text(answer, column)}),
+        *before,
+        text_message("user", asked),
+        text_message("assistant", as_text(_one_answer(answer, column), column)),
     ]
-    return Example(_with_system(messages, value))
+    return _example(messages, value, unread)
+
+
+def _one_answer(answer: Any, column: str) -> Any:
+    """Return the answer of a list of equal ones, as question answering sets hold it."""
+    if isinstance(answer, Mapping) and isinstance(answer.get("text"), list | tuple):
+        answer = answer["text"]
+    if not isinstance(answer, list | tuple):
+        return answer
+    if len({str(one) for one in answer}) != 1:
+        raise BadRowError(
+            "several_answers" if answer else "empty_answer",
+            f"{column} holds {len(answer)} answers; which of them is meant?",
+        )
+    return answer[0]
+
+
+def _example(messages: list[Message], value: Mapping[str, Any], unread: set[str]) -> Example:
+    return Example(
+        _with_system(messages, value), read_tools(value.get("tools")), unread=frozenset(unread)
+    )
 
 
 def _with_system(messages: list[Message], value: Mapping[str, Any]) -> list[Message]:
     """Return `messages` begun by the text of the `system` column, unless they have a system
     message of their own.
     """
-    system = _text(value.get("system"), "system", optional=True)
+    system = value.get("system")
+    if isinstance(system, Mapping | list):  # Gemini: {"parts": [{"text": ...}]}
+        made, _ = (
+            read_messages([{"role": "system", "parts": system}], "system")
+            if isinstance(system, list)
+            else read_messages([{"role": "system", **system}], "system")
+        )
+        system = made[0]["content"]
+    system = as_text(system, "system", optional=True)
     if not system.strip() or (messages and messages[0]["role"] == "system"):
         return messages
     return [{"role": "system", "content": system}, *messages]
 
 
-def _message(raw: Any) -> Message:
-    """Return a message with role, content (text) and, where there are any, reasoning, tool calls
-    and their ids.
+@functools.cache
+def _kind_of_column(column: str) -> str:
+    """Return media, carrier (of a part of the question), or other."""
+    if MEDIA.match(column.lower()):
+        return "media"
+    return "carrier" if _CARRIERS.fullmatch(column) else "other"
+
+
+def _check_nothing_lost(row: Mapping[str, Any], format: Format, example: Example) -> None:
+    """Refuse a row whose other columns hold a picture, or a part of the question that is not
+    asked.
     """
-    if not isinstance(raw, Mapping):
-        raise BadRowError(
-            "bad_message",
-            f"a message must be an object with role and content, not {type(raw).__name__}",
-        )
-    name = raw.get("role", raw.get("from"))
-    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
-    if role is None:
-        shown = repr(name) if len(repr(name)) <= 60 else repr(name)[:60] + "..."
-        raise BadRowError("unknown_role", f"unknown role {shown}{did_you_mean(shown, ROLES)}")
-    content = raw.get("content", raw.get("value"))
-    if role == "function_call":
-        return {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": _calls([parse_arguments(content)]),
-        }
-    message: Message = {
-        "role": role,
-        "content": _content(content, optional=bool(raw.get("tool_calls"))),
-    }
-    if raw.get("tool_calls"):
-        message["tool_calls"] = _calls(raw["tool_calls"])
-    if role == "assistant":
-        _reasoning(message, raw)
-        if raw.get("weight") not in (None, 0, 1):
+    if row.keys() <= format.settled:
+        return
+    said: str | None = None
+    for column in row.keys() - format.settled:
+        kind, value = _kind_of_column(str(column)), row[column]
+        if kind == "media" and isinstance(value, str | bytes | list | tuple | Mapping) and value:
             raise BadRowError(
-                "bad_message",
-                f"the weight of a message must be 0 or 1, it is {raw['weight']!r:.60}",
+                "not_text", f"the column {column} holds no text; fastft trains on text only"
             )
-        if raw.get("weight") == 0 or raw.get("train") is False:
-            message["weight"] = 0
-    if role == "tool":
-        for key in ("tool_call_id", "name"):
-            if raw.get(key) is not None:
-                message[key] = str(raw[key])
-    return message
-
-
-def _reasoning(message: Message, raw: Mapping[str, Any]) -> None:
-    given = next(
-        (
-            raw[k]
-            for k in ("reasoning_content", "thinking", "reasoning")
-            if isinstance(raw.get(k), str)
-        ),
-        "",
-    )
-    inline = _THINK.fullmatch(message["content"])
-    if not given and inline:
-        given, message["content"] = inline.group(1), inline.group(2).strip()
-    if given.strip():
-        message["reasoning_content"] = given.strip()
-
-
-def _content(content: Any, *, optional: bool) -> str:
-    """Return a message's content as text; a list of parts is joined where all are text."""
-    if isinstance(content, list | tuple):
-        texts = []
-        for part in content:
-            if isinstance(part, Mapping) and part.get("type", "text") in (
-                "text",
-                "input_text",
-                "output_text",
-            ):
-                texts.append(_text(part.get("text"), "content"))
-            elif isinstance(part, str):
-                texts.append(_text(part, "content"))
-            else:
-                kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        for text in _texts(value) if kind == "carrier" else ():
+            if said is None:
+                said = "".join("".join(m["content"] for m in example.messages).split())
+            if "".join(text.split()) not in said:
                 raise BadRowError(
-                    "not_text", f"a part of the content is {kind}; fastft trains on text only"
+                    "column_not_read",
+                    f"the column {column} seems to belong to the question and is not read; map "
+                    f"it with data.columns, or say data.ignore: [{column}]",
                 )
-        return "".join(texts)
-    return _text(content, "content", optional=optional)
 
 
-def _calls(calls: Any) -> list[Any]:
-    """Return tool calls in OpenAI's shape, with arguments as a dict."""
-    made = []
-    for call in _list(calls, "tool_calls"):
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise BadRowError("bad_tool_call", "a tool call needs function.name")
-        arguments = _clean(
-            parse_arguments(function.get("arguments", function.get("parameters", {})) or {})
-        )
-        made_call = {
-            "type": "function",
-            "function": {"name": _text(function["name"], "name"), "arguments": arguments},
-        }
-        if isinstance(call, Mapping) and call.get("id"):
-            made_call["id"] = str(call["id"])
-        made.append(made_call)
-    return made
-
-
-def _tools(tools: Any) -> list[Any] | None:
-    if isinstance(tools, str):
-        tools = parse_json(tools) if tools.strip() else None
-        if isinstance(tools, Bad):
-            raise BadRowError("bad_tools", f"tools is {tools.message}")
-    if not tools:
-        return None
-    made = []
-    for tool in _list(tools, "tools"):
-        if not isinstance(tool, Mapping):
-            raise BadRowError("bad_tools", f"a tool must be an object, not {type(tool).__name__}")
-        tool = _clean(dict(tool))
-        made.append(tool if "function" in tool else {"type": "function", "function": tool})
-    return made
-
-
-def _clean(value: Any) -> Any:
-    """Drop the nulls that Arrow puts into objects whose keys differ from row to row; check all
-    texts.
-    """
+def _texts(value: Any) -> list[str]:
+    """Return all texts in a value."""
     if isinstance(value, Mapping):
-        return {str(k): _clean(v) for k, v in value.items() if v is not None}
+        value = list(value.values())
     if isinstance(value, list | tuple):
-        return [_clean(item) for item in value]
-    return _text(value, "value") if isinstance(value, str) else value
-
-
-def _list(value: Any, column: str) -> list[Any]:
-    if isinstance(value, str):  # CSV holds lists as JSON text
-        value = parse_json(value)
-        if isinstance(value, Bad):
-            raise BadRowError("not_a_list", f"{column} is text, not a list, and {value.message}")
-    if (
-        isinstance(value, Mapping)
-        and value
-        and all(isinstance(v, list | tuple) for v in value.values())
-    ):
-        # `datasets` turns a list of objects into an object of lists.
-        keys = list(value)
-        if len({len(items) for items in value.values()}) > 1:
-            lengths = ", ".join(f"{len(items)} {key}" for key, items in value.items())
-            raise BadRowError(
-                "not_a_list", f"{column} is an object of lists of different lengths ({lengths})"
-            )
-        value = [dict(zip(keys, items, strict=True)) for items in zip(*value.values(), strict=True)]
-    if not isinstance(value, list | tuple):
-        raise BadRowError("not_a_list", f"{column} must be a list, not {type(value).__name__}")
-    return list(value)
-
-
-def _text(value: Any, column: str, *, optional: bool = False) -> str:
-    """Return text; numbers and truth values are written out, anything else is refused."""
-    if value is None and optional:
-        return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        if value != value:
-            raise BadRowError("missing_column", f"{column} is empty")
-        if value in (float("inf"), float("-inf")):
-            raise BadRowError("not_text", f"{column} must be text, it is an infinite number")
-        return str(value)
-    if not isinstance(value, str):
-        what = "empty" if value is None else f"{type(value).__name__}"
-        raise BadRowError("not_text", f"{column} must be text, it is {what}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRowError(
-            "lone_surrogate",
-            f"{column} holds half a character (a lone surrogate, or a byte that is not UTF-8) "
-            f"at {error.start}",
-        ) from error
-    return value.replace("\r\n", "\n").replace("\r", "\n")
+        return [text for item in value for text in _texts(item)]
+    return [value] if isinstance(value, str) and value.strip() else []
 
 
 def _check(example: Example) -> None:
@@ -484,6 +472,32 @@ def _mapped(name: str, columns: Mapping[str, str]) -> int:
     return sum(c in columns for c in (*FORMATS[name], *OPTIONAL[name]))
 
 
+def _resolved(
+    name: str, columns: Mapping[str, str], seen: Mapping[str, int], ignore: Sequence[str]
+) -> dict[str, str] | None:
+    """Return what the file calls the columns of the format `name`; None where a needed one is
+    missing.
+    """
+    used: dict[str, str] = {}
+    lowered = {key.strip().lower(): key for key in seen if key not in ignore}
+    for column in (*FORMATS[name], *OPTIONAL[name]):
+        aliases = ALIASES[name].get(column) or _EVERYWHERE.get(column, ())
+        taken = set(used.values()) | {v for k, v in columns.items() if k != column}
+        found = columns.get(column) or next(
+            (
+                lowered[candidate.lower()]
+                for candidate in (column, *aliases)
+                if candidate.lower() in lowered and lowered[candidate.lower()] not in taken
+            ),
+            None,
+        )
+        if found is not None:
+            used[column] = found
+        elif column in FORMATS[name]:
+            return None
+    return used
+
+
 def listed(names: Iterable[str], most: int = 20) -> str:
     """Return the names as one short text: a file without a header has its first row as names."""
     shown = [name if len(name) <= 60 else name[:60] + "..." for name in names]
@@ -495,19 +509,7 @@ def listed(names: Iterable[str], most: int = 20) -> str:
     )
 
 
-def _find(name: str, columns: Mapping[str, str], seen: Mapping[str, int]) -> str | None:
-    if name in columns:
-        return columns[name]
-    lowered = {key.strip().lower(): key for key in seen}
-    for candidate in (name, *(alias for alias, real in ALIASES.items() if real == name)):
-        if candidate in seen:
-            return candidate
-        if candidate in lowered:
-            return lowered[candidate]
-    return None
-
-
-def _looks_right(name: str, rows: Sequence[Any], resolved: Mapping[str, str | None]) -> bool:
+def _looks_right(name: str, rows: Sequence[Any], resolved: Mapping[str, str]) -> bool:
     """Whether a list column holds lists: `messages` with from/value is sharegpt, and the other way
     round.
     """

@@ -30,6 +30,7 @@ from fastft.config import DataConfig
 from fastft.data import split as splitting
 from fastft.data.encode import IGNORE
 from fastft.data.formats import Format, FormatError, detect, listed
+from fastft.data.labels import LabelledDataError
 from fastft.data.light import light
 from fastft.data.read import Bad, Source, open_source
 from fastft.data.report import DataReport, Dropped, ReportSample, histogram, many
@@ -167,6 +168,8 @@ def _fingerprint(
         "template": template.source,
         "format": config.format,
         "columns": config.columns,
+        "take": config.take,
+        "ignore": sorted(config.ignore),
         "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "check_secrets"},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -218,8 +221,14 @@ def _tokenise(
     processes: int,
 ) -> _Side:
     try:
-        format = detect(_first_rows(source), format=config.format, columns=config.columns)
-    except FormatError as error:
+        format = detect(
+            _first_rows(source),
+            format=config.format,
+            columns=config.columns,
+            take=config.take,
+            ignore=config.ignore,
+        )
+    except (FormatError, LabelledDataError) as error:
         raise FastFTError(f"{source.name}: {error}") from error
     if processes > 1:
         tokenizer = light(tokenizer)
@@ -452,6 +461,12 @@ def _notices(config: DataConfig, template: ChatTemplate, main: _Side) -> list[st
         notices.append(
             f"columns that are not read: {listed(main.format.unused)}; data.columns maps them "
             "where they belong"
+        )
+    for key, entry in counts.unread_keys.items():
+        lines = ", ".join(map(str, entry["lines"][:5]))
+        notices.append(
+            f"a key of messages that is not read: {key} ({many(entry['count'], 'row')}; lines "
+            f"{lines})"
         )
     if main.format.name != "text":
         notices += template.notices

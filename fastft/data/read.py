@@ -81,6 +81,8 @@ class Chunk:
     """Its name, where the source has several files: a line number alone would not say where to
     look.
     """
+    padded: bool = False
+    """Whether the rows come from Arrow, which fills keys that a row lacks with null."""
 
     def parsed(self) -> Iterator[tuple[int, Any]]:
         """Yield (line number, row), a row being an object, a text or a `Bad`."""
@@ -129,7 +131,7 @@ class TableSource(Source):
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield all rows in order."""
-        yield from _in_chunks(enumerate(self.dataset, 1))
+        yield from _in_chunks(enumerate(self.dataset, 1), padded=True)
 
     def digest(self) -> str:
         """Return a SHA-256 over the rows."""
@@ -457,10 +459,10 @@ def _chunks_of(file: Path, notices: list[str]) -> Iterator[Chunk]:
     head = _head(file)
     kind = _kind(file, head)
     if kind == "parquet":
-        yield from _in_chunks(_parquet(file))
+        yield from _in_chunks(_parquet(file), padded=True)
         return
     if kind == "arrow":
-        yield from _in_chunks(_arrow(file))
+        yield from _in_chunks(_arrow(file), padded=True)
         return
     encoding = _encoding(head)
     if kind == "jsonl" and encoding not in ("utf-16", "utf-32"):
@@ -500,17 +502,17 @@ def _lines(file: Path, encoding: str) -> Iterator[Chunk]:
         yield Chunk(numbers, rows, encoding)
 
 
-def _in_chunks(rows: Iterable[tuple[int, Any]]) -> Iterator[Chunk]:
+def _in_chunks(rows: Iterable[tuple[int, Any]], *, padded: bool = False) -> Iterator[Chunk]:
     numbers: list[int] = []
     kept: list[Any] = []
     for number, row in rows:
         numbers.append(number)
         kept.append(row)
         if len(kept) >= CHUNK_ROWS:
-            yield Chunk(numbers, kept)
+            yield Chunk(numbers, kept, padded=padded)
             numbers, kept = [], []
     if kept:
-        yield Chunk(numbers, kept)
+        yield Chunk(numbers, kept, padded=padded)
 
 
 def _text(file: Path, encoding: str) -> IO[str]:
@@ -643,7 +645,7 @@ def _rows_of(batch: Any) -> list[Any]:
     what it is given.
     """
     try:
-        return list(batch.to_pylist())
+        return list(batch.to_pylist(maps_as_pydicts="lossy"))
     except UnicodeDecodeError:
         if batch.num_rows == 1:
             return [Bad("not_utf8", "not UTF-8 text")]

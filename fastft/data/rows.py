@@ -9,12 +9,14 @@ import hashlib
 import heapq
 import re
 import unicodedata
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from fastft.data.encode import Coder, Encoded, UnusableRowError, encode_turns
-from fastft.data.formats import BadRowError, Example, Format, convert
+from fastft.data.formats import Example, Format, convert
+from fastft.data.messages import BadRowError
 from fastft.data.read import Bad, Chunk
 from fastft.data.store import ARRAYS, Packed
 from fastft.data.template import ChatTemplate, TemplateRefusedError
@@ -23,6 +25,7 @@ SIGNATURE = 16  # min-hashes a row; see near-duplicates in split.py
 _SHINGLE = 5  # characters
 KEEP_LINES = 10
 KEEP_EXAMPLES = 64
+KEEP_KEYS = 100
 
 SECRETS = {
     "Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}",
@@ -82,13 +85,19 @@ class Counts:
     secret_rows: int = 0
     secrets: dict[str, int] = dataclasses.field(default_factory=dict)
     secret_lines: list[int] = dataclasses.field(default_factory=list)
+    unread_keys: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """Keys of messages that are not read -> count and first lines."""
 
     def drop(self, line: int, reason: str, message: str) -> None:
         """Count a row that cannot be used."""
-        entry = self.dropped.setdefault(reason, {"count": 0, "lines": [], "example": message})
-        entry["count"] += 1
-        if len(entry["lines"]) < KEEP_LINES:
-            entry["lines"].append(line)
+        message = message if len(message) <= 500 else message[:500] + "..."
+        _count(self.dropped.setdefault(reason, {"example": message}), line)
+
+    def unread(self, line: int, keys: Iterable[str]) -> None:
+        """Count keys of a used row's messages that are not read."""
+        for key in keys:
+            if key in self.unread_keys or len(self.unread_keys) < KEEP_KEYS:
+                _count(self.unread_keys.setdefault(key, {}), line)
 
     def add(self, other: Counts) -> None:
         """Add the counts of a later chunk."""
@@ -96,15 +105,24 @@ class Counts:
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
             if isinstance(mine, int):
                 setattr(self, field.name, mine + theirs)
-        for reason, entry in other.dropped.items():
-            known = self.dropped.setdefault(
-                reason, {"count": 0, "lines": [], "example": entry["example"]}
-            )
-            known["count"] += entry["count"]
-            known["lines"] = (known["lines"] + entry["lines"])[:KEEP_LINES]
+        for mine_of, theirs_of in (
+            (self.dropped, other.dropped),
+            (self.unread_keys, other.unread_keys),
+        ):
+            for name, entry in theirs_of.items():
+                known = mine_of.setdefault(name, {**entry, "count": 0, "lines": []})
+                known["count"] += entry["count"]
+                known["lines"] = (known["lines"] + entry["lines"])[:KEEP_LINES]
         for kind, count in other.secrets.items():
             self.secrets[kind] = self.secrets.get(kind, 0) + count
         self.secret_lines = (self.secret_lines + other.secret_lines)[:KEEP_LINES]
+
+
+def _count(entry: dict[str, Any], line: int) -> None:
+    entry["count"] = entry.get("count", 0) + 1
+    lines = entry.setdefault("lines", [])
+    if len(lines) < KEEP_LINES:
+        lines.append(line)
 
 
 @dataclasses.dataclass
@@ -179,7 +197,12 @@ class RowMaker:
             try:
                 if isinstance(row, Bad):
                     raise BadRowError(row.reason, row.message)
-                example = convert(row, self.format, input_heading=self.template.input_heading)
+                example = convert(
+                    row,
+                    self.format,
+                    input_heading=self.template.input_heading,
+                    padded=chunk.padded,
+                )
                 made = self._samples(example, counts)
             except (BadRowError, UnusableRowError) as error:
                 counts.drop(
@@ -194,6 +217,7 @@ class RowMaker:
             except RecursionError:
                 counts.drop(line, "bad_json", "lists or objects nested too deep")
                 continue
+            counts.unread(line, example.unread)
             packed.extend(made)
             asked, whole, said = self._look(example, line, counts)
             content = _hash(whole)

@@ -396,9 +396,9 @@ def test_nothing_of_a_row_is_lost(tmp_path, tokenizer, name):
 
 
 def test_what_is_not_read_is_said(tmp_path, tokenizer):
-    row = {"instruction": "a", "output": "b", "history": [["c", "d"]], "id": 1}
+    row = {"instruction": "a", "output": "b", "source": "web", "id": 1}
     (tmp_path / "a.jsonl").write_text(_lines([row]))
-    assert "not read: history, id" in " ".join(
+    assert "not read: source, id" in " ".join(
         _prepare(tmp_path / "a.jsonl", tokenizer).report.notices
     )
     (tmp_path / "b.jsonl").write_text(_lines([{**GOOD, "tools": [{"name": "f"}]}]))
