@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 CHUNK_BYTES = (
@@ -82,6 +82,34 @@ class Files:
 
 
 LOCAL = Files()
+
+
+def flush(path: Path) -> None:
+    """Have the kernel put a file or folder on the disk, so that a power cut does not undo the
+    order of writing and renaming.
+    """
+    with contextlib.suppress(PermissionError):  # Windows cannot open folders
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def carry_foreign(old: Path, new: Path, is_ours: Callable[[str], bool]) -> None:
+    """Copy into `new` what `old` holds beyond fastft's own files, links as links.
+
+    `is_ours` gets each path relative to `old`, with slashes. A file that `new` has already stays
+    as it is.
+    """
+    for path in sorted(old.rglob("*")):
+        relative = path.relative_to(old)
+        if (path.is_dir() and not path.is_symlink()) or is_ours(relative.as_posix()):
+            continue
+        target = new / relative
+        if not target.exists() and not target.is_symlink():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, target, follow_symlinks=False)
 
 
 def _forget_cached(descriptor: int) -> None:

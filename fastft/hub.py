@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.metadata
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -25,6 +26,11 @@ SIGN_IN = "sign in with: hf auth login (or set HF_TOKEN; tokens: huggingface.co/
 def endpoint() -> str:
     """Return the Hub's address without a trailing slash."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def shown_endpoint() -> str:
+    """Return the Hub's address for messages: without a name or password that stands in it."""
+    return re.sub(r"//[^/@]*@", "//", endpoint())
 
 
 def is_offline() -> bool:
@@ -145,7 +151,7 @@ def _not_the_users(error: BaseException, what: str, code: int | None) -> FastFTE
         )
     why = type(root(error)).__name__
     return CouldNotFinishError(
-        f"{what}: the Hub at {endpoint()} cannot be reached, or the connection broke ({why}). "
+        f"{what}: the Hub at {shown_endpoint()} cannot be reached, or the connection broke ({why}). "
         "Check the network and try again."
     )
 

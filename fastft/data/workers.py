@@ -1,6 +1,6 @@
 """Chunks through worker processes, in order, with a bounded number in flight.
 
-A worker is `python -m fastft.data.workers`, fed over its standard input: it never imports the
+A worker is this module as a child process, fed over its standard input: it never imports the
 caller's main module (scripts without an `if __name__ == "__main__"` and notebooks work), and it is
 not a fork of a process with threads.
 """
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from fastft import child
 from fastft.errors import CouldNotFinishError
 
 
@@ -66,12 +67,11 @@ def _with_worker(idle: queue.SimpleQueue[_Worker], item: Any) -> Any:
 class _Worker:
     def __init__(self, setup: bytes) -> None:
         # One tokenizer thread a worker: the workers are the parallelism.
-        environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "fastft.data.workers"],
+            child.command("fastft.data.workers"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment,
+            env=child.environment(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1"),
         )
         assert self.process.stdin is not None
         assert self.process.stdout is not None

@@ -14,6 +14,7 @@ from typing import Any
 
 from fastft.config import EXPORT_KINDS
 from fastft.errors import FastFTError, did_you_mean
+from fastft.exporting.place import one_at_a_time
 from fastft.progress import Reporter
 from fastft.runs.mirror import follow
 from fastft.runs.target import Target, resolve
@@ -40,6 +41,24 @@ def export(
     report = reporter or Reporter()
     if "gguf-lora" in wanted:
         _refuse_unholdable(target)
+    with one_at_a_time(folder):
+        files = _write(target, folder, wanted, dtype, imatrix, report)
+    for entry in files:
+        report.note(f"wrote {entry['path']} ({entry['bytes'] / 2**20:,.1f} MiB)")
+    if target.run is not None:
+        follow(target.run, note=report.note, warn=report.warn)
+    return {"files": files}
+
+
+def _write(
+    target: Target,
+    folder: Path,
+    wanted: list[str],
+    dtype: str,
+    imatrix: str | None,
+    report: Reporter,
+) -> list[dict[str, Any]]:
+    """Write every target that is wanted; returns {"path", "kind", "bytes"} of each."""
     files: list[dict[str, Any]] = []
     for kind in wanted:
         if kind == "adapter":
@@ -59,11 +78,7 @@ def export(
             imatrix=imatrix,
             report=report,
         )
-    for entry in files:
-        report.note(f"wrote {entry['path']} ({entry['bytes'] / 2**20:,.1f} MiB)")
-    if target.run is not None:
-        follow(target.run, note=report.note, warn=report.warn)
-    return {"files": files}
+    return files
 
 
 def parse_targets(to: list[str]) -> list[str]:

@@ -4,12 +4,38 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastft.config import RunConfig
+from fastft.errors import FastFTError
 from fastft.exporting.card import model_card
 from fastft.runs import checkpoint
+
+ADAPTER_FILES = frozenset(
+    {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "chat_template.jinja",
+        "chat_template.json",
+        "README.md",
+        "LICENSE",
+        "LICENSE.txt",
+        "NOTICE",
+    }
+)
+"""Names of the files that an adapter consists of; nothing else is copied or uploaded."""
 
 
 def write_adapter(
@@ -60,18 +86,51 @@ def write_adapter(
 
 
 def copy_adapter(final: Path, out: Path) -> Path:
-    """Copy an adapter folder to `out`, whole or not at all."""
+    """Copy an adapter folder to `out`, whole or not at all.
+
+    Raises FastFTError where `out` exists and is no adapter folder that fastft wrote.
+    """
     if out.resolve() == final.resolve():
         return out
+    if out.is_symlink() or (out.exists() and not _is_ours(out)):
+        raise FastFTError(
+            f"{out} exists and was not written by fastft. Choose another --out, or move it away."
+        )
     aside = out.with_name(f".writing-{out.name}")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        shutil.copytree(final, aside)
+        shutil.copytree(final, aside, ignore=_not_the_adapters(final))
         checkpoint.seal(aside, out)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise checkpoint.disk_error(error, out.parent) from error
     return out
+
+
+def _is_ours(out: Path) -> bool:
+    """Whether `out` is an empty folder, or one whose manifest names an adapter's weights."""
+    if not out.is_dir():
+        return False
+    try:
+        entries = checkpoint.read_manifest((out / checkpoint.MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return not any(out.iterdir())
+    return "adapter_model.safetensors" in entries
+
+
+def _not_the_adapters(final: Path) -> Callable[[Any, list[str]], set[str]]:
+    """Return what `copytree` leaves out: all that is no file of an adapter, in any folder."""
+    return lambda folder, names: {
+        name for name in names if Path(folder) != final or not belongs_to_adapter(final / name)
+    }
+
+
+def belongs_to_adapter(path: Path) -> bool:
+    """Whether a file in an adapter folder is one that an adapter is made of.
+
+    Not: what a trainer leaves beside it (optimizer.pt, checkpoints), notes, keys.
+    """
+    return path.name in ADAPTER_FILES and path.is_file()
 
 
 def keep_initial(model: Any, out: Path) -> Path:

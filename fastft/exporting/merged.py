@@ -7,17 +7,17 @@ the folder is written under a temporary name and renamed when it is whole.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
+import re
 import shutil
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastft.errors import CouldNotFinishError, FastFTError
+from fastft.errors import FastFTError
+from fastft.exporting.place import whole_or_nothing
 from fastft.exporting.weights import Weights
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -79,11 +79,18 @@ def export_merged(
         raise FastFTError(
             f"{out} exists and was not written by fastft. Choose another --out, or remove it."
         )
-    with whole_or_nothing(out, total) as folder:
+    with whole_or_nothing(out, total, belongs_to_merged) as folder:
         _write_shards(weights, kinds, plan, folder, progress)
         _write_config(weights, kinds, folder)
         _copy_tokenizer(weights, folder)
     return sorted(out.iterdir())
+
+
+def belongs_to_merged(name: str) -> bool:
+    """Whether a file of this name in a merged folder is one of ours."""
+    weights = r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    ours = {*TOKENIZER_FILES, *BASE_FILES, "config.json", "README.md"}
+    return name in ours or re.fullmatch(weights, name) is not None
 
 
 def _is_ours(folder: Path) -> bool:
@@ -95,50 +102,6 @@ def _is_ours(folder: Path) -> bool:
             if MARK.encode() not in file.read(min(length, 200)):
                 return False
     return bool(found)
-
-
-@contextmanager
-def whole_or_nothing(out: Path, needed_bytes: int) -> Iterator[Path]:
-    """Yield a temporary folder beside `out` that becomes `out` when the block ends well, and
-    vanishes otherwise.
-
-    What a killed process left behind under such a name is removed. Raises FastFTError where the
-    disk has fewer than `needed_bytes` free, and CouldNotFinishError where it fills up.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for left in out.parent.glob(f".{out.name}.*.partial"):
-        shutil.rmtree(left, ignore_errors=True)
-    check_disk(out, needed_bytes)
-    folder = out.parent / f".{out.name}.{os.getpid()}.partial"
-    folder.mkdir()
-    try:
-        yield folder
-        old = out.parent / f".{out.name}.{os.getpid()}.old.partial"
-        if out.exists():
-            out.rename(old)
-        folder.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise CouldNotFinishError(
-            f"the disk of {out} is full ({needed_bytes:,} bytes were to be written)."
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def check_disk(out: Path, needed_bytes: int) -> None:
-    """Raise FastFTError with the numbers where the disk of `out` has fewer than `needed_bytes`
-    free.
-    """
-    place = next(p for p in (out, *out.absolute().parents) if p.is_dir())
-    free = shutil.disk_usage(place).free
-    if free < needed_bytes:
-        raise FastFTError(
-            f"{out} needs {needed_bytes:,} bytes free, {place} has {free:,}. Free some, or "
-            "choose another --out."
-        )
 
 
 def _plan_shards(

@@ -16,7 +16,9 @@ from typing import Any
 
 from fastft import hub
 from fastft.errors import CouldNotFinishError, FastFTError, one_of
+from fastft.exporting.adapter import belongs_to_adapter
 from fastft.exporting.card import model_card
+from fastft.exporting.merged import belongs_to_merged
 from fastft.progress import Reporter
 from fastft.runs.target import Target, resolve
 from fastft.verification.certificate import CERTIFICATE, file_hash, read_certificate
@@ -24,7 +26,6 @@ from fastft.verification.certificate import CERTIFICATE, file_hash, read_certifi
 INCLUDES = ("merged", "gguf")
 WAITS = (2.0, 8.0)  # seconds before the second and the third try of the whole upload
 TEXT = {".json", ".md", ".jinja", ".txt", ""}  # what is read for local paths; "": Modelfile
-STAYS_HERE = {"manifest.json"}  # hashes of the files as they lie here
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,9 @@ def public_base(target: Target, base_id: str | None) -> str:
 def adapter_parts(target: Target, base: str) -> list[Part]:
     """Return the files of the adapter folder, with `base` wherever it named a local folder."""
     assert target.adapter is not None
-    parts = [
-        Part(path.relative_to(target.adapter).as_posix(), _public(path, target, base))
-        for path in sorted(target.adapter.rglob("*"))
-        if path.is_file() and path.name not in STAYS_HERE and not path.name.startswith(".")
-    ]
+    files = [path for path in sorted(target.adapter.iterdir()) if belongs_to_adapter(path)]
+    _refuse_links(files)
+    parts = [Part(path.name, _public(path, target, base)) for path in files]
     if target.run is None:
         return [_with_base_in_card(part, base) for part in parts]
     card = model_card(
@@ -157,10 +156,30 @@ def export_parts(
         (path, path.relative_to(folder).as_posix())
         for merged in exports
         if merged.is_dir()
-        for path in sorted(merged.rglob("*"))
-        if path.is_file() and path.name not in STAYS_HERE
+        for path in sorted(merged.iterdir())
+        if path.is_file() and belongs_to_merged(path.name)
     ]
+    _refuse_links([path for path, _ in files])
     return [Part(name, _public(path, target, base)) for path, name in files]
+
+
+def _refuse_links(files: list[Path]) -> None:
+    """Raise FastFTError where a file is a link to somewhere else, whose content would be published.
+
+    A snapshot in the Hub's cache consists of links into the blobs beside it, which is the same
+    place.
+    """
+    for path in files:
+        folder = path.parent.resolve()
+        near = {
+            folder,
+            folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder,
+        }
+        if path.is_symlink() and path.resolve().parent not in near:
+            raise FastFTError(
+                f"not pushed: {path} is a link to {path.resolve()}, outside of its folder. Put the "
+                "file itself there, or remove the link."
+            )
 
 
 def _refuse_uncertified(folder: Path, exports: list[Path]) -> None:
@@ -223,7 +242,7 @@ def _commit(repo: str, private: bool, parts: list[Part], message: str) -> dict[s
     operations = [CommitOperationAdd(part.path, part.content) for part in parts]
     done = api.create_commit(repo, operations, commit_message=message)
     files = [{"path": part.path, "bytes": _size(part)} for part in parts]
-    return {"url": f"{hub.endpoint()}/{repo}", "commit": done.oid, "files": files}
+    return {"url": f"{hub.shown_endpoint()}/{repo}", "commit": done.oid, "files": files}
 
 
 def _explained(error: BaseException, repo: str) -> FastFTError:

@@ -693,7 +693,7 @@ def _reach_hub(timeout: float = 3.0) -> None:
         port = url.port or (80 if url.scheme == "http" else 443)
     except ValueError as error:
         raise FastFTError(
-            f"HF_ENDPOINT {endpoint!r} is no address: {error}. Unset it, or mend it."
+            f"HF_ENDPOINT {hub.shown_endpoint()!r} is no address: {error}. Unset it, or mend it."
         ) from error
     if urllib.request.getproxies() or not url.hostname:
         return  # a proxy decides, and names may only resolve there

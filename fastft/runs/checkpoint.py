@@ -14,15 +14,14 @@ import json
 import os
 import re
 import shutil
-import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fastft.config import RunConfig
 from fastft.errors import CouldNotFinishError, FastFTError
-from fastft.files import LOCAL, Files
+from fastft.files import LOCAL, Files, carry_foreign, flush
+from fastft.locks import held
 
 MANIFEST = "manifest.json"
 # Without any one of these a resume silently starts the optimizer or the schedule anew.
@@ -45,21 +44,37 @@ MAY_CHANGE_SECTIONS = {"mirror", "export", "output_dir", "project"}
 def seal(folder: Path, final: Path) -> None:
     """Make `folder` (written under a temporary name) into `final`: manifest, flush to disk,
     rename.
+
+    What somebody else put into a `final` that is replaced is carried over.
     """
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
     entries = {
         str(p.relative_to(folder)): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in files
     }
     write_atomically(folder / MANIFEST, json.dumps({"files": entries}, indent=1))
-    for path in files:
-        _flush(path)
     old = final.with_name(f".writing-old-{final.name}")
+    if old.is_dir() and not final.exists():
+        os.replace(old, final)  # a kill fell between the two renames below
     shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        ours = _written_here(final)
+        carry_foreign(final, folder, lambda name: name in ours)
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink():
+            flush(path)
     if final.exists():
         os.replace(final, old)  # renamed, not deleted in place: nobody sees half of it
     os.replace(folder, final)
-    _flush(final.parent)
+    flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _written_here(folder: Path) -> set[str]:
+    """Return the names in a sealed folder's manifest; only its own where that cannot be read."""
+    try:
+        return {MANIFEST, *read_manifest((folder / MANIFEST).read_bytes())}
+    except (OSError, ValueError):
+        return {MANIFEST}
 
 
 def what_is_wrong(
@@ -192,29 +207,17 @@ def hold(run_dir: Path) -> Iterator[None]:
     """Hold the run's lock; raises FastFTError naming the process that has it. A dead holder's lock
     is taken over.
     """
-    path = run_dir / ".lock"
     with _writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        handle = path.open("a+")
-    handle.seek(0)
-    holder = handle.read().strip()
-    if not _lock(handle, holder):
-        handle.close()
-        raise FastFTError(
-            f"{run_dir} is being trained by {holder or 'another process'}. Wait for it, stop "
-            "it, or use another project name."
+
+    def busy(holder: str) -> FastFTError:
+        return FastFTError(
+            f"{run_dir} is being trained by {holder}. Wait for it, stop it, or use another "
+            "project name."
         )
-    try:
-        handle.seek(0)
-        handle.truncate()
-        since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-        handle.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
-        handle.flush()
+
+    with held(run_dir / ".lock", busy):
         yield
-        handle.seek(0)
-        handle.truncate()
-    finally:
-        handle.close()  # releases the lock; the kernel does so too where the process is killed
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -222,8 +225,9 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.writing")
     with _writing(path.parent):
         temporary.write_text(text, encoding="utf-8")
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
+        flush(path.parent)
 
 
 def sha256(path: Path) -> str:
@@ -257,47 +261,3 @@ def disk_error(error: OSError, folder: Path) -> CouldNotFinishError:
         "free). The last checkpoint is "
         "whole. Make room or set output_dir to another disk, then run the same command again."
     )
-
-
-def _flush(path: Path) -> None:
-    """Have the kernel put `path` on the disk, so that a power cut does not undo the rename's
-    order.
-    """
-    with contextlib.suppress(PermissionError):  # Windows cannot open folders
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _lock(handle: Any, holder: str) -> bool:
-    """Take the kernel's lock on an open file, which ends with the process; False where another
-    process has it.
-    """
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        else:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except (
-        OSError
-    ):  # a file system without locks (network drives): ask whether the process that is named lives
-        return not _lives_here(holder)
-    return True
-
-
-def _lives_here(holder: str) -> bool:
-    """Whether `holder`, as `hold` writes it, is another process of this machine that is alive."""
-    named = re.match(r"process (\d+) on (\S+)", holder)
-    if not named or named[2] != socket.gethostname() or int(named[1]) == os.getpid():
-        return False
-    import psutil
-
-    return psutil.pid_exists(int(named[1]))

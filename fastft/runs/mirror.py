@@ -649,12 +649,31 @@ class Mirror:
 def follow(run: RunFolder, *, note: Callable[[str], None], warn: Callable[[str], None]) -> None:
     """Bring the mirror of a run up to date after an export or a certificate; nothing happens where
     the run has none.
+
+    The mirror's path stands in the run's own run.yaml, which may come from somebody else: only a
+    folder that `fastft train` has made the mirror of this very run is written to.
     """
     config = run.read_config()
     if config.mirror is None:
         return
     folder = Path(config.mirror).expanduser().absolute() / config.project
+    if not _mirrors(folder, run):
+        note(
+            f"mirror: {folder} holds no mirror of this run, so nothing is copied there; fastft "
+            "train makes one"
+        )
+        return
     Mirror(run, folder, note=note, warn=warn).close()
+
+
+def _mirrors(folder: Path, run: RunFolder) -> bool:
+    """Whether `folder` holds a copy of the run with this run's id."""
+    try:
+        there = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    ours = run.read_record().get("run_id")
+    return isinstance(there, dict) and ours is not None and there.get("run_id") == ours
 
 
 def _explain(error: OSError) -> str:

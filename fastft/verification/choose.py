@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from fastft.errors import AnswerIsNoError, CouldNotFinishError, FastFTError
 from fastft.exporting.llama import base_folder, importance, sample_ids
 from fastft.progress import Reporter
 from fastft.runs.target import resolve
+from fastft.scratch import scratch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,8 +46,7 @@ def choose_quantization(
 
     out.mkdir(parents=True, exist_ok=True)
     tried: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(dir=out, prefix=".choose-") as work:
-        folder = Path(work)
+    with scratch(".choose-", out) as folder:
         make_reference(
             folder, str(base), str(adapter) if adapter else None, list(samples), max_new_tokens=64
         )

@@ -23,7 +23,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from fastft import child
 from fastft.hardware import GIB, Hardware, compute_dtype, nvidia_gpus, probe
+from fastft.hub import endpoint, shown_endpoint
 
 Status = Literal["ok", "note", "warning", "blocking"]
 
@@ -377,7 +379,6 @@ def check_compiler(hardware: Hardware) -> Iterator[Check]:
 
 def check_hub(timeout: float = 4.0) -> Check:
     """Whether the Hub (or HF_ENDPOINT) answers, and whether a token is set."""
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     if os.environ.get("HF_HUB_OFFLINE", "0") not in {"", "0"}:
         return Check(
             name="Hub",
@@ -391,7 +392,7 @@ def check_hub(timeout: float = 4.0) -> Check:
     started = time.monotonic()
     try:
         with urllib.request.urlopen(
-            urllib.request.Request(endpoint, method="HEAD"), timeout=timeout
+            urllib.request.Request(endpoint(), method="HEAD"), timeout=timeout
         ):
             pass
     except urllib.error.HTTPError as error:
@@ -399,12 +400,12 @@ def check_hub(timeout: float = 4.0) -> Check:
             return Check(
                 name="Hub",
                 status="warning",
-                detail=f"{endpoint} answers {error.code}",
+                detail=f"{shown_endpoint()} answers {error.code}",
                 fix="try again later",
             )
     except (OSError, ValueError, http.client.HTTPException) as error:
         detail = (
-            f"{endpoint} cannot be reached ({getattr(error, 'reason', error)}): only local "
+            f"{shown_endpoint()} cannot be reached ({getattr(error, 'reason', error)}): only local "
             "folders and the cache"
         )
         return Check(
@@ -416,7 +417,7 @@ def check_hub(timeout: float = 4.0) -> Check:
     return Check(
         name="Hub",
         status="ok",
-        detail=f"{endpoint} answers in {time.monotonic() - started:.1f} s, {token}",
+        detail=f"{shown_endpoint()} answers in {time.monotonic() - started:.1f} s, {token}",
     )
 
 
@@ -571,7 +572,11 @@ def _python(code: str, timeout: float) -> subprocess.CompletedProcess[str] | Non
     """Run `code` in a fresh interpreter; None where it takes longer than `timeout` seconds."""
     try:
         return subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout
+            child.command("-c", code),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=child.environment(),
         )
     except subprocess.TimeoutExpired:
         return None

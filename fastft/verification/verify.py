@@ -8,23 +8,23 @@ failed check that says where, never a crash of fastft.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import struct
 import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fastft import child
 from fastft.errors import CouldNotFinishError, FastFTError
 from fastft.exporting.card import write_export_card
 from fastft.exporting.llama import base_folder, sample_ids
+from fastft.exporting.place import one_at_a_time
 from fastft.progress import Reporter
 from fastft.runs.mirror import follow
 from fastft.runs.target import Target, resolve
+from fastft.scratch import scratch
 from fastft.verification.certificate import file_hash, worst, write_certificate
 
 KINDS = ("adapter", "merged", "gguf", "gguf-lora", "ollama")
@@ -54,13 +54,13 @@ def verify(
             f"{run} --to gguf:q4_k_m"
         )
     base_path = base_folder(target)
-    with tempfile.TemporaryDirectory(prefix="fastft-verify-") as work:
+    with one_at_a_time(folder), scratch("fastft-verify-") as work:
         base_gguf = None
         if any(path.name.endswith(".lora.gguf") for path in paths):
             from fastft.exporting.gguf import export_gguf
 
             base_gguf = export_gguf(
-                base_path, Path(work) / "base.gguf", ["f32"], tokenizer=target.adapter
+                base_path, work / "base.gguf", ["f32"], tokenizer=target.adapter
             )[0]["path"]
         found = verify_files(
             paths, base=base_path, adapter=target.adapter, samples=sample_ids(target), out=folder,
@@ -116,8 +116,7 @@ def verify_files(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     entries = []
-    with tempfile.TemporaryDirectory(dir=out, prefix=".verify-") as work:
-        folder = Path(work)
+    with scratch(".verify-", out) as folder:
         say("trained model: logits, answers and weights to compare with")
         about = make_reference(
             folder, str(base), str(adapter) if adapter else None, list(samples), max_new_tokens
@@ -244,13 +243,12 @@ def read_report(report: Path, code: int, log: str) -> dict[str, Any]:
 
 
 def run_module(module: str, job: dict[str, Any], folder: Path) -> tuple[int, str]:
-    """Run ``python -m module JOB`` and return (exit code, what it wrote to standard error)."""
+    """Run `module` with the job's file in a child; return (exit code, its standard error)."""
     path = folder / "job.json"
     path.write_text(json.dumps(job), encoding="utf-8")
-    environment = os.environ | {"GGML_NO_BACKTRACE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
-        [sys.executable, "-m", module, str(path)],
-        env=environment,
+        child.command(module, str(path)),
+        env=child.environment(GGML_NO_BACKTRACE="1", TOKENIZERS_PARALLELISM="false"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

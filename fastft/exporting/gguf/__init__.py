@@ -12,7 +12,6 @@ isolated.py       calls into llama.cpp that may end the process
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,8 +38,9 @@ from fastft.exporting.gguf.writer import (
     tensor_bytes,
     write_tensors,
 )
-from fastft.exporting.merged import check_disk
+from fastft.exporting.place import check_disk
 from fastft.exporting.weights import Weights
+from fastft.scratch import scratch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -230,10 +230,8 @@ def _through_16_bit(
         t.name: "f32" if len(t.shape) < 2 or t.name.endswith("_norm.weight") else "bf16"
         for t in model.tensors
     }
-    with tempfile.TemporaryDirectory(prefix=".16-bit-", suffix=".partial", dir=folder) as work:
-        source = make_output(
-            Path(work) / "model.gguf", "bf16", model, _with_type(fields, "bf16"), plan
-        )
+    with scratch(".16-bit-", folder) as work:
+        source = make_output(work / "model.gguf", "bf16", model, _with_type(fields, "bf16"), plan)
         _forecast([source], lambda text: None)
         with opened([source]):
             write_tensors(weights, model, [source], threads=threads, progress=progress)
@@ -256,13 +254,11 @@ def quantize_file(
     """Quantise a 16-bit GGUF file with llama.cpp itself, in a subprocess and in little memory."""
     import numpy
 
-    with tempfile.TemporaryDirectory(
-        prefix=".quantise-", suffix=".partial", dir=out.parent
-    ) as work:
-        weights = Path(work) / "imatrix.npz"
+    with scratch(".quantise-", out.parent) as work:
+        weights = work / "imatrix.npz"
         if imatrix:
             numpy.savez(weights, **imatrix)  # type: ignore[arg-type]
-        made = Path(work) / "made.gguf"
+        made = work / "made.gguf"
         answers, died = run_isolated(
             do="quantize",
             source=str(source),

@@ -1,6 +1,6 @@
 """Calls into llama.cpp that may end the process, each in a process of its own.
 
-`python -m fastft.exporting.gguf.isolated` reads one job as JSON from standard input and writes its
+This module as a child process reads one job as JSON from standard input and writes its
 answer as JSON to standard output, a line at a time. `run_isolated` is the other side of it.
 """
 
@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
+from fastft import child
 from fastft.errors import FastFTError
+from fastft.scratch import scratch
 
 INSTALL = (
     "GGUF export needs llama-cpp-python and gguf: pip install 'fastft[gguf]' (needs cmake and a "
@@ -35,14 +34,14 @@ def run_isolated(**job: Any) -> tuple[list[Any], str]:
     what it said.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "fastft.exporting.gguf.isolated"],
+        child.command("fastft.exporting.gguf.isolated"),
         input=json.dumps(job),
         capture_output=True,
         text=True,
         encoding="utf-8",
         errors="replace",
         check=False,
-        env=os.environ | {"GGML_NO_BACKTRACE": "1"},
+        env=child.environment(GGML_NO_BACKTRACE="1"),
     )
     if "ModuleNotFoundError: No module named 'llama_cpp'" in done.stderr:
         raise FastFTError(INSTALL)
@@ -177,8 +176,8 @@ def check(types: dict[str, int]) -> Iterator[dict[str, Any]]:
     rows = random.standard_normal((64, 512)).astype(numpy.float32)
     weights = numpy.square(random.standard_normal(512)).astype(numpy.float32) + 0.01
     ggml, api = Ggml(), Api()
-    with tempfile.TemporaryDirectory() as work:
-        source, out = Path(work) / "source.gguf", Path(work) / "out.gguf"
+    with scratch("fastft-gguf-") as work:
+        source, out = work / "source.gguf", work / "out.gguf"
         head, _ = header_bytes("llama", tiny_fields(), [("token_embd.weight", rows.shape, "f32")])
         source.write_bytes(head + rows.tobytes())
         for name, ftype in types.items():

@@ -15,7 +15,7 @@ from typing import Any
 from fastft.errors import FastFTError
 from fastft.exporting.gguf.architectures import Model, describe
 from fastft.exporting.gguf.writer import make_output, opened
-from fastft.exporting.merged import check_disk
+from fastft.exporting.place import check_disk
 from fastft.exporting.weights import Change, Weights
 
 

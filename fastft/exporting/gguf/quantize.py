@@ -10,12 +10,12 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastft.errors import FastFTError, one_of
 from fastft.exporting.gguf.isolated import INSTALL, run_isolated
+from fastft.scratch import scratch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -143,8 +143,8 @@ def plan_types(
     asked = [name for name in types if name not in UNQUANTIZED]
     if not asked:
         return found
-    with tempfile.TemporaryDirectory() as work:
-        path = Path(work) / "shadow.gguf"
+    with scratch("fastft-gguf-") as work:
+        path = work / "shadow.gguf"
         with open(path, "wb") as file:
             file.write(shadow_header)
             file.truncate(shadow_bytes)

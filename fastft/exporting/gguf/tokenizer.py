@@ -9,13 +9,13 @@ texts.
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from fastft.errors import FastFTError
 from fastft.exporting.gguf.architectures import Unsupported
 from fastft.exporting.gguf.isolated import run_isolated
+from fastft.scratch import scratch
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
 # One name for each splitting rule of llama.cpp, common ones first.
@@ -301,8 +301,8 @@ def find_pre(tokenizer: Any, metadata: dict[str, tuple[Any, str]]) -> str:
     Raises Unsupported with the nearest candidate where none does.
     """
     expected = [tokenizer(text, add_special_tokens=False).input_ids for text in PROBES]
-    with tempfile.TemporaryDirectory() as work:
-        path = Path(work) / "vocabulary.gguf"
+    with scratch("fastft-gguf-") as work:
+        path = work / "vocabulary.gguf"
         write_vocabulary(path, metadata)
         right = probe(path, _likely_first(tokenizer), expected)
     best = max(right, key=lambda name: right[name], default=None)

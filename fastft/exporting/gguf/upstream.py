@@ -7,44 +7,26 @@ with the gguf-py that it came with.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastft import child
 from fastft.errors import CouldNotFinishError, FastFTError
 from fastft.exporting.gguf.quantize import UNQUANTIZED, cache_folder
-from fastft.exporting.merged import check_disk, export_merged
+from fastft.exporting.merged import export_merged
+from fastft.exporting.place import check_disk
 from fastft.exporting.weights import Weights
+from fastft.scratch import scratch
 
 if TYPE_CHECKING:
     import numpy as np
 
 PARTS = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/", "LICENSE")
-# Runs the converter; a splitting rule that it does not know by its hash is found by behaviour and
-# handed over.
-RUNNER = """
-import os, runpy, sys
-folder = sys.argv[1]
-sys.path[:0] = [folder, folder + "/gguf-py"]
-from conversion.base import TextModel
-known = TextModel.get_vocab_base_pre
-def by_behaviour(self, tokenizer):
-    try:
-        return known(self, tokenizer)
-    except NotImplementedError:
-        if not os.environ.get("FASTFT_PRE"):
-            raise
-        return os.environ["FASTFT_PRE"]
-TextModel.get_vocab_base_pre = by_behaviour
-sys.argv = sys.argv[2:]
-runpy.run_path(folder + "/convert_hf_to_gguf.py", run_name="__main__")
-"""
 
 
 def export_upstream(
@@ -71,16 +53,16 @@ def export_upstream(
     sixteen = sum(_values(weights.shape(name)) for name in weights.names) * 2
     check_disk(out, 3 * sixteen)
     pre = _pre(vocabulary, weights)
-    with tempfile.TemporaryDirectory(prefix=".upstream-", suffix=".partial", dir=out) as work:
+    with scratch(".upstream-", out) as work:
         model = weights.base
         if weights.adapter:
-            model = Path(work) / "merged"
+            model = work / "merged"
             export_merged(weights.base, weights.adapter, model)
         made: dict[str, Path] = {}
         for kind in paths:
             step = kind if kind in UNQUANTIZED else "bf16"
             if step not in made:
-                made[step] = Path(work) / f"{step}.gguf"
+                made[step] = work / f"{step}.gguf"
                 convert(converter, model, made[step], step, pre)
         for kind, path in paths.items():
             if kind not in UNQUANTIZED:
@@ -96,15 +78,15 @@ def convert(converter: Path, model: Path, out: Path, kind: str, pre: str | None 
     """Run the upstream converter on the folder `model`; FastFTError with its last words where it
     fails.
     """
-    command = [sys.executable, "-c", RUNNER, str(converter), "convert_hf_to_gguf.py", str(model)]
+    script = ("convert_hf_to_gguf.py", str(model), "--outfile", str(out), "--outtype", kind)
     done = subprocess.run(
-        [*command, "--outfile", str(out), "--outtype", kind],
+        child.command("fastft.exporting.gguf.convert", str(converter), *script),
         capture_output=True,
         text=True,
         encoding="utf-8",
         errors="replace",
         check=False,
-        env={**os.environ, "FASTFT_PRE": pre or "", "HF_HUB_OFFLINE": "1"},
+        env=child.environment(FASTFT_PRE=pre or "", HF_HUB_OFFLINE="1"),
     )
     if done.returncode or not out.is_file():
         last = "\n".join(done.stderr.strip().splitlines()[-3:])
@@ -143,11 +125,9 @@ def upstream_folder() -> Path:
     if (home / PARTS[0]).is_file():
         return home
     home.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=".llama.cpp-", suffix=".partial", dir=home.parent
-    ) as work:
-        unpacked = Path(work) / "converter"
-        _unpack(_download(version, Path(work)), unpacked)
+    with scratch(".llama.cpp-", home.parent) as work:
+        unpacked = work / "converter"
+        _unpack(_download(version, work), unpacked)
         shutil.rmtree(home, ignore_errors=True)
         unpacked.rename(home)
     return home

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from fastft.errors import CouldNotFinishError, FastFTError
 from fastft.exporting.gguf.architectures import Model, Tensor
 from fastft.exporting.gguf.quantize import UNQUANTIZED, Ggml, row_bytes, type_number
 from fastft.exporting.weights import Weights
+from fastft.files import flush
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,7 +141,8 @@ def opened(outputs: list[Output]) -> Iterator[None]:
     for output in outputs:
         output.path.parent.mkdir(parents=True, exist_ok=True)
         for left in output.path.parent.glob(f".{output.path.name}.*.partial"):
-            left.unlink(missing_ok=True)
+            if re.fullmatch(r"\.\d+\.partial", left.name[len(output.path.name) + 1 :]):
+                left.unlink(missing_ok=True)
     try:
         for output in outputs:
             output.file = open(output.partial, "wb", buffering=0)  # noqa: SIM115  closed below
@@ -152,6 +155,7 @@ def opened(outputs: list[Output]) -> Iterator[None]:
             output.file.close()
         for output in outputs:
             output.partial.replace(output.path)
+            flush(output.path.parent)
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
             raise
