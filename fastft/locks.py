@@ -58,16 +58,16 @@ def _open(path: Path) -> IO[str]:
         "again."
     )
     try:
-        handle = os.fdopen(os.open(path, wanted, 0o644), "r+", encoding="utf-8", errors="replace")
+        descriptor = os.open(path, wanted, 0o644)
     except OSError as error:
         if error.errno in {errno.ELOOP, errno.EISDIR, errno.ENXIO}:
             raise foreign from error
         raise
-    about = os.fstat(handle.fileno())
+    about = os.fstat(descriptor)
     if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
-        handle.close()
+        os.close(descriptor)
         raise foreign
-    return handle
+    return os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")
 
 
 def _is_still_there(handle: IO[str], path: Path) -> bool:

@@ -14,7 +14,8 @@ import pytest
 import torch
 import yaml
 
-from fastft.runs import checkpoint, cli
+from fastft import cli
+from fastft.runs import checkpoint
 from tests.e2e.conftest import losses
 
 
