@@ -17,6 +17,8 @@ import re
 import shutil
 import subprocess
 import sys
+import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
@@ -301,6 +303,8 @@ class NvidiaCard(NamedTuple):
     driver: str
     cuda: tuple[int, int] | None = None
     """The newest CUDA that the driver runs."""
+    uuid: str = ""
+    """GPU-..., as nvidia-smi -L and CUDA_VISIBLE_DEVICES write it."""
 
 
 class _NvmlMemory(ctypes.Structure):
@@ -312,8 +316,11 @@ class _NvmlMemory(ctypes.Structure):
 
 
 def nvidia_gpus() -> list[NvidiaCard]:
-    """Return the NVIDIA cards that CUDA_VISIBLE_DEVICES leaves visible, from NVML, without a CUDA
-    context.
+    """Return the NVIDIA cards that this process would use, in CUDA's order, without a CUDA context.
+
+    The first is the one that computes. NVML lists cards by their place on the bus, CUDA the fastest
+    first (unless CUDA_DEVICE_ORDER says otherwise), and CUDA_VISIBLE_DEVICES may name UUIDs: where
+    that can differ, CUDA's driver is asked, else NVML's list is CUDA's.
     """
     nvml = _load_nvml()
     if nvml is None or nvml.nvmlInit_v2() != 0:
@@ -322,16 +329,47 @@ def nvidia_gpus() -> list[NvidiaCard]:
         count = ctypes.c_uint()
         nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
         cards = [_read_card(nvml, index) for index in range(count.value)]
-        return [
-            cards[index] for index in _visible(os.environ.get("CUDA_VISIBLE_DEVICES"), len(cards))
-        ]
     finally:
         nvml.nvmlShutdown()
+    variable = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if len(cards) > 1 and (order := _cuda_order(_load_cuda())) is not None:
+        by_uuid = {card.uuid: card for card in cards}
+        # A slice of a card (MIG) has a UUID of its own, which NVML's list of cards lacks.
+        if all(uuid in by_uuid for uuid in order):
+            return [by_uuid[uuid] for uuid in order]
+    return [cards[index] for index in _visible(variable, [card.uuid for card in cards])]
+
+
+def _cuda_order(cuda: Any) -> list[str] | None:
+    """UUIDs of the cards as CUDA numbers them in this process; None where the driver does not say.
+
+    The driver itself applies CUDA_DEVICE_ORDER and CUDA_VISIBLE_DEVICES. No context is created.
+    """
+    if cuda is None or cuda.cuInit(0) != 0:
+        return None
+    count = ctypes.c_int()
+    if cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return None
+    found = []
+    for index in range(count.value):
+        raw = (ctypes.c_ubyte * 16)()
+        if cuda.cuDeviceGetUuid_v2(ctypes.byref(raw), index) != 0:
+            return None
+        found.append(f"GPU-{uuid.UUID(bytes=bytes(raw))}")
+    return found
+
+
+def _load_cuda() -> ctypes.CDLL | None:
+    return _load_first("libcuda.so.1", "/usr/lib/wsl/lib/libcuda.so.1", "nvcuda.dll")
 
 
 def _load_nvml() -> ctypes.CDLL | None:
-    # WSL2 keeps the library outside the loader's path.
-    for name in ("libnvidia-ml.so.1", "/usr/lib/wsl/lib/libnvidia-ml.so.1", "nvml.dll"):
+    return _load_first("libnvidia-ml.so.1", "/usr/lib/wsl/lib/libnvidia-ml.so.1", "nvml.dll")
+
+
+def _load_first(*names: str) -> ctypes.CDLL | None:
+    """The first of these libraries that is there; WSL2 keeps them outside the loader's path."""
+    for name in names:
         try:
             return ctypes.CDLL(name)
         except OSError:
@@ -351,9 +389,16 @@ def _read_card(nvml: ctypes.CDLL, index: int) -> NvidiaCard:
     nvml.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor))
     driver = ctypes.create_string_buffer(96)
     nvml.nvmlSystemGetDriverVersion(driver, 96)
-    capability = (major.value, minor.value)
+    identity = ctypes.create_string_buffer(96)
+    nvml.nvmlDeviceGetUUID(handle, identity, 96)
     return NvidiaCard(
-        name, memory.total, memory.free, capability, driver.value.decode(), _driver_cuda(nvml)
+        name,
+        memory.total,
+        memory.free,
+        (major.value, minor.value),
+        driver.value.decode(),
+        _driver_cuda(nvml),
+        identity.value.decode(),
     )
 
 
@@ -366,24 +411,23 @@ def _driver_cuda(nvml: ctypes.CDLL) -> tuple[int, int] | None:
     return number.value // 1000, number.value % 1000 // 10  # 12080 is 12.8
 
 
-def _visible(variable: str | None, count: int) -> list[int]:
-    """Indices that CUDA_VISIBLE_DEVICES leaves; as CUDA does, the list ends at the first invalid
-    entry.
+def _visible(variable: str | None, uuids: Sequence[str]) -> list[int]:
+    """Indices that CUDA_VISIBLE_DEVICES leaves of the cards with these UUIDs.
+
+    An entry is an index or the beginning of a UUID; as CUDA does, the list ends at the first entry
+    that is no card.
     """
     if variable is None:
-        return list(range(count))
-    if not variable.strip() or variable.strip() == "-1":
-        return []
-    parts = [part.strip() for part in variable.split(",")]
-    if not parts[0].lstrip("-").isdigit():
-        return list(
-            range(min(count, len(parts)))
-        )  # UUIDs: which cards is not known here, how many is
+        return list(range(len(uuids)))
     chosen = []
-    for part in parts:
-        if not part.isdigit() or int(part) >= count:
+    for part in (part.strip() for part in variable.split(",")):
+        if part.isdigit():
+            found = [int(part)] if int(part) < len(uuids) else []
+        else:
+            found = [i for i, one in enumerate(uuids) if part and one.startswith(part)]
+        if len(found) != 1:
             break
-        chosen.append(int(part))
+        chosen += found
     return chosen
 
 
@@ -405,10 +449,20 @@ def _with_gpu(cpu: Hardware, cards: list[NvidiaCard]) -> Hardware:
         bf16=card.capability >= (8, 0),
         bandwidth=known.bandwidth if known else None,
         flops=known.flops if known else None,
-        notes=()
-        if known
-        else (f"{card.name} is not in the table of known cards: no time estimate",),
+        notes=_notes_of(cards, known is not None),
     )
+
+
+def _notes_of(cards: list[NvidiaCard], known: bool) -> tuple[str, ...]:
+    name, notes = cards[0].name, []
+    if not known:
+        notes.append(f"{name} is not in the table of known cards: no time estimate")
+    if len(cards) > 1:
+        notes.append(
+            f"{len(cards)} cards are visible; one process computes on one of them, CUDA's first "
+            f"({name}). CUDA_VISIBLE_DEVICES chooses another"
+        )
+    return tuple(notes)
 
 
 def _torch_without_cuda() -> str | None:

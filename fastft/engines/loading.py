@@ -228,6 +228,10 @@ def attach_lora(
     }
     if config.use_dora:
         keywords["use_dora"] = True
+    if engine.name == "unsloth" and model.device.type == "cuda":
+        # Left to itself, Unsloth's GPU path adds LoRA to the expert parameters of a mixture of
+        # experts; fastft trains, counts, plans and exports the same adapter on every machine.
+        keywords["target_parameters"] = []
     if train_token_ids:
         keywords["trainable_token_indices"] = sorted(train_token_ids)
     peft_model = engine.get_peft_model(model, **keywords)

@@ -310,7 +310,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """Return transformers' arguments for the loop; `max_steps` and `epochs` agree by construction."""
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(log_dir)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         # of steps: StepBatches holds effective_batch_size sequences in each
         per_device_train_batch_size=1,
@@ -339,3 +339,7 @@ def training_arguments(
         dataloader_pin_memory=False,
         use_cpu=use_cpu,
     )
+    # One process computes on one card: with two visible, Trainer would wrap the model in
+    # nn.DataParallel, which scatters the boundaries of padding-free rows over the cards.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

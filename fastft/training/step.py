@@ -136,7 +136,18 @@ class Stepper:
     def loss(self, segments: list[Segment]) -> float:
         """Return the sum of the token losses of `segments`; the caller sets mode, precision and
         no_grad.
+
+        After an out-of-memory the same segments again with half the budget, as in `gradient`.
         """
+        while True:
+            try:
+                return self._loss(segments)
+            except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._shrink(segments)
+
+    def _loss(self, segments: list[Segment]) -> float:
         with self.layers():
             return sum(
                 self.model(**batch.inputs, num_items_in_batch=1, use_cache=False).loss.item()
@@ -184,9 +195,20 @@ class Stepper:
         self.policy.micro_batch_tokens = max(before // 2, 1)
         self.on_note(
             f"out of memory with {before} tokens a micro-batch{_memory_numbers()}; the same "
-            "step again with "
-            f"{self.policy.micro_batch_tokens} (the effective batch stays)"
+            f"sequences again with {self.policy.micro_batch_tokens} (the effective batch stays)"
         )
+
+
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "out_of_memory",
+    "bad_alloc",
+    # cuBLAS and cuDNN allocate their workspaces themselves, beside torch's allocator.
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+)
+"""What a failed allocation is called, in lower case, where it is no exception of its own."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -194,12 +216,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     CPU.
     """
     text = str(error).lower()
-    return (
-        isinstance(error, torch.OutOfMemoryError | MemoryError)
-        or "can't allocate memory" in text
-        or "out of memory" in text
-        or "out_of_memory" in text
-        or "bad_alloc" in text
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        sign in text for sign in OUT_OF_MEMORY
     )
 
 

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+import uuid
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fastft import hardware
 from fastft.errors import FastFTError
 from fastft.hardware import (
     GIB,
@@ -109,11 +111,66 @@ def test_a_card_the_driver_reports():
 
 
 def test_cuda_visible_devices():
-    assert _visible(None, 3) == [0, 1, 2]
-    assert _visible("", 3) == _visible("-1", 3) == []
-    assert _visible("2,0", 3) == [2, 0]
-    assert _visible("1,7,0", 3) == [1]  # CUDA stops at the first invalid entry
-    assert _visible("GPU-abc", 3) == [0]
+    uuids = ["GPU-aa11", "GPU-bb22", "GPU-bb33"]
+    assert _visible(None, uuids) == [0, 1, 2]
+    assert _visible("", uuids) == _visible("-1", uuids) == []
+    assert _visible("2,0", uuids) == [2, 0]
+    assert _visible("1,7,0", uuids) == [1]  # CUDA stops at the first invalid entry
+    assert _visible("GPU-bb3,GPU-aa11", uuids) == [2, 0]
+    assert _visible("GPU-bb,0", uuids) == []  # two cards begin so
+    assert _visible("GPU-cc", uuids) == []
+
+
+class Driver:
+    """libcuda and NVML of a machine with two cards; CUDA numbers them as in `order`."""
+
+    def __init__(self, order=()):
+        self.order = order
+
+    def cuInit(self, flags):
+        return 0
+
+    def cuDeviceGetCount(self, count):
+        count._obj.value = len(self.order)
+        return 0
+
+    def cuDeviceGetUuid_v2(self, raw, index):
+        raw._obj[:] = self.order[index].bytes
+        return 0
+
+    def nvmlInit_v2(self):
+        return 0
+
+    def nvmlDeviceGetCount_v2(self, count):
+        count._obj.value = 2
+        return 0
+
+    def nvmlShutdown(self):
+        return 0
+
+
+def test_the_first_card_is_cudas_not_the_buss(monkeypatch):
+    slow, fast = uuid.UUID(int=1), uuid.UUID(int=2)
+    cards = [
+        NvidiaCard(
+            "NVIDIA GeForce RTX 3060", 12 * GIB, 11 * GIB, (8, 6), "580", uuid=f"GPU-{slow}"
+        ),
+        NvidiaCard(
+            "NVIDIA GeForce RTX 4090", 24 * GIB, 23 * GIB, (8, 9), "580", uuid=f"GPU-{fast}"
+        ),
+    ]
+    monkeypatch.setattr(hardware, "_load_nvml", lambda: Driver())
+    monkeypatch.setattr(hardware, "_read_card", lambda nvml, index: cards[index])
+    monkeypatch.setattr(hardware, "_load_cuda", lambda: Driver([fast, slow]))
+    assert hardware.nvidia_gpus() == cards[::-1]
+    monkeypatch.setattr(hardware, "_load_cuda", lambda: Driver([slow]))  # one is hidden from CUDA
+    assert hardware.nvidia_gpus() == cards[:1]
+    monkeypatch.setattr(hardware, "_load_cuda", lambda: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"GPU-{fast}")
+    assert hardware.nvidia_gpus() == cards[1:]
+    seen = _with_gpu(replace(probe(), kind="cpu"), cards[::-1])
+    assert "2 cards are visible" in seen.notes[-1]
+    assert "RTX 4090" in seen.notes[-1]
 
 
 def test_cgroup_v2_limit_counts_without_the_page_cache(tmp_path):
