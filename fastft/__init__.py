@@ -22,6 +22,7 @@ _PUBLIC = {
     "RunConfig": "fastft.config",
     "RunResult": "fastft.training.train",
     "chat": "fastft.inference.generate",
+    "evaluate": "fastft.verification.evaluation",
     "export": "fastft.exporting",
     "inspect_data": "fastft.data.inspect",
     "load_config": "fastft.config",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from fastft.planning import plan
     from fastft.training.sft import FastSFTTrainer
     from fastft.training.train import RunResult, train
+    from fastft.verification.evaluation import evaluate
     from fastft.verification.verify import verify
 
 

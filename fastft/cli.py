@@ -309,6 +309,82 @@ def verify(run: RunArgument, out: Out = None, base: Base = None, as_json: Json =
     _fail_unless_verified(checked)
 
 
+@app.command("eval")
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(metavar="RUN", help="a run, adapter or model folder, or a .gguf file")
+    ],
+    data: Annotated[
+        str | None, typer.Option("--data", help="the questions: any file that can be trained on")
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            help="exact_match, contains, regex, choice, choice_norm, bits_per_byte, perplexity "
+            "(repeatable); auto: by the columns",
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", help="tasks of lm-eval instead; comma-separated")
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option("--task-folder", help="your own lm-eval tasks (YAML files)")
+    ] = None,
+    against: Annotated[
+        list[str] | None, typer.Option("--against", help="another model beside it (repeatable)")
+    ] = None,
+    with_base: Annotated[bool, typer.Option("--base-too/--no-base", help="ask the base")] = True,
+    with_exports: Annotated[
+        bool, typer.Option("--exports/--no-exports", help="ask the run's GGUF files")
+    ] = True,
+    at_least: Annotated[
+        list[str] | None,
+        typer.Option("--at-least", help="exact_match=0.9: exit 1 where the model is below it"),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="most tokens of an answer; default: by the longest expected")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="only the first rows")] = None,
+    base: Base = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="where the findings go (default: the run's eval/)")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    gpu_layers: Annotated[
+        str, typer.Option("--gpu-layers", help="layers of a GGUF on the GPU: auto or a number")
+    ] = "auto",
+    n_ctx: Annotated[
+        int | None, typer.Option("--n-ctx", help="context of a GGUF in tokens")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask base, adapter and exported files the same questions: values, intervals, what changed."""
+    from fastft.verification import evaluation
+
+    if (data is None) == (tasks is None):
+        raise FastFTError("give the questions with --data FILE, or lm-eval's --tasks NAME.")
+    floors = evaluation.parse_floors(at_least or [])
+    if tasks is not None:
+        from fastft.verification.harness import run_tasks
+
+        found = run_tasks(
+            target, tasks.split(","), folder=task_folder, base=base, dtype=dtype, limit=limit
+        )
+    else:
+        found = evaluation.evaluate(
+            target, data=str(data), metric=metric or ["auto"], against=against or [],
+            with_base=with_base, with_exports=with_exports, base=base, out=out,
+            max_new_tokens=max_new_tokens, limit=limit, dtype=dtype,
+            gpu_layers=_layers(gpu_layers), n_ctx=n_ctx,
+        )  # fmt: skip
+    _print(found, as_json, text="" if as_json else evaluation.text(found))
+    below = evaluation.below(found, floors)
+    if below:
+        print("\n".join(below), file=sys.stderr)
+        raise typer.Exit(1)
+
+
 @app.command()
 def push(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder or an adapter folder")],

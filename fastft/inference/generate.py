@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -142,15 +142,24 @@ class HuggingFaceChat:
         self.last_tokens = result["ids"]
 
     def answer_all(
-        self, conversations: list[Messages], *, max_new_tokens: int, batch_size: int = 64
+        self,
+        conversations: list[Messages],
+        *,
+        max_new_tokens: int,
+        batch_size: int = 64,
+        tools: Sequence[Any] | None = None,
     ) -> list[str]:
-        """Return the greedy answer to each of `conversations`, computed in padded batches."""
+        """Return the greedy answer to each of `conversations`, computed in padded batches.
+
+        `tools`: what each conversation may call, None for those without.
+        """
         import torch
 
         from fastft.data.template import generation_prompt
 
         prompts = [
-            generation_prompt(self.tokenizer, self.template, messages) for messages in conversations
+            generation_prompt(self.tokenizer, self.template, messages, tools[i] if tools else None)
+            for i, messages in enumerate(conversations)
         ]
         pad = (
             self.tokenizer.pad_token_id

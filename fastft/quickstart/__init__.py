@@ -9,7 +9,6 @@ nothing.
 from __future__ import annotations
 
 import json
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -63,10 +62,11 @@ def write_task(folder: str | Path) -> TaskFiles:
 def exact_match(predictions: Sequence[str], answers: Sequence[str]) -> float:
     """Return the share, 0 to 1, of `predictions` that equal their answer.
 
-    Both are normalised first: Unicode NFKC, case folded, outer white space and one final full stop
-    removed. Nothing else is forgiven: the right word inside a longer sentence is a miss.
+    Both are normalised first, see `fastft.inference.metrics.comparable`.
     """
-    hits = [_normalise(p) == _normalise(a) for p, a in zip(predictions, answers, strict=True)]
+    from fastft.inference import metrics
+
+    hits = [metrics.exact_match(p, [a]) for p, a in zip(predictions, answers, strict=True)]
     return sum(hits) / len(hits)
 
 
@@ -87,17 +87,6 @@ def quickstart_config(folder: str | Path) -> dict[str, Any]:
         "lora": {"r": 16, "alpha": 16, "target_modules": "all-linear", "train_tokens": []},
         "train": {"effective_batch_size": 16, "max_steps": 120, "learning_rate": 3e-3},
     }
-
-
-def _normalise(text: str) -> str:
-    return (
-        unicodedata.normalize("NFKC", text)
-        .strip()
-        .removesuffix(".")
-        .removesuffix("。")
-        .strip()
-        .casefold()
-    )
 
 
 def _write_jsonl(path: Path, rows: list[dict]) -> None:

@@ -1,0 +1,71 @@
+"""How the findings of `fastft eval` are shown: a table in the terminal, and a page to share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastft.inference.metrics import TEXT_METRICS
+
+TEMPLATES = Path(__file__).parent / "templates"
+MOST_CHANGED = 200  # rows on the page; result.json holds all of them
+
+
+def shown(metric: str, value: float) -> str:
+    """Return a metric's value as people read it: shares in per cent, the others with four digits."""
+    return f"{value:.4g}" if metric in TEXT_METRICS else f"{value:.1%}"
+
+
+def changed_by(metric: str, value: float) -> str:
+    """Return a difference with its sign; of shares in percentage points."""
+    return f"{value:+.4g}" if metric in TEXT_METRICS else f"{100 * value:+.1f} pp"
+
+
+def page(found: dict[str, Any]) -> str:
+    """Return the findings of `evaluate` as one HTML page that needs no other file."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("evaluation.html.jinja").render(
+        found=found,
+        metrics=list(found["models"][0]["scores"]),
+        changed=found["changed"][:MOST_CHANGED],
+        shown=shown,
+        changed_by=changed_by,
+        lower=TEXT_METRICS,
+    )
+
+
+def table(found: dict[str, Any]) -> Any:
+    """Return the findings as a rich table: a row a model, its values, and what differs."""
+    from rich.table import Table
+
+    names = list(found["models"][0]["scores"])
+    rows = Table("model", *names, "compared", title=f"{found['rows']:,} questions")
+    for model in found["models"]:
+        cells = []
+        for name in names:
+            score = model["scores"][name]
+            low, high = shown(name, score["low"]), shown(name, score["high"])
+            cells.append(f"{shown(name, score['value'])} [dim]({low} to {high})[/dim]")
+        rows.add_row(model["name"], *cells, _compared(found, model["name"]))
+    return rows
+
+
+def _compared(found: dict[str, Any], model: str) -> str:
+    lines = []
+    for entry in found["comparisons"]:
+        if entry["model"] == model:
+            name = entry["metric"]
+            low, high = changed_by(name, entry["low"]), changed_by(name, entry["high"])
+            lines.append(
+                f"{name} {changed_by(name, entry['difference'])} ({low} to {high}) beside "
+                f"{entry['against']}: {entry['verdict']}"
+            )
+    return "\n".join(lines)
