@@ -21,7 +21,7 @@ from fastft.inference import metrics
 from fastft.inference.metrics import Scores
 from fastft.progress import Reporter
 from fastft.runs.checkpoint import write_atomically
-from fastft.verification.evaluation_page import page, shown, table
+from fastft.verification.evaluation_page import page, shown, tables
 from fastft.verification.judges import Judged, open_judged
 from fastft.verification.questions import Question, QuestionFile, read_questions
 
@@ -298,7 +298,7 @@ def text(found: dict[str, Any]) -> str:
 
     console = Console(highlight=False)
     with console.capture() as captured:
-        console.print(table(found))
+        console.print(*tables(found), sep="")
     pages = [path for path in found.get("files", []) if path.endswith(".html")]
     return captured.get().rstrip() + "".join(f"\n{path}" for path in pages)
 

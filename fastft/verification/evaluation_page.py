@@ -42,30 +42,31 @@ def page(found: dict[str, Any]) -> str:
     )
 
 
-def table(found: dict[str, Any]) -> Any:
-    """Return the findings as a rich table: a row a model, its values, and what differs."""
+def tables(found: dict[str, Any]) -> list[Any]:
+    """Return the findings as rich tables: each model's values, and what differs between them."""
     from rich.table import Table
 
     names = list(found["models"][0]["scores"])
-    rows = Table("model", *names, "compared", title=f"{found['rows']:,} questions")
+    values = Table("model", *names, title=f"{found['rows']:,} questions")
     for model in found["models"]:
         cells = []
         for name in names:
             score = model["scores"][name]
             low, high = shown(name, score["low"]), shown(name, score["high"])
             cells.append(f"{shown(name, score['value'])} [dim]({low} to {high})[/dim]")
-        rows.add_row(model["name"], *cells, _compared(found, model["name"]))
-    return rows
-
-
-def _compared(found: dict[str, Any], model: str) -> str:
-    lines = []
+        values.add_row(model["name"], *cells)
+    if not found["comparisons"]:
+        return [values]
+    pairs = Table("model", "beside", "metric", "difference", "rows better / worse", "")
     for entry in found["comparisons"]:
-        if entry["model"] == model:
-            name = entry["metric"]
-            low, high = changed_by(name, entry["low"]), changed_by(name, entry["high"])
-            lines.append(
-                f"{name} {changed_by(name, entry['difference'])} ({low} to {high}) beside "
-                f"{entry['against']}: {entry['verdict']}"
-            )
-    return "\n".join(lines)
+        name = entry["metric"]
+        low, high = changed_by(name, entry["low"]), changed_by(name, entry["high"])
+        pairs.add_row(
+            entry["model"],
+            entry["against"],
+            name,
+            f"{changed_by(name, entry['difference'])} [dim]({low} to {high})[/dim]",
+            f"{entry['better']} / {entry['worse']}",
+            entry["verdict"],
+        )
+    return [values, pairs]

@@ -8,6 +8,7 @@ no network.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 import time
 from collections.abc import Sequence
@@ -36,14 +37,12 @@ def run_tasks(
     Raises FastFTError where lm-eval or a task is not there, CouldNotFinishError where a task's
     questions cannot be loaded (no network).
     """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise FastFTError(
-            f"--tasks needs lm-eval, which is not installed ({error}); {INSTALL}."
-        ) from None
+    if importlib.util.find_spec("lm_eval") is None:
+        raise FastFTError(f"--tasks needs lm-eval, which is not installed; {INSTALL}.")
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     from fastft.inference.generate import HuggingFaceChat
     from fastft.runs.target import resolve
 
