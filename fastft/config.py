@@ -144,6 +144,26 @@ class LoraConfig(Section):
     )
 
 
+TRACKERS = {
+    "azure_ml": "azureml",
+    "clearml": "clearml",
+    "codecarbon": "codecarbon",
+    "comet_ml": "comet_ml",
+    "dagshub": "dagshub",
+    "dvclive": "dvclive",
+    "flyte": "flytekit",
+    "kubeflow": "",
+    "mlflow": "mlflow",
+    "neptune": "neptune",
+    "swanlab": "swanlab",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+    "wandb": "wandb",
+}
+"""The names of train.report_to, and the module that each needs (a test compares them with
+transformers' own list)."""
+
+
 class TrainConfig(Section):
     """One optimizer step is `effective_batch_size` sequences; how they are cut into micro-batches
     changes nothing.
@@ -177,8 +197,15 @@ class TrainConfig(Section):
         500,
         description="held-out samples that each evaluation measures, always the same ones; null: all",
     )
+    eval_metrics: list[Literal["exact_match", "contains"]] = Field(
+        default_factory=list,
+        description="judge the answers to held-out conversations (64 at most) at each evaluation",
+    )
+    best_by: Literal["loss", "exact_match", "contains"] = Field(
+        "loss", description="what the best checkpoint and early stopping go by"
+    )
     early_stopping_patience: MaybeSteps = Field(
-        None, description="stop after so many evaluations without a better loss"
+        None, description="stop after so many evaluations without a better one (see best_by)"
     )
     micro_batch_tokens: Literal["auto"] | Positive = Field(
         "auto", description="most tokens in one forward pass; a longer sequence is a row of its own"
@@ -196,13 +223,28 @@ class TrainConfig(Section):
     gradient_checkpointing: Literal["auto"] | bool = Field(
         "auto", description="auto: off where memory allows"
     )
-    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     lost_after_minutes: float = Field(
         10,
         gt=0,
         description="several processes: one that the others wait for longer than this is taken for "
         "lost, and all end",
     )
+    report_to: list[str] = Field(
+        default_factory=list,
+        description="trackers that follow the run: tensorboard, wandb, mlflow, trackio, swanlab, "
+        "comet_ml ... (every one that transformers knows)",
+    )
+
+    @field_validator("report_to")
+    @classmethod
+    def _known_trackers(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name not in TRACKERS:
+                raise ValueError(
+                    f"unknown tracker {name!r}{did_you_mean(name, TRACKERS)}; known: "
+                    f"{', '.join(TRACKERS)}"
+                )
+        return value
 
 
 EXPORT_KINDS = ("adapter", "merged", "gguf-lora", "ollama")
@@ -293,6 +335,11 @@ class RunConfig(Section):
             problems.append(
                 "train.early_stopping_patience needs held-out data; set data.eval_fraction "
                 "above 0 or data.eval_source"
+            )
+        if self.train.best_by not in ("loss", *self.train.eval_metrics):
+            problems.append(
+                f"train.best_by is {self.train.best_by}, which is not measured; add it to "
+                "train.eval_metrics"
             )
         for key in (
             "max_steps",

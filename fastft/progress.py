@@ -107,7 +107,13 @@ class Reporter:
     def step(self, record: dict[str, Any]) -> None:
         """Show one line of log.jsonl."""
         if "eval_loss" in record:
-            return self.note(f"step {record['step']}: held-out loss {record['eval_loss']:.4f}")
+            judged = [
+                f", {name.replace('_', ' ')} {record[name]:.1%}"
+                for name in ("exact_match", "contains")
+                if name in record
+            ]
+            loss = f"held-out loss {record['eval_loss']:.4f}"
+            return self.note(f"step {record['step']}: {loss}{''.join(judged)}")
         memory = record["peak_memory_bytes"] / 2**30
         numbers = (
             f"loss {record['loss']:.4f}  {record['tokens_per_sec']:,.0f} tok/s  {memory:.1f} GiB"

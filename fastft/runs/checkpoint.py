@@ -34,7 +34,7 @@ REQUIRED = (
 )
 MAY_CHANGE = {
     "train": {"epochs", "max_steps", "max_minutes", "report_to", "lost_after_minutes"}
-    | {"logging_steps", "save_steps", "save_total_limit", "eval_steps"},
+    | {"logging_steps", "save_steps", "save_total_limit", "eval_steps", "eval_metrics"},
 }
 # Compared by their content: the base's fingerprint, the data's.
 MAY_MOVE = {"model": {"name"}, "data": {"source", "eval_source", "chat_template"}}

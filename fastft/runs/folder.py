@@ -284,24 +284,33 @@ class RunFolder:
 
 
 def best_step(history: list[dict[str, Any]]) -> int | None:
-    """Return the step with the lowest held-out loss, the latest of equals; None without
-    evaluations.
-    """
-    evaluations = [
-        (record["eval_loss"], -record["step"]) for record in history if "eval_loss" in record
-    ]
+    """Return the step with the best evaluation, the latest of equals; None without evaluations."""
+    evaluations = [(_rank(record), -record["step"]) for record in history if "eval_loss" in record]
     return -min(evaluations)[1] if evaluations else None
 
 
-def out_of_patience(history: list[dict[str, Any]], patience: int | None) -> bool:
-    """Whether the last `patience` evaluations brought no better held-out loss than the one before
-    them.
+def is_best_so_far(history: list[dict[str, Any]]) -> bool:
+    """Whether the latest evaluation is better than every one before it."""
+    ranks = [_rank(record) for record in history if "eval_loss" in record]
+    return ranks.index(min(ranks)) == len(ranks) - 1
+
+
+def _rank(record: dict[str, Any]) -> tuple[float, float]:
+    """An evaluation's place, smaller is better: by the metric of train.best_by, then by loss.
+
+    The record itself names the metric ("best_by"), so that a log can be read without its config.
     """
-    losses = [record["eval_loss"] for record in history if "eval_loss" in record]
+    metric = record.get("best_by")
+    return (-record[metric] if metric else 0.0, record["eval_loss"])
+
+
+def out_of_patience(history: list[dict[str, Any]], patience: int | None) -> bool:
+    """Whether the last `patience` evaluations were none better than the best before them."""
+    ranks = [_rank(record) for record in history if "eval_loss" in record]
     return (
         patience is not None
-        and bool(losses)
-        and len(losses) - 1 - losses.index(min(losses)) >= patience
+        and bool(ranks)
+        and len(ranks) - 1 - ranks.index(min(ranks)) >= patience
     )
 
 

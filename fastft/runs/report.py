@@ -30,6 +30,7 @@ def write_report(run: RunFolder) -> None:
                 "Trainable parameters": f"{record['trainable_parameters']:,}",
             }
         ), "",
+        *_evaluations([entry for entry in log if "samples" in entry]),
         *([f"![loss]({plot.name})", ""] if plot else []),
         "## Answers before and after", "",
         *_answers(record.get("samples_before") or [], record.get("samples_after") or []),
@@ -37,6 +38,20 @@ def write_report(run: RunFolder) -> None:
         *(f"- {name}: **{choice['value']}** ({choice['reason']})" for name, choice in record["choices"].items()), "",
     ]  # fmt: skip
     write_atomically(run.path / "report.md", redact("\n".join(lines)))
+
+
+def _evaluations(entries: list[dict[str, Any]]) -> list[str]:
+    """What train.eval_metrics measured: a row an evaluation, and the first answer of each."""
+    if not entries:
+        return []
+    names = [name for name in ("exact_match", "contains") if name in entries[0]]
+    lines = ["## Evaluations", "", f"| step | loss | {' | '.join(names)} | an answer |"]
+    lines.append("|---" * (3 + len(names)) + "|")
+    for entry in entries:
+        values = [_number(entry["eval_loss"]), *(f"{entry[name]:.1%}" for name in names)]
+        sample = entry["samples"][0]["answer"] if entry["samples"] else ""
+        lines.append(f"| {entry['step']} | {' | '.join(values)} | {_cell(sample)} |")
+    return [*lines, ""]
 
 
 def _table(rows: dict[str, str]) -> list[str]:

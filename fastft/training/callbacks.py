@@ -21,7 +21,7 @@ from fastft.hardware import probe
 from fastft.planning import ModelShape, Situation, calibrate
 from fastft.progress import Reporter
 from fastft.runs import checkpoint
-from fastft.runs.folder import best_step, out_of_patience
+from fastft.runs.folder import best_step, is_best_so_far, out_of_patience
 from fastft.runs.mirror import Mirror
 from fastft.training import ranks
 from fastft.training.loop import peak_memory_bytes
@@ -94,13 +94,12 @@ class Steering(TrainerCallback):
         """Keep the best checkpoint, stop where nothing gets better; runs before Trainer looks at
         should_save.
         """
-        losses = [record["eval_loss"] for record in self.history if "eval_loss" in record]
-        best_at = losses.index(min(losses))
-        if best_at == len(losses) - 1:
+        if is_best_so_far(self.history):
             control.should_save = True
         patience = self.settings.early_stopping_patience
         if out_of_patience(self.history, patience):
-            self.report.note(f"no better held-out loss in {patience} evaluations; stopping early")
+            what = self.settings.best_by.replace("_", " ")
+            self.report.note(f"no better held-out {what} in {patience} evaluations; stopping early")
             self.trainer.stopped_early = True
             control.should_training_stop = control.should_save = True
         return control

@@ -68,13 +68,14 @@ class StepTrainer(Trainer):
         report_every: int = 1,
         fused: FusedLayers | None = None,
         shuffle: bool = True,
+        judge: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self.steps = StepBatches(train_dataset, effective_batch_size, args.seed, shuffle=shuffle)
         super().__init__(model=model, args=args, train_dataset=self.steps, data_collator=_the_step)
         self.remove_callback(PrinterCallback)
         self.add_callback(_SetEpoch(self.steps))
         self.engine = engine
-        self.held_out = eval_dataset
+        self.held_out, self.judge = eval_dataset, judge
         self.policy = policy
         self.on_log = on_log
         self.save_extra = save_extra
@@ -156,10 +157,12 @@ class StepTrainer(Trainer):
     # --- evaluation and logs
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Return {"eval_loss": mean loss per supervised token of the held-out data} and log it."""
+        """Return {"eval_loss": mean loss per supervised token of the held-out data} and log it, with
+        what `judge` says of the answers.
+        """
         if self.held_out is None:
             return {}
-        metrics = {"eval_loss": self.mean_loss(self.held_out)}
+        metrics = {"eval_loss": self.mean_loss(self.held_out), **self.judge()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -194,12 +197,18 @@ class StepTrainer(Trainer):
         return torch.autocast(self.args.device.type, dtype) if dtype else contextlib.nullcontext()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Hand every step to `on_log`, and every `report_every`-th on to TensorBoard or W&B."""
+        """Hand every step to `on_log`, and every `report_every`-th on to the trackers."""
         if "train_runtime" in logs:
             return
         record: dict[str, Any] = {"step": self.state.global_step}
         if "eval_loss" in logs:
-            record["eval_loss"] = logs["eval_loss"]
+            record |= logs
+            # Trackers take numbers; transformers shows a name with this prefix among evaluations.
+            logs = {
+                f"eval_{name.removeprefix('eval_')}": value
+                for name, value in logs.items()
+                if isinstance(value, float)
+            }
         else:
             step = self.progress.step
             record |= {
@@ -209,6 +218,10 @@ class StepTrainer(Trainer):
             }
             record |= {"tokens": step["tokens"], "tokens_per_sec": step["tokens"] / step["seconds"]}
             record |= {"seconds": step["seconds"], "peak_memory_bytes": peak_memory_bytes()}
+            logs = logs | {
+                "tokens_per_sec": record["tokens_per_sec"],
+                "peak_memory_gib": record["peak_memory_bytes"] / 2**30,
+            }
             if self.accelerator.optimizer_step_was_skipped:
                 record["grad_norm"] = None  # infinity or NaN, which JSON does not have
                 self.stepper.on_note(

@@ -310,6 +310,7 @@ class Session:
             report_every=settings.logging_steps,
             fused=prepared.fused,
             shuffle=self.shuffle,
+            judge=self._judge(prepared),
         )
         trainer.add_callback(
             Steering(
@@ -327,6 +328,14 @@ class Session:
         memory = self._memory_check(trainer)
         trainer.add_callback(memory)
         return Loop(trainer, memory)
+
+    def _judge(self, prepared: Prepared) -> Callable[[], dict[str, Any]]:
+        """What an evaluation measures besides the loss; nothing unless asked for."""
+        from fastft.training.judging import judge_answers
+
+        if not self.config.train.eval_metrics:
+            return dict
+        return partial(judge_answers, prepared, self.config.train)
 
     def _arguments(self, prepared: Prepared, total: int) -> Any:
         from fastft.training.loop import training_arguments

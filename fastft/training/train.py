@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastft.config import RunConfig
+from fastft.config import TRACKERS, RunConfig
 from fastft.engines import loading
 from fastft.errors import CouldNotFinishError, FastFTError, InterruptedRunError
 from fastft.exporting.adapter import write_adapter
@@ -374,7 +374,7 @@ def _finish(session: Session, prepared: Prepared, loop: Loop) -> None:
     best = _best_whole_step(session, last)
     if best is not None and best != last:
         session.report.note(
-            f"the held-out loss was lowest at step {best}; that checkpoint becomes final/"
+            f"the held-out {_judged_by(session)} at step {best}; that checkpoint becomes final/"
         )
         loop.trainer.take(run.checkpoints / f"checkpoint-{best}")
     after = next(
@@ -393,9 +393,14 @@ def _finish(session: Session, prepared: Prepared, loop: Loop) -> None:
     session.report.samples(run.read_record())
 
 
+def _judged_by(session: Session) -> str:
+    by = session.config.train.best_by
+    return "loss was lowest" if by == "loss" else f"{by.replace('_', ' ')} was highest"
+
+
 def _best_whole_step(session: Session, last: int) -> int | None:
-    """The step with the lowest held-out loss of those whose checkpoint is whole (or is the
-    model as it is now).
+    """The step with the best evaluation of those whose checkpoint is whole (or is the model as it
+    is now).
     """
     history = list(session.history)
     while (best := best_step(history)) is not None and best != last:
@@ -403,7 +408,7 @@ def _best_whole_step(session: Session, last: int) -> int | None:
         if problem is None:
             break
         session.report.warn(
-            f"checkpoint-{best} had the lowest held-out loss, but {problem}; the next best is taken"
+            f"checkpoint-{best} had the best evaluation, but {problem}; the next best is taken"
         )
         history = [record for record in history if record["step"] != best]
     return best
@@ -451,7 +456,8 @@ def _refuse_what_is_not_there(config: RunConfig) -> None:
                 f"mirror and output_dir are the same folder, {config.mirror}. A copy belongs "
                 "elsewhere."
             )
-    missing = [name for name in config.train.report_to if importlib.util.find_spec(name) is None]
+    needed = [TRACKERS[name] for name in config.train.report_to]
+    missing = [name for name in needed if name and importlib.util.find_spec(name) is None]
     if missing:
         raise FastFTError(
             f"train.report_to: {', '.join(missing)} is not installed. pip install "

@@ -2,12 +2,14 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import yaml
 
 from fastft.quickstart import base_path, exact_match, world, write_task
 from fastft.verification.evaluation import evaluate
+from tests.e2e.conftest import fastft, losses
 
 
 def write_rows(path, rows):
@@ -96,14 +98,14 @@ def test_a_planted_worse_adapter_is_told_apart(tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    torch.manual_seed(0)
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base_path()),
         LoraConfig(r=4, target_modules="all-linear"),
     )
-    torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+            torch.nn.init.normal_(parameter, std=0.5)
     model.save_pretrained(tmp_path / "noise")
     AutoTokenizer.from_pretrained(base_path()).save_pretrained(tmp_path / "noise")
     rows = [{"text": text} for town in world.HELD_OUT[:30] for text in
@@ -113,3 +115,27 @@ def test_a_planted_worse_adapter_is_told_apart(tmp_path):
     verdicts = {entry["metric"]: entry["verdict"] for entry in found["comparisons"]}
     assert verdicts == {"bits_per_byte": "worse", "perplexity": "worse"}
     assert (tmp_path / "out/index.html").read_text().count("worse") >= 2
+
+
+@pytest.mark.long
+def test_metrics_during_training_leave_the_losses_as_they_are(checkpoint_of, write_config):
+    """With dropout: answering draws no random number. The values go to the trackers too."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    runs = {}
+    for name, train in (("plain", {}), ("judged", {"eval_metrics": ["contains"]})):
+        steps = {"max_steps": 6, "eval_steps": 3, "report_to": ["tensorboard"]}
+        config = write_config(checkpoint_of("llama"), project=name, train=steps | train)
+        done = fastft("train", config, "--json")
+        assert done.code == 0, done.err
+        runs[name] = Path(done.json["run"])
+    assert losses(runs["judged"]) == losses(runs["plain"])
+    lines = [json.loads(line) for line in (runs["judged"] / "log.jsonl").read_text().splitlines()]
+    judged = [line for line in lines if "contains" in line]
+    assert [line["step"] for line in judged] == [3, 6]
+    assert all(0 <= line["contains"] <= 1 and len(line["samples"]) == 3 for line in judged)
+    events = EventAccumulator(str(runs["judged"] / "tensorboard")).Reload()
+    assert {"eval/loss", "eval/contains", "train/tokens_per_sec", "train/peak_memory_gib"} <= set(
+        events.Tags()["scalars"]
+    )
