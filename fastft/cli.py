@@ -24,7 +24,7 @@ import typer
 
 from fastft import __version__
 from fastft.bench.command import app as bench_app
-from fastft.errors import FastFTError, InterruptedRunError
+from fastft.errors import FastFTError, InterruptedRunError, one_of
 from fastft.secrets import redact
 from fastft.training import ranks
 
@@ -412,24 +412,71 @@ def push(
 
 @app.command()
 def serve(
-    file: Annotated[Path, typer.Argument(help="a .gguf file")],
+    target: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="a run (its newest certified GGUF), or a .gguf file"),
+    ],
+    backend: Annotated[
+        str, typer.Option("--with", help="llama.cpp, or vllm: merged model or adapter on a GPU")
+    ] = "llama.cpp",
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 8080,
     lora: Annotated[
         list[str] | None, typer.Option("--lora", help="adapter GGUF on a base GGUF (repeatable)")
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", help="with vllm: NAME=RUN, another adapter (repeatable)"),
+    ] = None,
     gpu_layers: Annotated[
         str, typer.Option("--gpu-layers", help="layers on the GPU: auto or a number")
     ] = "auto",
     n_ctx: Annotated[int | None, typer.Option("--n-ctx", help="context in tokens")] = None,
+    only_print: Annotated[
+        bool, typer.Option("--print", help="with vllm: print the command, run nothing")
+    ] = False,
+    base: Base = None,
 ) -> None:
-    """Serve a GGUF file with an OpenAI-compatible API."""
+    """Serve a run or a GGUF file with an OpenAI-compatible API."""
+    if backend == "vllm":
+        return _serve_with_vllm(
+            target, base=base, adapters=adapter or [], host=host, port=port, n_ctx=n_ctx,
+            only_print=only_print,
+        )  # fmt: skip
+    if backend != "llama.cpp":
+        raise one_of("--with", backend, ("llama.cpp", "vllm"))
+    if adapter or only_print:
+        raise FastFTError(
+            "--adapter and --print belong to --with vllm; here it is --lora FILE.gguf."
+        )
     from fastft.inference.serve import serve as run_server
+    from fastft.verification.serving import gguf_of
 
-    print(f"serving {file} at http://{host}:{port}/v1 (Ctrl-C ends it)", file=sys.stderr)
+    file, why = gguf_of(target, base=base)
+    print(f"serving {file} ({why}) at http://{host}:{port}/v1 (Ctrl-C ends it)", file=sys.stderr)
     run_server(
         file, host=host, port=port, loras=lora or [], gpu_layers=_layers(gpu_layers), n_ctx=n_ctx
     )
+
+
+def _serve_with_vllm(target: str, *, only_print: bool, **how: Any) -> None:
+    """Become vLLM with the run's command, or print it where vLLM is not installed."""
+    import shlex
+
+    from fastft.verification.serving import vllm_command, vllm_program
+
+    arguments, program = vllm_command(target, **how), vllm_program()
+    print(shlex.join(["vllm", *arguments]))
+    if only_print or program is None:
+        if program is None:
+            print(
+                "vLLM is not installed here; run this where it is (pip install vllm, in an "
+                "environment of its own: it pins other versions of torch and transformers).",
+                file=sys.stderr,
+            )
+        return
+    sys.stdout.flush()
+    os.execvp(program[0], [*program, *arguments])
 
 
 # --- know before you start
