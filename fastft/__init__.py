@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -76,17 +75,3 @@ def _import_unsloth_first() -> None:
 
     if choose_engine("auto", probe()).value == "unsloth":
         importlib.import_module("fastft.engines.unsloth")
-
-
-class _Package(ModuleType):
-    """The package, in which a verb is the function even after the submodule of that name was
-    imported.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _PUBLIC and isinstance(value, ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -8,15 +8,10 @@ goes to standard error.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import logging
 import os
 import sys
 import time
-import traceback
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -24,8 +19,14 @@ import typer
 
 from fastft import __version__
 from fastft.bench.command import app as bench_app
-from fastft.errors import FastFTError, InterruptedRunError, one_of
-from fastft.secrets import redact
+from fastft.console import (
+    answer_descriptor,
+    claimed_stdout,
+    print_result,
+    quiet_libraries,
+    say_error,
+)
+from fastft.errors import FastFTError, one_of
 from fastft.training import ranks
 
 app = typer.Typer(
@@ -72,12 +73,12 @@ def run(arguments: list[str]) -> int:
     """
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    with _claimed_stdout() if "--json" in arguments else contextlib.nullcontext():
+    with claimed_stdout() if "--json" in arguments else contextlib.nullcontext():
         # Threads that spin while they wait for a core slow a shared machine down tenfold; must be
         # set before torch loads.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if not debug:
-            _quiet_libraries()
+            quiet_libraries()
         try:
             result = app(args=arguments, prog_name="fastft", standalone_mode=False)
             return result if isinstance(result, int) else 0
@@ -96,7 +97,7 @@ def run(arguments: list[str]) -> int:
                 error.show()
                 return 2
             if ranks.tells_why():
-                _say(
+                say_error(
                     f"unexpected {type(error).__name__}: {error}. This is a bug of fastft; "
                     "--debug shows where.",
                     debug,
@@ -117,7 +118,7 @@ def quickstart(
     """
     from fastft.quickstart.command import quickstart as run_quickstart
 
-    _print(run_quickstart(out), as_json, text="")
+    print_result(run_quickstart(out), as_json, text="")
 
 
 @app.command()
@@ -176,7 +177,7 @@ def train(
         from fastft.exporting import export as run_export
 
         run_export(result.run, settings.export.to)
-    _print(result, as_json, text=f"{result.status}: {result.final or result.run}")
+    print_result(result, as_json, text=f"{result.status}: {result.final or result.run}")
 
 
 @app.command()
@@ -189,7 +190,7 @@ def data(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
 
     settings = load_config(config, overrides)
     report = inspect_data(settings, plot=settings.run_dir / "data.png" if not as_json else None)
-    _print(report, as_json, text="")
+    print_result(report, as_json, text="")
 
 
 @app.command()
@@ -241,7 +242,7 @@ def chat(
         show=not as_json,
         **keywords,
     )
-    _print(result, as_json, text="")
+    print_result(result, as_json, text="")
 
 
 @app.command()
@@ -294,9 +295,9 @@ def export(
             run, out=out, base=base, files=[entry["path"] for entry in result["files"]]
         )
         result["certificate"] = checked
-        _print(result, as_json, text=_verdicts(checked))
+        print_result(result, as_json, text=_verdicts(checked))
         return _fail_unless_verified(checked)
-    _print(result, as_json, text="\n".join(entry["path"] for entry in result["files"]))
+    print_result(result, as_json, text="\n".join(entry["path"] for entry in result["files"]))
 
 
 @app.command()
@@ -305,7 +306,7 @@ def verify(run: RunArgument, out: Out = None, base: Base = None, as_json: Json =
     from fastft.verification.verify import verify as run_verify
 
     checked = run_verify(run, out=out, base=base)
-    _print(checked, as_json, text=_verdicts(checked))
+    print_result(checked, as_json, text=_verdicts(checked))
     _fail_unless_verified(checked)
 
 
@@ -407,7 +408,7 @@ def push(
 
     kinds = [part.strip() for part in include.split(",") if part.strip()]
     result = run_push(run, repo=repo, private=private, base_id=base_id, include=kinds, out=out)
-    _print(result, as_json, text=result["url"])
+    print_result(result, as_json, text=result["url"])
 
 
 @app.command()
@@ -506,11 +507,11 @@ def plan(
 
     if table:
         rows = command.table()
-        return _print(rows, as_json, text=command.table_text(rows))
+        return print_result(rows, as_json, text=command.table_text(rows))
     if config is None:
         raise FastFTError("give a config (fastft plan run.yaml), or --table.")
     result = command.run(config, overrides, gpu=gpu, apply=apply, plot=plot, show=not as_json)
-    _print(result, as_json, text="")
+    print_result(result, as_json, text="")
     if result.verdict == "does_not_fit":
         raise typer.Exit(1)
 
@@ -530,7 +531,7 @@ def doctor(
     report = examine(quick=quick)
     if not as_json:
         report.print()
-    _print(report, as_json, text="")
+    print_result(report, as_json, text="")
     raise typer.Exit(report.exit_code)
 
 
@@ -539,41 +540,6 @@ def doctor(
 app.add_typer(bench_app, name="bench")
 
 # --- how it is printed
-
-
-@contextlib.contextmanager
-def _claimed_stdout() -> Iterator[None]:
-    """Point file descriptor 1 at standard error, so that no library can spoil the JSON; keep the
-    real one aside.
-    """
-    global _answer
-    sys.stdout.flush()
-    real = os.dup(1)
-    os.dup2(2, 1)
-    before, sys.stdout = sys.stdout, sys.stderr
-    _answer = os.fdopen(os.dup(real), "w", encoding="utf-8")
-    try:
-        yield
-    finally:
-        _answer.close()
-        sys.stdout = before
-        os.dup2(real, 1)
-        os.close(real)
-
-
-_answer: Any = None
-
-
-def _print(result: Any, as_json: bool, text: str | None = None) -> None:
-    """Print a command's result: JSON on the real standard output, or `text` for a person."""
-    values = _plain(result)
-    if as_json:
-        _answer.write(redact(json.dumps(values, ensure_ascii=False)) + "\n")
-        return
-    if text is None:
-        text = json.dumps(values, indent=1, ensure_ascii=False)
-    if text:
-        print(redact(text))
 
 
 def _layers(text: str) -> int | str:
@@ -591,20 +557,12 @@ def _fail_unless_verified(checked: dict[str, Any]) -> None:
         raise typer.Exit(1)
 
 
-def _plain(result: Any) -> Any:
-    if dataclasses.is_dataclass(result) and not isinstance(result, type):
-        return dataclasses.asdict(result)
-    if hasattr(result, "model_dump"):
-        return result.model_dump(mode="json")
-    return result
-
-
 def _in_processes(processes: int, command: list[str], as_json: bool) -> int:
     """Run the command in several processes; returns their exit code."""
     from fastft.training.launch import launch
 
     if as_json:
-        os.dup2(_answer.fileno(), 1)  # the first of them answers there
+        os.dup2(answer_descriptor(), 1)  # the first of them answers there
         command = [*command, "--json"]
     return launch(processes, [*command, *(["--debug"] if "--debug" in sys.argv else [])])
 
@@ -615,40 +573,8 @@ def _end_with(error: FastFTError, debug: bool) -> int:
         time.sleep(ranks.LAST_WORDS_SECONDS)
         return ranks.LOST
     if ranks.tells_why():
-        _say(error, debug)
+        say_error(error, debug)
     return error.exit_code
-
-
-def _say(error: Any, debug: bool) -> None:
-    if debug:
-        traceback.print_exc()
-    word = "" if isinstance(error, InterruptedRunError) else "error: "
-    print(f"{word}{redact(str(error))}", file=sys.stderr)
-
-
-def _quiet_libraries() -> None:
-    """Silence progress bars and warnings that are nothing to the user; --debug shows them."""
-    warnings.simplefilter("ignore")
-    for variable, value in {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "true",
-        "BITSANDBYTES_NOWELCOME": "1",
-        "PYTHONWARNINGS": "ignore",
-    }.items():
-        os.environ.setdefault(variable, value)
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # a log file needs no bars
-    for name in (
-        "torch.utils._pytree",
-        "bitsandbytes",
-        "transformers",
-        "datasets",
-        "peft",
-        "trl",
-        "torchao",
-    ):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @app.callback(invoke_without_command=True)

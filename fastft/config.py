@@ -261,14 +261,24 @@ class ExportConfig(Section):
     @field_validator("to")
     @classmethod
     def _known(cls, value: list[str]) -> list[str]:
-        for target in value:
-            if target not in EXPORT_KINDS and not re.fullmatch(r"gguf:[a-z0-9_]+", target):
-                raise ValueError(
-                    "unknown export target "
-                    f"{target!r}{did_you_mean(target, (*EXPORT_KINDS, 'gguf:q4_k_m'))}; "
-                    f"known: {', '.join(EXPORT_KINDS)}, gguf:TYPE"
-                )
-        return value
+        return export_targets(value)
+
+
+def export_targets(to: list[str]) -> list[str]:
+    """Return the targets, each once, in the order given; raises one ValueError for all unknown
+    ones.
+    """
+    examples = (*EXPORT_KINDS, "gguf:q4_k_m", "gguf:q8_0")
+    unknown = [t for t in to if t not in EXPORT_KINDS and not re.fullmatch(r"gguf:[a-z0-9_]+", t)]
+    if unknown:
+        named = "; ".join(
+            f"unknown export target {target!r}{did_you_mean(target, examples)}"
+            for target in unknown
+        )
+        raise ValueError(
+            f"{named}. Known: {', '.join(EXPORT_KINDS)}, gguf:TYPE (for example gguf:q4_k_m)."
+        )
+    return list(dict.fromkeys(to))
 
 
 class RunConfig(Section):

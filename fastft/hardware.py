@@ -161,7 +161,7 @@ def probe(path: str | Path = ".") -> Hardware:
     ram, ram_free = _ram()
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
     cpu_bf16 = _cpu_bf16()
-    cores = _usable_cores()
+    cores = usable_cores()
     cpu = Hardware(
         name=_cpu_name(),
         kind="cpu",
@@ -536,7 +536,8 @@ def _read_int(path: Path) -> int | None:
         return None
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Return the cores that this process may use: its affinity, and its control group's share."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -546,6 +547,15 @@ def _usable_cores() -> int:
         if allowed != "max":
             cores = min(cores, math.ceil(int(allowed) / int(period)))
     return max(1, cores)
+
+
+def peak_resident_bytes(*, children: bool = False) -> int:
+    """Return the peak resident memory of this process, or of any child it waited for as well."""
+    import resource  # not on Windows
+
+    whose = [resource.RUSAGE_SELF, *([resource.RUSAGE_CHILDREN] if children else [])]
+    peak = max(resource.getrusage(who).ru_maxrss for who in whose)
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def cpu_flags() -> frozenset[str]:

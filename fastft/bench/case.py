@@ -16,7 +16,6 @@ from fastft.errors import FastFTError, one_of
 
 CASES = Path(__file__).parent / "cases"
 
-ARMS = ("peft", "trl", "unsloth", "liger", "fastft")
 TUNING = (
     "OMP_",
     "GOMP_",

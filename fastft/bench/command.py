@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastft.console import print_result
 from fastft.errors import (
     AnswerIsNoError,
     CouldNotFinishError,
@@ -228,9 +228,9 @@ def compare(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a result."""
-    from fastft.bench.record import Result
+    from fastft.bench.views.report import schema_text
 
-    print(json.dumps(Result.model_json_schema(), indent=1))
+    sys.stdout.write(schema_text())
 
 
 def _cases_of(gpu: str) -> list[str]:
@@ -310,7 +310,7 @@ def _written(found: Any, out: Path, *, show_tables: bool) -> Path:
     from rich.console import Console
 
     from fastft.bench.views.plots import plot_result
-    from fastft.bench.views.show import show
+    from fastft.bench.views.tables import show
 
     label = "".join(c if c.isalnum() else "-" for c in found.machine.label.lower()).strip("-")
     path = (
@@ -342,9 +342,7 @@ def _side_by_side(found: Any, out: Path, as_json: bool) -> None:
 
 def _answer(values: Any, as_json: bool) -> None:
     if as_json:
-        from fastft.cli import _print
-
-        _print(values, True)
+        print_result(values, True)
 
 
 def _split(option: str, text: str | None) -> list[str] | None:

@@ -26,8 +26,8 @@ from fastft.bench.side_by_side import (
     measure_ways,
     needs_a_shape,
     paired,
-    peak_rss_bytes,
 )
+from fastft.hardware import peak_resident_bytes
 
 KIND = "q4_k_m"
 ONE_PASS, THREE_STEPS = "fastft, one pass", "merge, convert, quantise"
@@ -139,10 +139,10 @@ def _run_convert(merged: str, sixteen: str, pre: str) -> dict[str, Any]:
 
 
 def _run_quantise(sixteen: str, out: str, threads: str) -> dict[str, Any]:
-    from fastft.exporting.gguf import isolated
+    from fastft.exporting.gguf import llama_job
     from fastft.exporting.gguf.quantize import FILE_TYPES
 
-    done = list(isolated.quantize(sixteen, out, FILE_TYPES[KIND], int(threads), None, 0))
+    done = list(llama_job.quantize(sixteen, out, FILE_TYPES[KIND], int(threads), None, 0))
     assert not done[0]["failed"]
     return {}
 
@@ -157,4 +157,4 @@ STEPS: dict[str, Callable[..., dict[str, Any]]] = {
 
 if __name__ == "__main__":
     answer = STEPS[sys.argv[1]](*sys.argv[2:])
-    print("\n" + json.dumps(answer | {"peak_rss_bytes": peak_rss_bytes()}))
+    print("\n" + json.dumps(answer | {"peak_rss_bytes": peak_resident_bytes(children=True)}))

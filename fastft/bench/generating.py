@@ -25,8 +25,8 @@ from fastft.bench.side_by_side import (
     make_model,
     measure_ways,
     needs_a_shape,
-    peak_rss_bytes,
 )
+from fastft.hardware import peak_resident_bytes
 
 TYPES = ("bf16", "q8_0", "q4_k_m")
 TRANSFORMERS = "transformers, bfloat16"
@@ -180,4 +180,4 @@ STEPS: dict[str, Callable[..., dict[str, Any]]] = {"make": _make, "run": _run}
 
 if __name__ == "__main__":
     answer = STEPS[sys.argv[1]](*sys.argv[2:])
-    print("\n" + json.dumps(answer | {"peak_rss_bytes": peak_rss_bytes()}))
+    print("\n" + json.dumps(answer | {"peak_rss_bytes": peak_resident_bytes(children=True)}))

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastft.bench.case import Case
 from fastft.errors import FastFTError
-from fastft.runs.checkpoint import write_atomically
+from fastft.files import write_atomically
 
 SCHEMA = 1
 

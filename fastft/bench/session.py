@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastft.bench.arms import Job, forbid_flash_attention_2
+from fastft.bench.job import Job, forbid_flash_attention_2
 from fastft.config import RunConfig, make_config
 from fastft.hardware import Choice, Hardware, named_gpu, probe
 

@@ -28,7 +28,7 @@ from fastft.bench.record import Spread
 from fastft.bench.statistics import spread
 from fastft.bench.views.tables import gigabytes, number
 from fastft.errors import CouldNotFinishError, FastFTError
-from fastft.runs.checkpoint import write_atomically
+from fastft.files import write_atomically
 
 VOCABULARY = 1920
 """Tokens of the quickstart's tokenizer, which the models that are exported get."""
@@ -232,17 +232,6 @@ def needs_a_shape(case: Case) -> None:
             f"case {case.name} has a vocabulary of {vocabulary:,}; the tokenizer that is "
             f"exported has {VOCABULARY:,}."
         )
-
-
-def peak_rss_bytes() -> int:
-    """Return the peak resident memory of this process or of any child it waited for."""
-    import resource
-
-    peaks = [
-        resource.getrusage(who).ru_maxrss
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    ]
-    return max(peaks) * (1 if sys.platform == "darwin" else 1024)
 
 
 def make_model(case: Case, folder: Path) -> dict[str, Any]:

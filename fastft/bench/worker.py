@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import signal
 import subprocess
 import sys
 import threading
@@ -19,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from fastft.bench.case import TUNING, Case
+from fastft.bench.process import end_with_the_runner
 from fastft.bench.record import Noise, Peak, Record
 from fastft.errors import FastFTError
+from fastft.files import write_atomically
+from fastft.hardware import peak_resident_bytes
 
 
 def main() -> None:
@@ -30,23 +32,16 @@ def main() -> None:
     end_with_the_runner()
     job = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     if job["kind"] == "ceiling":
-        _write(Path(job["record"]), {"matmul_flops": matmul_ceiling(job["device"], job["dtype"])})
+        write_atomically(
+            Path(job["record"]),
+            json.dumps({"matmul_flops": matmul_ceiling(job["device"], job["dtype"])}),
+        )
         os._exit(0)
     record = run(job)
-    _write(Path(job["record"]), record.model_dump(mode="json"))
+    write_atomically(Path(job["record"]), json.dumps(record.model_dump(mode="json")))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
-
-
-def end_with_the_runner() -> None:
-    """Have the kernel end this process when the runner dies, of SIGKILL as well, so that no worker
-    is left behind.
-    """
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def run(job: dict[str, Any]) -> Record:
@@ -77,7 +72,8 @@ def run(job: dict[str, Any]) -> Record:
 
 def _train(job: dict[str, Any], case: Case, record: Record) -> None:
     """Load and train, filling the record as far as it gets."""
-    from fastft.bench.arms import Job, make_arm
+    from fastft.bench.arms import make_arm
+    from fastft.bench.job import Job
     from fastft.bench.workload import load
 
     workload = load(Path(job["workload"]))
@@ -127,10 +123,11 @@ def _import_libraries(arm: Any) -> None:
     before Unsloth. An arm that is none of ours imports its libraries itself, and its loading time
     says so.
     """
-    from fastft.bench.arms import FastftArm, PeftArm, UnslothArm, _without_network
+    from fastft.bench.arms import FastftArm, PeftArm, UnslothArm
+    from fastft.bench.job import without_network
 
     if isinstance(arm, UnslothArm):
-        _without_network()
+        without_network()
         import unsloth  # noqa: F401
     elif isinstance(arm, FastftArm):
         import fastft
@@ -239,8 +236,7 @@ class _Memory:
     @staticmethod
     def peak() -> Peak:
         """Return the peaks of this process so far."""
-        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        rss = kib if sys.platform == "darwin" else kib * 1024
+        rss = peak_resident_bytes()
         torch = sys.modules.get("torch")
         if torch is None or not torch.cuda.is_available():
             return Peak(rss_bytes=rss)
@@ -332,12 +328,6 @@ def matmul_ceiling(device: str, dtype: str) -> float:
         times.append(time.perf_counter() - started)
     best = min(times)
     return 2.0 * size**3 / best
-
-
-def _write(path: Path, values: Any) -> None:
-    aside = path.with_suffix(".writing")
-    aside.write_text(json.dumps(values), encoding="utf-8")
-    aside.replace(path)
 
 
 if __name__ == "__main__":

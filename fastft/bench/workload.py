@@ -295,7 +295,7 @@ def _tokenizer(vocab_size: int) -> Any:
 
 def main() -> None:
     """Make what a job file asks for: [{"case", "folder", "layers"}]; used by the runner."""
-    from fastft.bench.worker import end_with_the_runner
+    from fastft.bench.process import end_with_the_runner
 
     end_with_the_runner()
     for job in json.loads(Path(sys.argv[1]).read_text("utf-8")):

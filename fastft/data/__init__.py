@@ -17,8 +17,8 @@ from typing import Any
 
 _WHERE = {
     "prepare": "pipeline", "Prepared": "pipeline", "TokenDataset": "store", "Sample": "store", "DataReport": "report",
-    "Conversation": "rows", "ChatTemplate": "template", "choose_template": "template", "generation_prompt": "template",
-    "encode_conversation": "template",
+    "Conversation": "rows", "ChatTemplate": "template", "choose_template": "template", "generation_prompt": "encode",
+    "encode_conversation": "encode",
 }  # fmt: skip
 
 

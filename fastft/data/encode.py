@@ -15,6 +15,7 @@ character and looking at what the template writes after it. The proof decodes th
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -22,32 +23,22 @@ from typing import Any
 
 import numpy as np
 
-from fastft.data.template import ChatTemplate, Message, Messages, TemplateRefusedError
+from fastft.data.template import (
+    SENTINEL,
+    TRAINING_DATE,
+    ChatTemplate,
+    Message,
+    Messages,
+    TurnEnd,
+    UnusableRowError,
+    turn_end,
+)
 from fastft.errors import FastFTError
 
 IGNORE = -100
 _GUARD = (
     0xF1000  # private use, plane 15: stands for a control token that somebody wrote into a text
 )
-_SENTINEL = "\U000f0ff2"
-
-
-class UnusableRowError(FastFTError):
-    """A conversation that cannot be trained on; `reason` is the key it is counted under."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-@dataclasses.dataclass(frozen=True)
-class TurnEnd:
-    """What a template writes after an answer: `tail`, from `token` (the one that ends the turn)
-    on.
-    """
-
-    token: str | None
-    tail: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,48 +351,6 @@ def check_mask(
     prove(coder, input_ids, labels, expected.answers)
 
 
-def turn_end(
-    template: ChatTemplate,
-    before: Messages,
-    shape: Message,
-    tools: Sequence[Any] | None,
-    switches: dict[str, bool],
-) -> TurnEnd:
-    """Return how the template ends a turn of this shape (with tool calls or not, with reasoning or
-    not).
-    """
-    thinking = next(iter(switches.values()), None)
-    probe = _with_sentinel(shape)
-    text = template.render([*before, probe], tools, thinking=thinking)
-    if _SENTINEL not in text:
-        raise UnusableRowError(
-            "answer_not_rendered", f"the chat template {template.name} leaves the answer out"
-        )
-    tail = text[text.rindex(_SENTINEL) + 1 :]
-    controls = list(template.control_pattern.finditer(tail))
-    if not controls:
-        return TurnEnd(None, tail)
-    shared = 0
-    follow: list[Message] = [{"role": "user", "content": "x"}]
-    if shape.get("tool_calls"):
-        follow.insert(0, {"role": "tool", "content": "x", "name": "f", "tool_call_id": "abcdefghi"})
-    for message in follow:
-        try:
-            longer = template.render([*before, probe, message], tools, thinking=thinking)
-        except TemplateRefusedError:
-            continue
-        if _SENTINEL not in longer:
-            continue  # a template that forgets earlier answers
-        other = longer[longer.rindex(_SENTINEL) + 1 :]
-        shared = next(
-            (i for i, (a, b) in enumerate(zip(tail, other, strict=False)) if a != b),
-            min(len(tail), len(other)),
-        )
-        break
-    ends = [match for match in controls if match.end() <= shared] or controls[:1]
-    return TurnEnd(ends[-1].group(), tail[ends[-1].start() :])
-
-
 def _turn(coder: Coder, messages: Messages, tools: Sequence[Any] | None, index: int) -> Turn:
     template, message = coder.template, messages[index]
     reasoning = bool(message.get("reasoning_content"))
@@ -445,8 +394,8 @@ def _check_asked(coder: Coder, before: Messages, tools: Sequence[Any] | None, pr
     # A tool's result may be written as JSON: whether it is written at all shows a result that needs
     # no escaping.
     if role == "tool" and coder.writes_results is None:
-        probe = [{**m, "content": _SENTINEL} if m is asked else m for m in before]
-        coder.writes_results = _SENTINEL in coder.template.render(probe, tools, prompt=True)
+        probe = [{**m, "content": SENTINEL} if m is asked else m for m in before]
+        coder.writes_results = SENTINEL in coder.template.render(probe, tools, prompt=True)
     if role == "user" or not coder.writes_results:
         raise UnusableRowError(
             "question_not_rendered",
@@ -497,21 +446,6 @@ def _end_of(
         switches = coder.template._switched(thinking)
         coder.ends[shape] = turn_end(coder.template, messages[:index], message, tools, switches)
     return coder.ends[shape]
-
-
-def _with_sentinel(shape: Message) -> Message:
-    """Return the answer with its content, and its last tool call's arguments, replaced by the
-    sentinel.
-    """
-    probe = dict(shape)
-    if probe.get("content") or not probe.get("tool_calls"):
-        probe["content"] = _SENTINEL
-    if probe.get("tool_calls"):
-        *first, last = probe["tool_calls"]
-        is_text = isinstance(last["function"].get("arguments"), str)
-        function = {**last["function"], "arguments": _SENTINEL if is_text else {"x": _SENTINEL}}
-        probe["tool_calls"] = [*first, {**last, "function": function}]
-    return probe
 
 
 def _is_trained(messages: Messages, index: int, message: Message) -> bool:
@@ -598,3 +532,36 @@ def _fits(parts: list[str], text: str) -> bool:
             return False
         at += len(part)
     return True
+
+
+def generation_prompt(
+    tokenizer: Any,
+    template: ChatTemplate,
+    messages: Messages,
+    tools: Sequence[Any] | None = None,
+    *,
+    thinking: bool | None = None,
+    date: datetime.date = TRAINING_DATE,
+) -> list[int]:
+    """Return the ids that ask for an answer to `messages`: exactly those that stand before a
+    trained answer.
+
+    `thinking` None: as it was trained. A special token spelled out in a message is text.
+    """
+    coder = Coder.of(tokenizer, template)
+    guarded = [coder.guard(message) for message in messages]
+    return coder.encode(template.render(guarded, tools, prompt=True, thinking=thinking, date=date))
+
+
+def encode_conversation(
+    tokenizer: Any, template: ChatTemplate, messages: Messages, tools: Sequence[Any] | None = None
+) -> tuple[list[int], list[int]]:
+    """Return `(input_ids, labels)` of the conversation up to its last answer; labels are -100
+    where there is no loss.
+
+    A template may write an earlier turn differently once it is history (without its thinking,
+    say). Such a turn is not trained here but in a sequence of its own: see `encode.encode_turns`,
+    which returns them all.
+    """
+    last = encode_turns(tokenizer, template, messages, tools)[0]
+    return last.input_ids.tolist(), last.labels.tolist()

@@ -20,7 +20,7 @@ def inspect_data(
     length histogram as PNG.
     """
     from fastft.data import prepare
-    from fastft.engines.loading import load_tokenizer
+    from fastft.models import load_tokenizer
 
     tokenizer = load_tokenizer(config.model)
     data = prepare(

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from fastft.data.encode import Coder, Encoded, UnusableRowError, encode_turns
+from fastft.data.encode import Coder, Encoded, encode_turns
 from fastft.data.formats import Example, Format, convert
 from fastft.data.messages import BadRowError
 from fastft.data.read import Bad, Chunk
 from fastft.data.store import ARRAYS, Packed
-from fastft.data.template import ChatTemplate, TemplateRefusedError
+from fastft.data.template import ChatTemplate, TemplateRefusedError, UnusableRowError
 
 SIGNATURE = 16  # min-hashes a row; see near-duplicates in split.py
 _SHINGLE = 5  # characters

@@ -159,8 +159,6 @@ class ChatTemplate:
     @cached_property
     def end_token_ids(self) -> list[int]:
         """Ids that end an assistant's turn: what generation must stop at."""
-        from fastft.data.encode import UnusableRowError, turn_end
-
         ids = []
         call = {
             "type": "function",
@@ -323,43 +321,6 @@ def choose_template(tokenizer: Any, name: str | None = None) -> ChatTemplate:
     return _checked(ChatTemplate(name, source, why, tokenizer), own=bool(own))
 
 
-def generation_prompt(
-    tokenizer: Any,
-    template: ChatTemplate,
-    messages: Messages,
-    tools: Sequence[Any] | None = None,
-    *,
-    thinking: bool | None = None,
-    date: datetime.date = TRAINING_DATE,
-) -> list[int]:
-    """Return the ids that ask for an answer to `messages`: exactly those that stand before a
-    trained answer.
-
-    `thinking` None: as it was trained. A special token spelled out in a message is text.
-    """
-    from fastft.data.encode import Coder
-
-    coder = Coder.of(tokenizer, template)
-    guarded = [coder.guard(message) for message in messages]
-    return coder.encode(template.render(guarded, tools, prompt=True, thinking=thinking, date=date))
-
-
-def encode_conversation(
-    tokenizer: Any, template: ChatTemplate, messages: Messages, tools: Sequence[Any] | None = None
-) -> tuple[list[int], list[int]]:
-    """Return `(input_ids, labels)` of the conversation up to its last answer; labels are -100
-    where there is no loss.
-
-    A template may write an earlier turn differently once it is history (without its thinking,
-    say). Such a turn is not trained here but in a sequence of its own: see `encode.encode_turns`,
-    which returns them all.
-    """
-    from fastft.data.encode import encode_turns
-
-    last = encode_turns(tokenizer, template, messages, tools)[0]
-    return last.input_ids.tolist(), last.labels.tolist()
-
-
 def parse_arguments(arguments: Any) -> Any:
     """Return a tool call's arguments as a dict where they are one written as JSON text."""
     if isinstance(arguments, str):
@@ -495,3 +456,81 @@ def _lacking(source: str, vocabulary: dict[str, int]) -> bool:
     if source is NAMED["phi3"]:
         marks = {"<|user|>", "<|assistant|>", "<|end|>"}
     return any(mark not in vocabulary for mark in marks)
+
+
+class UnusableRowError(FastFTError):
+    """A conversation that cannot be trained on; `reason` is the key it is counted under."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class TurnEnd:
+    """What a template writes after an answer: `tail`, from `token` (the one that ends the turn)
+    on.
+    """
+
+    token: str | None
+    tail: str
+
+
+SENTINEL = "\U000f0ff2"
+
+
+def turn_end(
+    template: ChatTemplate,
+    before: Messages,
+    shape: Message,
+    tools: Sequence[Any] | None,
+    switches: dict[str, bool],
+) -> TurnEnd:
+    """Return how the template ends a turn of this shape (with tool calls or not, with reasoning or
+    not).
+    """
+    thinking = next(iter(switches.values()), None)
+    probe = _with_sentinel(shape)
+    text = template.render([*before, probe], tools, thinking=thinking)
+    if SENTINEL not in text:
+        raise UnusableRowError(
+            "answer_not_rendered", f"the chat template {template.name} leaves the answer out"
+        )
+    tail = text[text.rindex(SENTINEL) + 1 :]
+    controls = list(template.control_pattern.finditer(tail))
+    if not controls:
+        return TurnEnd(None, tail)
+    shared = 0
+    follow: list[Message] = [{"role": "user", "content": "x"}]
+    if shape.get("tool_calls"):
+        follow.insert(0, {"role": "tool", "content": "x", "name": "f", "tool_call_id": "abcdefghi"})
+    for message in follow:
+        try:
+            longer = template.render([*before, probe, message], tools, thinking=thinking)
+        except TemplateRefusedError:
+            continue
+        if SENTINEL not in longer:
+            continue  # a template that forgets earlier answers
+        other = longer[longer.rindex(SENTINEL) + 1 :]
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(tail, other, strict=False)) if a != b),
+            min(len(tail), len(other)),
+        )
+        break
+    ends = [match for match in controls if match.end() <= shared] or controls[:1]
+    return TurnEnd(ends[-1].group(), tail[ends[-1].start() :])
+
+
+def _with_sentinel(shape: Message) -> Message:
+    """Return the answer with its content, and its last tool call's arguments, replaced by the
+    sentinel.
+    """
+    probe = dict(shape)
+    if probe.get("content") or not probe.get("tool_calls"):
+        probe["content"] = SENTINEL
+    if probe.get("tool_calls"):
+        *first, last = probe["tool_calls"]
+        is_text = isinstance(last["function"].get("arguments"), str)
+        function = {**last["function"], "arguments": SENTINEL if is_text else {"x": SENTINEL}}
+        probe["tool_calls"] = [*first, {**last, "function": function}]
+    return probe

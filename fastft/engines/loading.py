@@ -8,16 +8,14 @@ calls and check what came back.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-from fastft import hub
 from fastft.config import MOVES_THE_BASE, LoraConfig, ModelConfig, RunConfig
 from fastft.engines import choose_engine, get_engine
 from fastft.engines.base import Engine
 from fastft.errors import FastFTError, did_you_mean
 from fastft.hardware import Choice, Hardware, probe
+from fastft.models import check_checkpoint, explained, location
 
 PEFT_INIT = {
     "default": True,
@@ -126,33 +124,6 @@ def _checkpointing(wanted: bool, engine: Engine, device: str) -> bool | str:
     return "unsloth" if wanted and engine.name == "unsloth" and device == "cuda" else wanted
 
 
-def location(name: str) -> str:
-    """Return a local folder as an absolute path, so that the adapter finds its base from anywhere;
-    a Hub id as it is.
-    """
-    folder = Path(name).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else name
-
-
-def load_tokenizer(config: ModelConfig) -> Any:
-    """Return the base model's tokenizer with a padding token; raises FastFTError where there is
-    none.
-    """
-    check_checkpoint(config.name, revision=config.revision)
-    from transformers import AutoTokenizer
-
-    with explained(config.name):
-        tokenizer = AutoTokenizer.from_pretrained(
-            config.name,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            padding_side="right",
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def tokens_to_train(config: LoraConfig, tokenizer: Any, template: Any) -> list[int]:
     """Return ids of the tokens whose embedding rows are trained: those named, or those an added
     template needs.
@@ -179,7 +150,8 @@ def choose_loading(config: RunConfig, hardware: Hardware) -> dict[str, Choice]:
     plan's arithmetic. Raises FastFTError for a checkpoint that cannot be used and for unknown
     target modules.
     """
-    from fastft.planning import load_shape, resolve
+    from fastft.planning import load_shape
+    from fastft.planning.resolve import resolve
 
     check_checkpoint(config.model.name, revision=config.model.revision)
     shape = load_shape(config.model.name, config.model.revision)
@@ -319,119 +291,6 @@ def _targeted(model: Any, target_modules: Any) -> list[tuple[str, Any]]:
     return [(n, m) for n, m in linear if any(n == w or n.endswith("." + w) for w in wanted)]
 
 
-def check_checkpoint(name: str, *, revision: str | None = None, token: str | None = None) -> None:
-    """Raise FastFTError unless `name` is a model with safetensors weights: a folder, or a Hub id
-    that can be reached.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_file():
-        raise FastFTError(
-            f"model {name} is a file. Give the folder that holds config.json, or a Hub id."
-        )
-    if folder.is_dir():
-        return _check_folder(folder)
-    looks_local = name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or ":" in name
-    if looks_local or not name.strip():
-        raise FastFTError(
-            f"model folder {name!r} does not exist. Give a folder that holds config.json, or "
-            "a Hub id."
-        )
-    _check_hub(name, revision, token)
-
-
-def _check_folder(folder: Path) -> None:
-    files = sorted(p.name for p in folder.iterdir())
-    if "config.json" not in files and "adapter_config.json" not in files:
-        found = ", ".join(files[:5]) or "nothing"
-        raise FastFTError(f"{folder} is not a model: it has no config.json (found: {found}).")
-    try:
-        config = (
-            json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if "config.json" in files
-            else {}
-        )
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FastFTError(
-            f"{folder / 'config.json'} is not valid JSON: {error}. Download the model again."
-        ) from error
-    if "config.json" in files and not config.get("model_type"):
-        raise FastFTError(
-            f"{folder / 'config.json'} has no model_type: it is not a transformers model."
-        )
-    weights = [folder / name for name in files if name.endswith(".safetensors")]
-    for path in weights:
-        check_whole(path)
-    if weights:
-        return
-    pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-    if pickles:
-        raise FastFTError(
-            f"{folder} has only pickle weights ({pickles[0]}), which can run code when "
-            "loaded. Convert them to "
-            "safetensors on a machine you can spare, or use a checkpoint that has them."
-        )
-    raise FastFTError(
-        f"{folder} has a config.json but no *.safetensors weights. Download the model again."
-    )
-
-
-def check_whole(path: Path) -> None:
-    """Raise FastFTError where a safetensors file is shorter than its header says: a download or
-    copy that was cut off.
-    """
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        try:
-            header = json.loads(file.read(length)) if len(start) == 8 and length < 2**30 else None
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            header = None
-    if not isinstance(header, dict):
-        raise FastFTError(f"{path} is not a safetensors file. Download or copy it again.")
-    needed = (
-        8
-        + length
-        + max(
-            (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"),
-            default=0,
-        )
-    )
-    size = path.stat().st_size
-    if size < needed:
-        raise FastFTError(
-            f"{path} is cut off: {size:,} of {needed:,} bytes are there. Download or copy it again."
-        )
-
-
-def _check_hub(name: str, revision: str | None, token: str | None) -> None:
-    """Ask the Hub (or its cache, when offline) whether `name` exists and has safetensors."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
-            return
-        if hub.is_offline():
-            raise FastFTError(
-                f"model {name!r} is not in the local cache, and HF_HUB_OFFLINE is set. Unset "
-                "it, or give a folder."
-            )
-        with hub.bounded_waits():
-            files = HfApi().list_repo_files(name, revision=revision, token=token)
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise hub.explain(error, f"model {name!r}") from error
-    except (hub.http().HTTPError, OSError) as error:
-        raise FastFTError(
-            f"model {name!r}: no such folder, and the Hub cannot be reached "
-            f"({type(error).__name__}). Check the spelling, "
-            "or the network, or give a local folder."
-        ) from error
-    if "config.json" in files and not any(f.endswith(".safetensors") for f in files):
-        raise FastFTError(
-            f"model {name!r} has no safetensors weights, only pickles; fastft does not load those."
-        )
-
-
 def forbid_packed_nf4(model: Any) -> None:
     """Keep bitsandbytes' CPU layers on the layout that has a backward.
 
@@ -448,27 +307,3 @@ def _engine_of(model: Any) -> Engine:
     return get_engine(
         getattr(model, "_fastft_engine", None) or choose_engine("auto", probe()).value
     )
-
-
-class explained:
-    """Turn what transformers raises for a checkpoint it cannot use into one clear message."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        from safetensors import SafetensorError
-
-        if isinstance(error, FastFTError) or error is None:
-            return
-        if isinstance(
-            error, OSError | ValueError | KeyError | NotImplementedError | SafetensorError
-        ):
-            first = (
-                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            )
-            hint = " Try model.engine: stock." if isinstance(error, NotImplementedError) else ""
-            raise FastFTError(f"model {self.name} could not be loaded: {first}{hint}") from error

@@ -22,12 +22,10 @@ _EARLY = [name for name in ("transformers", "trl", "peft") if name in sys.module
 os.environ.setdefault("UNSLOTH_AUTO_INSTALL", "0")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 # Standard output belongs to --json; Unsloth's banner goes with the rest of the log.
-with contextlib.redirect_stdout(io.StringIO()) as _banner, warnings.catch_warnings():
+with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import unsloth
     from unsloth import FastLanguageModel as UnslothFastLanguageModel
-
-BANNER = _banner.getvalue().strip()
 
 
 class UnslothEngine:

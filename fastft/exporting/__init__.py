@@ -8,12 +8,11 @@ ollama      a Modelfile beside the GGUF file
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
-from fastft.config import EXPORT_KINDS
-from fastft.errors import FastFTError, did_you_mean
+from fastft.config import export_targets
+from fastft.errors import FastFTError
 from fastft.exporting.place import one_at_a_time
 from fastft.progress import Reporter
 from fastft.runs.mirror import follow
@@ -85,21 +84,12 @@ def parse_targets(to: list[str]) -> list[str]:
     """Return the targets, each once, in the order given; raises one FastFTError for all unknown
     ones.
     """
-    problems = []
-    if not to:
-        problems.append("no export target given")
-    for target in to:
-        if target not in EXPORT_KINDS and not re.fullmatch(r"gguf:[a-z0-9_]+", target):
-            problems.append(
-                "unknown export target "
-                f"{target!r}{did_you_mean(target, (*EXPORT_KINDS, 'gguf:q4_k_m', 'gguf:q8_0'))}"
-            )
-    if problems:
-        raise FastFTError(
-            "; ".join(problems)
-            + f". Known: {', '.join(EXPORT_KINDS)}, gguf:TYPE (for example gguf:q4_k_m)."
-        )
-    return list(dict.fromkeys(to))
+    try:
+        if not to:
+            raise ValueError("no export target given; write, for example, --to merged.")
+        return export_targets(to)
+    except ValueError as error:
+        raise FastFTError(str(error)) from error
 
 
 def describe(path: Path, kind: str) -> dict[str, Any]:
@@ -124,7 +114,7 @@ def _refuse_unholdable(target: Target) -> None:
 
 
 def _adapter(target: Target, folder: Path) -> list[dict[str, Any]]:
-    from fastft.exporting.adapter import copy_adapter
+    from fastft.runs.adapter import copy_adapter
 
     if target.adapter is None:
         raise FastFTError(f"{target.base} is a plain model; it has no adapter to export.")
@@ -139,10 +129,10 @@ def _adapter(target: Target, folder: Path) -> list[dict[str, Any]]:
 
 
 def _merged(target: Target, folder: Path, dtype: str, report: Reporter) -> list[dict[str, Any]]:
-    from fastft.exporting.card import model_card
     from fastft.exporting.merged import export_merged
     from fastft.exporting.weights import resolve_base
-    from fastft.runs.checkpoint import write_atomically
+    from fastft.files import write_atomically
+    from fastft.runs.card import model_card
 
     if target.adapter is None:
         raise FastFTError(f"{target.base} is a plain model; there is nothing to merge.")

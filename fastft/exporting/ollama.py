@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastft.errors import FastFTError
+from fastft.files import write_atomically
 
 INSTRUCTIONS = {
     "FROM",
@@ -141,9 +142,7 @@ def write_modelfile(
         adapter=relative(adapter, out) if adapter else None,
         create=create_line(path, name or Path(gguf_path).stem.lower()),
     )
-    temporary = path.with_name("Modelfile.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    temporary.replace(path)
+    write_atomically(path, text)
     if problems := check_modelfile(path):
         raise AssertionError(f"a Modelfile that we wrote is wrong: {problems}")
     return path

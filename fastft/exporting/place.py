@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fastft.errors import CouldNotFinishError, FastFTError
-from fastft.files import carry_foreign, flush
-from fastft.locks import held
+from fastft.files import written_aside
+from fastft.files.locks import held
 
 LOCK = ".fastft-export.lock"
 
@@ -58,49 +56,17 @@ def whole_or_nothing(
     fewer than `needed_bytes` free, and CouldNotFinishError where it fills up.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    _tidy(out)
-    check_disk(out, needed_bytes)
-    folder = out.parent / f".{out.name}.{os.getpid()}.partial"
-    folder.mkdir()
     try:
-        yield folder
-        _swap(folder, out, is_ours)
+        with written_aside(out, is_ours) as folder:
+            check_disk(out, needed_bytes)
+            folder.mkdir()
+            yield folder
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
             raise
         raise CouldNotFinishError(
             f"the disk of {out} is full ({needed_bytes:,} bytes were to be written)."
         ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _tidy(out: Path) -> None:
-    """Remove what a killed process left; put back the old folder where the kill fell between the
-    two renames.
-    """
-    for left in sorted(out.parent.glob(f".{out.name}.*.partial")):
-        if not re.fullmatch(r"\.\d+(\.old)?\.partial", left.name[len(out.name) + 1 :]):
-            continue
-        if left.name.endswith(".old.partial") and not out.exists():
-            left.rename(out)
-        else:
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _swap(folder: Path, out: Path, is_ours: Callable[[str], bool]) -> None:
-    """Put `folder` in the place of `out`, with what is foreign in it; flushed before and after."""
-    if out.is_dir():
-        carry_foreign(out, folder, is_ours)
-    for path in (*folder.rglob("*"), folder):
-        if not path.is_symlink():
-            flush(path)
-    old = out.parent / f".{out.name}.{os.getpid()}.old.partial"
-    if out.exists():
-        out.rename(old)
-    folder.rename(out)
-    flush(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_disk(out: Path, needed_bytes: int) -> None:

@@ -16,12 +16,13 @@ from typing import Any
 
 from fastft import hub
 from fastft.errors import CouldNotFinishError, FastFTError, one_of
-from fastft.exporting.adapter import belongs_to_adapter
-from fastft.exporting.card import model_card
+from fastft.exporting.certificate import CERTIFICATE, read_certificate
 from fastft.exporting.merged import belongs_to_merged
+from fastft.files import sha256
 from fastft.progress import Reporter
+from fastft.runs.adapter import belongs_to_adapter
+from fastft.runs.card import model_card
 from fastft.runs.target import Target, resolve
-from fastft.verification.certificate import CERTIFICATE, file_hash, read_certificate
 
 INCLUDES = ("merged", "gguf")
 WAITS = (2.0, 8.0)  # seconds before the second and the third try of the whole upload
@@ -194,7 +195,7 @@ def _refuse_uncertified(folder: Path, exports: list[Path]) -> None:
             problems.append(f"{path.name} has no certificate")
         elif entry["verdict"] == "fail":
             problems.append(f"{path.name} is not the trained model (its certificate says fail)")
-        elif entry["sha256"] != file_hash(path):
+        elif entry["sha256"] != sha256(path):
             problems.append(f"{path.name} was changed after it was certified")
     if problems:
         raise FastFTError(f"not pushed: {'; '.join(problems)}. Check with: fastft verify")

@@ -12,15 +12,14 @@ from __future__ import annotations
 import json
 import math
 import re
-import struct
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastft import hub
 from fastft.errors import FastFTError
+from fastft.models import read_header
 
 if TYPE_CHECKING:
     import torch
@@ -61,8 +60,8 @@ class Checkpoint:
         self.folder = Path(folder)
         self._where: dict[str, tuple[Path, int, dict[str, Any]]] = {}
         for path in self._files(pattern):
-            for name, start, entry in _read_header(path):
-                self._where[name] = (path, start, entry)
+            entries, start = read_header(path)
+            self._where |= {name: (path, start, entry) for name, entry in entries.items()}
 
     def _files(self, pattern: str) -> list[Path]:
         index = self.folder / (pattern.replace("*", "") + ".index.json")
@@ -142,27 +141,6 @@ class Checkpoint:
                     )
                 view = view[got:]
         return buffer.view(getattr(torch, self.dtype(name))).reshape(shape)
-
-
-def _read_header(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """Yield (name, offset of the data section, entry) of a safetensors file, whose size must hold
-    all of it.
-    """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if 8 + length > size:
-            raise FastFTError(
-                f"{path} is not a whole safetensors file ({size:,} bytes). Download it again."
-            )
-        entries = json.loads(file.read(length))
-    entries.pop("__metadata__", None)
-    needed = 8 + length + max((e["data_offsets"][1] for e in entries.values()), default=0)
-    if needed > size:
-        raise FastFTError(f"{path} is truncated: {size:,} bytes of {needed:,}. Download it again.")
-    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0]):
-        yield name, 8 + length, entry
 
 
 @dataclass

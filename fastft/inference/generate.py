@@ -15,6 +15,7 @@ from fastft.engines import loading
 from fastft.engines.base import Engine
 from fastft.errors import FastFTError, one_of
 from fastft.hardware import compute_dtype, probe
+from fastft.models import check_checkpoint, explained
 from fastft.runs.target import Target, resolve
 
 Messages = list[dict[str, Any]]
@@ -83,13 +84,13 @@ class HuggingFaceChat:
         self.dtype = compute_dtype(hardware, dtype)
         device = {"cuda": "cuda", "mps": "mps"}.get(hardware.kind, "cpu")
         adapter = target.adapter if with_adapter else None
-        loading.check_checkpoint(target.base, revision=target.revision)
+        check_checkpoint(target.base, revision=target.revision)
         source = (
             str(target.adapter)
             if target.adapter and (target.adapter / "tokenizer_config.json").is_file()
             else target.base
         )
-        with loading.explained(target.base):
+        with explained(target.base):
             self.tokenizer = AutoTokenizer.from_pretrained(source)
             self.model: Any = AutoModelForCausalLM.from_pretrained(
                 target.base,
@@ -112,7 +113,7 @@ class HuggingFaceChat:
 
     def stream(self, messages: Messages, sampling: Sampling) -> Iterator[str]:
         """Yield the answer to `messages` in pieces of text."""
-        from fastft.data.template import generation_prompt
+        from fastft.data.encode import generation_prompt
 
         prompt = generation_prompt(self.tokenizer, self.template, messages)
         pieces = _Pieces(self.tokenizer)
@@ -155,7 +156,7 @@ class HuggingFaceChat:
         """
         import torch
 
-        from fastft.data.template import generation_prompt
+        from fastft.data.encode import generation_prompt
 
         prompts = [
             generation_prompt(self.tokenizer, self.template, messages, tools[i] if tools else None)
@@ -296,7 +297,7 @@ def answer(
     tools: Any = None,
 ) -> str:
     """Return the greedy answer of a model in training, and leave it in training mode."""
-    from fastft.data.template import generation_prompt
+    from fastft.data.encode import generation_prompt
 
     prompt = generation_prompt(tokenizer, template, messages, tools=tools)
     checkpointing = getattr(trained.get_base_model(), "is_gradient_checkpointing", False)

@@ -24,7 +24,7 @@ from pydantic import BaseModel, Field
 from fastft.config import RunConfig
 from fastft.hardware import GIB, Hardware
 from fastft.planning.advise import Change, apply_changes, cheapest_changes
-from fastft.planning.calibrate import Calibration, calibrate
+from fastft.planning.calibrate import Calibration
 from fastft.planning.disk import adapter_bytes, checkpoint_term, export_term, tokenizer_bytes
 from fastft.planning.memory import (
     Situation,
@@ -42,8 +42,8 @@ from fastft.planning.resolve import (
     pick_micro_batch_tokens,
     pick_quantization,
     ram_terms,
-    resolve,
 )
+from fastft.planning.resolve import resolve as resolve_choices
 from fastft.planning.shape import (
     KNOWN_MODELS,
     ModelShape,
@@ -64,7 +64,6 @@ __all__ = [
     "Situation",
     "Term",
     "apply_changes",
-    "calibrate",
     "known_shape",
     "load_shape",
     "pick_gradient_checkpointing",
@@ -72,7 +71,6 @@ __all__ = [
     "pick_quantization",
     "plan",
     "plan_table",
-    "resolve",
     "shape_from_config",
 ]
 
@@ -172,7 +170,7 @@ def _verdict_of(config: RunConfig, hardware: Hardware, shape: ModelShape) -> tup
 def _measure(
     config: RunConfig, hardware: Hardware, shape: ModelShape, mean_length: float | None
 ) -> Plan:
-    resolved = resolve(config, hardware, shape)
+    resolved = resolve_choices(config, hardware, shape)
     s = resolved.situation
     phases = _phases(config, shape, s)
     available = {

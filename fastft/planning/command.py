@@ -7,9 +7,9 @@ from typing import Any
 
 from fastft.config import dump_config, load_config, make_config
 from fastft.errors import AnswerIsNoError, FastFTError
+from fastft.files import write_atomically
 from fastft.hardware import named_gpu, probe
 from fastft.planning import Plan, apply_changes, plan, plan_table
-from fastft.runs.checkpoint import write_atomically
 
 
 def run(

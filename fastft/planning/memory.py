@@ -17,9 +17,6 @@ from fastft.families import family_of
 from fastft.hardware import GIB
 from fastft.planning.shape import NF4_BITS, ModelShape
 
-Place = Literal["vram", "ram", "disk"]
-PHASES = ("load", "train", "eval", "merge", "export")
-
 
 class Term(BaseModel):
     """One named part of a peak: bytes, the formula they come from, and where that formula comes

@@ -12,7 +12,6 @@ import math
 import os
 import re
 import socket
-import struct
 import urllib.parse
 import urllib.request
 from collections import Counter
@@ -24,6 +23,7 @@ from typing import Any, Literal
 from fastft import hub
 from fastft.errors import FastFTError, did_you_mean
 from fastft.families import FAMILIES, family_of
+from fastft.models import read_header
 
 Role = Literal["embedding", "head", "linear", "expert", "router", "norm", "other"]
 STORED_BYTES = {
@@ -460,29 +460,8 @@ NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 
 def read_headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return {tensor: (stored dtype, shape)} of a .safetensors file, reading only its header."""
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(100_000_000, path.stat().st_size):
-            raise FastFTError(
-                f"{path} is not a safetensors file, or is cut off. Download it again."
-            )
-        try:
-            header = json.loads(file.read(length))
-            return {
-                k: (v["dtype"], tuple(map(int, v["shape"])))
-                for k, v in header.items()
-                if k != "__metadata__"
-            }
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-        ) as error:  # no JSON, or not of the format's form
-            raise FastFTError(
-                f"{path} has a damaged header: {error}. Download it again."
-            ) from error
+    entries, _ = read_header(path, whole=False)
+    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
 
 
 def with_headers(

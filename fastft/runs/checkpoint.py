@@ -9,7 +9,6 @@ a checkpoint.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -19,9 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from fastft.config import RunConfig
-from fastft.errors import CouldNotFinishError, FastFTError
-from fastft.files import LOCAL, Files, carry_foreign, flush
-from fastft.locks import held
+from fastft.errors import FastFTError
+from fastft.files import (
+    LOCAL,
+    Files,
+    clear_errors,
+    put_in_place,
+    recover,
+    sha256,
+    write_atomically,
+    written_aside,
+)
+from fastft.files.locks import held
 
 MANIFEST = "manifest.json"
 # Without any one of these a resume silently starts the optimizer or the schedule anew.
@@ -47,26 +55,30 @@ def seal(folder: Path, final: Path) -> None:
 
     What somebody else put into a `final` that is replaced is carried over.
     """
+    write_manifest(folder)
+    recover(final)
+    put_in_place(folder, final, _written_here(final).__contains__)
+
+
+@contextlib.contextmanager
+def sealed(final: Path) -> Iterator[Path]:
+    """Yield a name beside `final` for a folder that becomes it, with a manifest; an OSError becomes
+    a clear message. What somebody else put into a `final` that is replaced is carried over.
+    """
+    with clear_errors(final.parent):
+        recover(final)
+        with written_aside(final, _written_here(final).__contains__) as aside:
+            yield aside
+            write_manifest(aside)
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the sha256 and the size of each file in `folder` into its manifest."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
     entries = {
         str(p.relative_to(folder)): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in files
     }
     write_atomically(folder / MANIFEST, json.dumps({"files": entries}, indent=1))
-    old = final.with_name(f".writing-old-{final.name}")
-    if old.is_dir() and not final.exists():
-        os.replace(old, final)  # a kill fell between the two renames below
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        ours = _written_here(final)
-        carry_foreign(final, folder, lambda name: name in ours)
-    for path in (*folder.rglob("*"), folder):
-        if not path.is_symlink():
-            flush(path)
-    if final.exists():
-        os.replace(final, old)  # renamed, not deleted in place: nobody sees half of it
-    os.replace(folder, final)
-    flush(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _written_here(folder: Path) -> set[str]:
@@ -207,7 +219,7 @@ def hold(run_dir: Path) -> Iterator[None]:
     """Hold the run's lock; raises FastFTError naming the process that has it. A dead holder's lock
     is taken over.
     """
-    with _writing(run_dir):
+    with clear_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
 
     def busy(holder: str) -> FastFTError:
@@ -218,46 +230,3 @@ def hold(run_dir: Path) -> Iterator[None]:
 
     with held(run_dir / ".lock", busy):
         yield
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old or the new content, never a part."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with _writing(path.parent):
-        temporary.write_text(text, encoding="utf-8")
-        flush(temporary)
-        os.replace(temporary, path)
-        flush(path.parent)
-
-
-def sha256(path: Path) -> str:
-    """Return the hex sha256 of a file, read in pieces."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except PermissionError as error:
-        raise FastFTError(
-            f"{folder} cannot be written: permission denied. Set output_dir to a folder of yours."
-        ) from error
-    except NotADirectoryError as error:
-        raise FastFTError(f"{folder} cannot be made: a file stands in the way.") from error
-    except FileExistsError as error:
-        raise FastFTError(f"{folder} cannot be made: a file of that name exists.") from error
-    except OSError as error:
-        raise disk_error(error, folder) from error
-
-
-def disk_error(error: OSError, folder: Path) -> CouldNotFinishError:
-    """Return the clear form of an OSError while writing: how much is free and what to do."""
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    return CouldNotFinishError(
-        f"could not write below {folder}: {error.strerror or error} ({free / 2**20:,.0f} MiB "
-        "free). The last checkpoint is "
-        "whole. Make room or set output_dir to another disk, then run the same command again."
-    )

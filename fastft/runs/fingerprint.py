@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastft.files import sha256
+
 FULL_BYTES = 2 * 2**30  # folders up to this size are hashed whole: a few seconds
 SAMPLES, SAMPLE_BYTES = 64, 2**16
 VOLATILE = (
@@ -88,8 +90,7 @@ def _config(folder: Path) -> str:
 def _file(path: Path, full: bool) -> dict[str, Any]:
     entry: dict[str, Any] = {"bytes": path.stat().st_size, "sampled": _sampled(path)}
     if full:
-        with path.open("rb") as file:
-            entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        entry["sha256"] = sha256(path)
     return entry
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import shutil
 import socket
 import time
@@ -21,8 +20,8 @@ from typing import Any
 
 from fastft.config import RunConfig, dump_config, make_config, read_yaml
 from fastft.errors import FastFTError
+from fastft.files import write_atomically, written_aside
 from fastft.runs import checkpoint
-from fastft.runs.checkpoint import write_atomically
 from fastft.secrets import redact
 
 PACKAGES = (
@@ -139,18 +138,16 @@ class RunFolder:
         )
         for name, problem in problems.items():
             if problem and kept and (kept / name).is_file():
-                shutil.copyfile(kept / name, self.path / f".{name}.writing")
-                os.replace(self.path / f".{name}.writing", self.path / name)
+                with written_aside(self.path / name) as aside:
+                    shutil.copyfile(kept / name, aside)
                 repaired.append(f"{problem}; it was taken from {newest.name if newest else ''}")
         if (
             kept
             and (kept / INITIAL_ADAPTER).is_dir()
             and not (self.path / INITIAL_ADAPTER).is_dir()
         ):
-            aside = self.path / f".writing-{INITIAL_ADAPTER}"
-            shutil.rmtree(aside, ignore_errors=True)
-            shutil.copytree(kept / INITIAL_ADAPTER, aside)
-            os.replace(aside, self.path / INITIAL_ADAPTER)
+            with written_aside(self.path / INITIAL_ADAPTER) as aside:
+                shutil.copytree(kept / INITIAL_ADAPTER, aside)
         return repaired
 
     def has_record(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastft.runs.checkpoint import write_atomically
+from fastft.files import write_atomically
 from fastft.runs.folder import RunFolder
 from fastft.secrets import redact
 

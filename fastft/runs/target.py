@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastft.errors import FastFTError
-from fastft.runs.checkpoint import MANIFEST, read_manifest, sha256
+from fastft.files import sha256
+from fastft.runs.checkpoint import MANIFEST, read_manifest
 from fastft.runs.fingerprint import base_fingerprint, differences
 from fastft.runs.folder import RunFolder
 
@@ -52,7 +53,7 @@ def resolve(target: str | Path, *, base: str | None = None) -> Target:
         run = RunFolder(path.resolve().parent)
         return _adapter(path, base, run if (run.path / "run.yaml").is_file() else None)
     if path.is_dir() or not path.exists():
-        from fastft.engines.loading import check_checkpoint
+        from fastft.models import check_checkpoint
 
         if path.is_dir() and {p.name for p in path.iterdir()} <= LEFT_BY_DATA:
             raise FastFTError(
@@ -123,7 +124,7 @@ def _check_adapter(path: Path) -> None:
     """Raise FastFTError unless the adapter folder holds whole safetensors weights, those of its
     manifest if it has one.
     """
-    from fastft.engines.loading import check_whole
+    from fastft.models import read_header
 
     weights = path / "adapter_model.safetensors"
     if not weights.is_file():
@@ -134,7 +135,7 @@ def _check_adapter(path: Path) -> None:
             else "has no adapter_model.safetensors"
         )
         raise FastFTError(f"adapter {path} {what}. Save it again with safe_serialization=True.")
-    check_whole(weights)
+    read_header(weights)
     _check_manifest(path)
 
 

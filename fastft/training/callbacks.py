@@ -18,7 +18,8 @@ from fastft.config import RunConfig
 from fastft.data.batches import cut, cut_padded, segments_of
 from fastft.errors import CouldNotFinishError
 from fastft.hardware import probe
-from fastft.planning import ModelShape, Situation, calibrate
+from fastft.planning import ModelShape, Situation
+from fastft.planning.calibrate import calibrate
 from fastft.progress import Reporter
 from fastft.runs import checkpoint
 from fastft.runs.folder import best_step, is_best_so_far, out_of_patience

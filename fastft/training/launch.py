@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastft.errors import FastFTError
+from fastft.hardware import usable_cores
 from fastft.training.ranks import LOST, OWN_LAUNCHER
 
 SHUTDOWN_SECONDS = 120
@@ -34,7 +35,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     os.environ[OWN_LAUNCHER] = "1"
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
     agent = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -96,10 +97,3 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def _cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

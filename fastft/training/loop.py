@@ -28,6 +28,8 @@ from transformers.trainer_callback import PrinterCallback
 from fastft.data.batches import StepBatches, segments_of, supervised_tokens
 from fastft.engines.base import Engine
 from fastft.errors import CouldNotFinishError
+from fastft.files import disk_error
+from fastft.hardware import peak_resident_bytes
 from fastft.kernels.fused import FusedLayers
 from fastft.runs import checkpoint
 from fastft.training import ranks
@@ -258,14 +260,14 @@ class StepTrainer(Trainer):
             shutil.rmtree(aside, ignore_errors=True)
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
-            raise checkpoint.disk_error(error, root) from error
+            raise disk_error(error, root) from error
         except RuntimeError as error:  # torch.save and safetensors wrap a full disk like this
             shutil.rmtree(aside, ignore_errors=True)
             if not any(
                 word in str(error).lower() for word in ("write", "space", "inline_container")
             ):
                 raise
-            raise checkpoint.disk_error(OSError(None, str(error).splitlines()[0]), root) from error
+            raise disk_error(OSError(None, str(error).splitlines()[0]), root) from error
         finally:
             self._aside = None
         self.progress.saving_seconds.append(time.perf_counter() - started)
@@ -296,11 +298,7 @@ def peak_memory_bytes() -> int:
     """Return the peak of allocated VRAM, or of resident memory where there is no GPU, in bytes."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_resident_bytes()
 
 
 def training_arguments(

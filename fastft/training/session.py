@@ -30,9 +30,10 @@ import numpy as np
 from fastft.config import MOVES_THE_BASE, RunConfig, TrainConfig
 from fastft.engines import get_engine, loading
 from fastft.engines.base import Engine
-from fastft.exporting.adapter import keep_initial
 from fastft.hardware import Choice, Hardware
+from fastft.models import load_tokenizer
 from fastft.progress import Reporter
+from fastft.runs.adapter import keep_initial
 from fastft.runs.fingerprint import base_fingerprint
 from fastft.runs.folder import INITIAL_ADAPTER, RunFolder
 from fastft.runs.mirror import Mirror
@@ -160,7 +161,7 @@ class Session:
         engine = get_engine(self.choices["engine"].value)
         model = self.config.model
         base = base_fingerprint(model.name, model.revision)
-        return Opened(engine, loading.load_tokenizer(model), base)
+        return Opened(engine, load_tokenizer(model), base)
 
     def read_data(self, opened: Opened) -> PreparedData:
         """Return the config's data, tokenised and split; `opened` proves that the engine came first.
@@ -368,7 +369,8 @@ class Session:
 
     def _memory_check(self, trainer: StepTrainer) -> MemoryCheck:
         """The plan of this run, to be compared with its first steps."""
-        from fastft.planning import load_shape, resolve
+        from fastft.planning import load_shape
+        from fastft.planning.resolve import resolve
         from fastft.training.callbacks import MemoryCheck, free_for_this_process
 
         shape = load_shape(self.config.model.name, self.config.model.revision)

@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Any
 from fastft.config import TRACKERS, RunConfig
 from fastft.engines import loading
 from fastft.errors import CouldNotFinishError, FastFTError, InterruptedRunError
-from fastft.exporting.adapter import write_adapter
+from fastft.files import write_atomically
 from fastft.hardware import Choice, Hardware, probe
+from fastft.models import location
 from fastft.progress import Reporter, silent
 from fastft.runs import checkpoint
+from fastft.runs.adapter import write_adapter
 from fastft.runs.fingerprint import differences
 from fastft.runs.folder import RunFolder, best_step, machine, now, out_of_patience, versions
 from fastft.runs.mirror import FLUSH_SECONDS, INTERRUPTED_FLUSH_SECONDS, Mirror
@@ -87,9 +89,7 @@ def train(
         raise FastFTError(f"--stop-after is {stop_after}; it must be at least 1.")
     # Absolute, so that the run, its adapter and its certificates find their base from every folder.
     config = config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"name": loading.location(config.model.name)})
-        }
+        update={"model": config.model.model_copy(update={"name": location(config.model.name)})}
     )
     _refuse_what_is_not_there(config)
     hardware = _part_of(probe(config.output_dir))
@@ -428,7 +428,7 @@ def _keep_samples(run: RunFolder, data: PreparedData, count: int = 64) -> None:
         )
         for r in rows
     ]
-    checkpoint.write_atomically(run.samples, "\n".join(lines) + "\n")
+    write_atomically(run.samples, "\n".join(lines) + "\n")
 
 
 def _sample_answers(prepared: Prepared, count: int = 3) -> list[dict[str, Any]]:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastft.errors import FastFTError
+from fastft.exporting.certificate import Check, judge_distance, weight_limit
 from fastft.families import FAMILIES, family_of
-from fastft.verification.certificate import Check, judge_distance, weight_limit
 from fastft.verification.reference import head_count, rotary_rows, sampled_rows
 
 if TYPE_CHECKING:

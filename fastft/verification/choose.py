@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastft.errors import AnswerIsNoError, CouldNotFinishError, FastFTError
 from fastft.exporting.llama import base_folder, importance, sample_ids
+from fastft.files.scratch import scratch
 from fastft.progress import Reporter
 from fastft.runs.target import resolve
-from fastft.scratch import scratch
 
 if TYPE_CHECKING:
     import numpy as np

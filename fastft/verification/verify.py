@@ -18,14 +18,15 @@ from typing import Any
 
 from fastft import child
 from fastft.errors import CouldNotFinishError, FastFTError
-from fastft.exporting.card import write_export_card
+from fastft.exporting.certificate import worst, write_certificate
 from fastft.exporting.llama import base_folder, sample_ids
 from fastft.exporting.place import one_at_a_time
+from fastft.files import sha256
+from fastft.files.scratch import scratch
 from fastft.progress import Reporter
+from fastft.runs.card import write_export_card
 from fastft.runs.mirror import follow
 from fastft.runs.target import Target, resolve
-from fastft.scratch import scratch
-from fastft.verification.certificate import file_hash, worst, write_certificate
 
 KINDS = ("adapter", "merged", "gguf", "gguf-lora", "ollama")
 
@@ -196,7 +197,7 @@ def verify_one(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "path": str(path),
         "kind": job["kind"],
-        "sha256": file_hash(path),
+        "sha256": sha256(path),
         "verdict": "fail",
     }
     entry |= {"kl_mean": None, "kl_p99": None, "top1": None, "ppl_ratio": None, "checks": []}

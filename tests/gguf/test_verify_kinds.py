@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from fastft.errors import AnswerIsNoError, CouldNotFinishError, FastFTError
+from fastft.exporting.certificate import LIMITS, judge_distance, limits_for
 from fastft.exporting.gguf import export_gguf
 from fastft.exporting.gguf.lora import export_gguf_lora
 from fastft.exporting.merged import export_merged
 from fastft.exporting.ollama import write_modelfile
-from fastft.verification.certificate import LIMITS, judge_distance, limits_for
 from fastft.verification.choose import choose_quantization, smallest
 from fastft.verification.verify import kind_of, verify_files
 from tests.families import make_checkpoint

@@ -14,8 +14,9 @@ import torch
 
 from fastft.errors import FastFTError
 from fastft.exporting import gguf
-from fastft.exporting.gguf import export_gguf, isolated, quantize_file, upstream
+from fastft.exporting.gguf import export_gguf, llama_job, upstream
 from fastft.exporting.gguf.architectures import Unsupported, describe
+from fastft.exporting.gguf.llama_quantize import quantize_file
 from fastft.exporting.gguf.quantize import FILE_TYPES
 from fastft.exporting.merged import export_merged
 from fastft.exporting.weights import Weights
@@ -206,7 +207,7 @@ def test_every_type_is_llama_cpps_byte_for_byte(family, tmp_path):
             assert record["writer"] == "streaming"
             theirs = out / f"theirs-{kind}.gguf"
             done = list(
-                isolated.quantize(str(source), str(theirs), FILE_TYPES[kind], 1, saved, 2**28)
+                llama_job.quantize(str(source), str(theirs), FILE_TYPES[kind], 1, saved, 2**28)
             )
             assert not done[0]["failed"]
             assert tensors(Path(record["path"])) == tensors(theirs), kind

@@ -13,8 +13,8 @@ import pytest
 from fastft import child
 from fastft.data.workers import map_in_order
 from fastft.errors import FastFTError
-from fastft.locks import held
-from fastft.scratch import scratch
+from fastft.files.locks import held
+from fastft.files.scratch import scratch
 
 ROOT = str(Path(__file__).parents[2])
 STANDARD = ("random", "tokenize", "json", "typing", "socket", "logging", "inspect", "queue")
@@ -70,7 +70,7 @@ def test_the_command_itself_imports_nothing_from_there_once_it_runs(trap):
 PARENT = """
 import subprocess, sys, time
 from fastft import child
-from fastft.scratch import scratch
+from fastft.files.scratch import scratch
 with scratch(".verify-", sys.argv[1]) as folder:
     (folder / "model.gguf").write_bytes(b"x" * 1000)
     process = subprocess.Popen(child.command("-c", "import time; time.sleep(60)"))
@@ -117,7 +117,7 @@ def test_a_lock_that_is_a_link_is_refused_and_its_target_keeps_its_content(tmp_p
 def test_a_lock_is_one_processes_and_is_gone_afterwards(tmp_path):
     path = tmp_path / "lock"
     code = (
-        "import sys, pathlib; from fastft.locks import held; from fastft.errors import FastFTError\n"
+        "import sys, pathlib; from fastft.files.locks import held; from fastft.errors import FastFTError\n"
         "with held(pathlib.Path(sys.argv[1]), FastFTError): pass"
     )
     with held(path, FastFTError, remove=True):

@@ -7,10 +7,10 @@ import pytest
 
 from fastft.config import make_config
 from fastft.errors import FastFTError
-from fastft.exporting.adapter import copy_adapter
 from fastft.exporting.place import LOCK, one_at_a_time, whole_or_nothing
 from fastft.exporting.push import adapter_parts
 from fastft.runs import checkpoint
+from fastft.runs.adapter import copy_adapter
 from fastft.runs.folder import RunFolder
 from fastft.runs.mirror import follow
 from fastft.runs.target import Target
@@ -86,12 +86,12 @@ def test_a_merged_folder_keeps_what_is_foreign_even_when_killed_between_its_two_
         "config.json": "new",
         "note.txt": "mine",
     }
-    out.rename(tmp_path / ".merged.99999999.old.partial")  # the moment of the kill
-    (tmp_path / ".merged.99999999.partial").mkdir()
-    (tmp_path / ".merged.mine.partial").mkdir()  # not our kind of name
+    out.rename(tmp_path / ".writing-old-merged")  # the moment of the kill
+    (tmp_path / ".writing-merged").mkdir()
+    (tmp_path / ".merged.mine").mkdir()  # not our kind of name
     write("newest")
     assert (out / "note.txt").read_text() == "mine"
-    assert {p.name for p in tmp_path.iterdir()} == {"merged", ".merged.mine.partial"}
+    assert {p.name for p in tmp_path.iterdir()} == {"merged", ".merged.mine"}
 
 
 def test_a_second_export_into_one_folder_is_refused_and_leaves_no_lock(tmp_path):

@@ -31,7 +31,7 @@ from fastft.bench.statistics import spread
 from fastft.bench.views import plots, tables
 from fastft.bench.views.html import write_html
 from fastft.bench.views.report import markdown_cell, read_results, schema_text, write_report
-from fastft.bench.views.show import show
+from fastft.bench.views.tables import show
 from fastft.errors import FastFTError
 
 ROOT = Path(__file__).parents[2]

@@ -25,7 +25,6 @@ from fastft.planning import (
     KNOWN_MODELS,
     Situation,
     apply_changes,
-    calibrate,
     known_shape,
     load_shape,
     memory,
@@ -35,6 +34,7 @@ from fastft.planning import (
     plan_table,
     shape_from_config,
 )
+from fastft.planning.calibrate import calibrate
 from fastft.planning.disk import adapter_bytes, gguf_bytes
 from fastft.planning.memory import layer_bytes_per_token, train_terms, trainable, weight_terms
 from fastft.planning.resolve import train_peak_bytes

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastft.config import dump_config, make_config
-from fastft.verification.certificate import file_hash
+from fastft.exporting.certificate import file_hash
 from tests.families import make_checkpoint
 from tests.hub_stand_in import TOKEN, HubStandIn
 
@@ -30,7 +30,7 @@ def push(**arguments):
     return push(**arguments)
 
 def check_model(name):
-    from fastft.engines.loading import check_checkpoint
+    from fastft.models import check_checkpoint
     check_checkpoint(name)
 
 def shape(name):

@@ -16,7 +16,7 @@ from fastft.bench.statistics import memory_bytes
 from fastft.bench.views import plots, tables
 from fastft.bench.views.report import TEMPLATES, machine_lines
 from fastft.errors import FastFTError
-from fastft.runs.checkpoint import write_atomically
+from fastft.files import write_atomically
 
 RECORD_HEADINGS = (
     "table",

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from fastft.bench.record import ArmSummary, Result, TableResult
 from fastft.bench.statistics import memory_bytes
 from fastft.bench.views.tables import TITLES, factor, heading, number
+from fastft.files import written_aside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,11 +54,9 @@ class Plot:
         """Draw it into `folder`, with the digest in the PNG's text; return the file."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / self.name
-        aside = path.with_name(f".{self.name}.writing")
-        self.draw().savefig(
-            aside, dpi=DPI, format="png", metadata={"Software": None, MARK: self.digest}
-        )
-        aside.replace(path)
+        marks = {"Software": None, MARK: self.digest}
+        with written_aside(path) as aside:
+            self.draw().savefig(aside, dpi=DPI, format="png", metadata=marks)
         return path
 
 

@@ -21,7 +21,7 @@ from fastft.bench.record import Result, read_result
 from fastft.bench.side_by_side import SideBySide, read_side_by_side
 from fastft.bench.views import plots, tables
 from fastft.errors import FastFTError
-from fastft.runs.checkpoint import write_atomically
+from fastft.files import write_atomically
 
 TEMPLATES = Path(__file__).parent / "templates"
 NOT_MEASURED = "not measured"

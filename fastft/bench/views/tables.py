@@ -1,8 +1,11 @@
-"""A result as rows of text: what the terminal, the README and the HTML report all print."""
+"""A result as rows of text, which the terminal, the README and the HTML page all print; and the
+terminal itself.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from fastft.bench.record import ArmSummary, Peak, Ratio, Result, Spread, TableResult
 
@@ -190,3 +193,62 @@ def capped(result: Result) -> bool:
 def own_card(result: Result) -> bool:
     """Whether this result may fill the row of the case's card (a CPU case: any CPU)."""
     return not capped(result) and result.machine.card == result.case.card
+
+
+# --- on the terminal
+
+WIDE = 135
+"""Columns of a terminal that the whole table needs."""
+NARROW = ("arm", "status", "tokens/s (p20-p80)", "s/step", "padding", "peak", "ceiling")
+
+COLOURS = {"ok": "green", "oom": "red", "timeout": "red", "crashed": "red", "unsupported": "yellow"}
+
+
+def show(result: Result, console: Any = None) -> None:
+    """Print `result` to a rich `console` (default: standard output)."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = console or Console()
+    console.print(f"[bold]{escape(heading(result))}[/]: {escape(result.case.title)}")
+    about = (
+        f"{result.date}, {commit_text(result)}, case {result.case_hash}, "
+        f"{repeats_text(result.repeats)}"
+    )
+    console.print(f"[dim]{escape(about)}[/]")
+    for name, table in result.tables.items():
+        console.print()
+        console.print(_table(name, table, narrow=console.width < WIDE))
+        for verdict in verdicts(table):
+            colour = "bold" if verdict.ratio else "bold red" if verdict.parity_failed else "yellow"
+            console.print(f"[{colour}]{escape(verdict.text)}[/]")
+            for reason in verdict.reasons:
+                console.print(f"    {escape(reason)}")
+    for note in result.notes:
+        console.print(f"[dim]note: {escape(note)}[/]")
+
+
+def _table(name: str, table: TableResult, *, narrow: bool) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    headings, columns = (NARROW, _narrow_cells) if narrow else (HEADINGS, cells)
+    grid = Table(title=TITLES[name], title_justify="left", pad_edge=False, box=SIMPLE_HEAD)
+    for column in headings:
+        grid.add_column(
+            column, justify="left" if column in {"arm", "status"} else "right", no_wrap=True
+        )
+    for arm, summary in table.arms.items():
+        row = [escape(cell) for cell in columns(arm, summary)]
+        row[1] = f"[{COLOURS[summary.status]}]{row[1]}[/]"
+        grid.add_row(*row, style="bold" if arm == "fastft" else None)
+    return grid
+
+
+def _narrow_cells(arm: str, summary: ArmSummary) -> list[str]:
+    """Return what fits a terminal of 80 columns; the JSON, the page and the README have the rest."""
+    full = cells(arm, summary)
+    per_step = summary.seconds_per_step
+    step = "-" if per_step is None else number(per_step.median)
+    return [full[0], full[1], full[2], step, full[4], full[5], full[-1]]

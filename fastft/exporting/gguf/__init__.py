@@ -3,10 +3,11 @@
 architectures.py  the families we write ourselves: names, transforms, metadata; everything else is refused
 tokenizer.py      vocabulary, special tokens, splitting rule, chat template
 quantize.py       ggml's quantisation through ctypes, and which tensor gets which type
+llama_quantize.py whole files through llama.cpp's own quantisation
 writer.py         the file format and the threads
 lora.py           the adapter alone, for llama.cpp's --lora
 upstream.py       the way out for unknown models: llama.cpp's own converter
-isolated.py       calls into llama.cpp that may end the process
+isolated.py       calls into llama.cpp that may end the process: each a job of llama_job.py
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastft.errors import CouldNotFinishError, FastFTError
+from fastft.errors import FastFTError
 from fastft.exporting.gguf.architectures import Model, Unsupported, describe
-from fastft.exporting.gguf.isolated import run_isolated
+from fastft.exporting.gguf.llama_quantize import quantize_file, read_record
 from fastft.exporting.gguf.quantize import (
     EMBEDDINGS,
     FILE_TYPES,
@@ -31,7 +32,6 @@ from fastft.exporting.gguf.quantize import (
 from fastft.exporting.gguf.tokenizer import tokenizer_metadata
 from fastft.exporting.gguf.writer import (
     Output,
-    cores,
     header_bytes,
     make_output,
     opened,
@@ -40,13 +40,12 @@ from fastft.exporting.gguf.writer import (
 )
 from fastft.exporting.place import check_disk
 from fastft.exporting.weights import Weights
-from fastft.scratch import scratch
+from fastft.files.scratch import scratch
 
 if TYPE_CHECKING:
     import numpy as np
 
 __all__ = ["FILE_TYPES", "Unsupported", "export_gguf"]
-SMALL_BUFFER = 256 * 2**20  # bytes that llama_model_quantize may hold of a tensor
 
 
 def export_gguf(
@@ -243,37 +242,6 @@ def _through_16_bit(
     ]
 
 
-def quantize_file(
-    source: Path,
-    out: Path,
-    kind: str,
-    *,
-    imatrix: dict[str, np.ndarray] | None = None,
-    threads: int | None = None,
-) -> None:
-    """Quantise a 16-bit GGUF file with llama.cpp itself, in a subprocess and in little memory."""
-    import numpy
-
-    with scratch(".quantise-", out.parent) as work:
-        weights = work / "imatrix.npz"
-        if imatrix:
-            numpy.savez(weights, **imatrix)  # type: ignore[arg-type]
-        made = work / "made.gguf"
-        answers, died = run_isolated(
-            do="quantize",
-            source=str(source),
-            out=str(made),
-            ftype=FILE_TYPES[kind],
-            threads=threads or cores(),
-            imatrix=str(weights) if imatrix else None,
-            max_buf_size=SMALL_BUFFER,
-        )
-        if died or not answers or answers[0]["failed"]:
-            why = died or (answers[0]["log"] if answers else "no answer")
-            raise CouldNotFinishError(f"llama.cpp could not quantise to {kind}: {why}")
-        made.replace(out)
-
-
 def _notes(model: Model) -> list[str]:
     return list(model.notes)
 
@@ -290,27 +258,5 @@ def _record(output: Output, model: Model, writer: str) -> dict[str, Any]:
         "tensors": {
             t.name: {"shape": list(t.shape), "type": kind}
             for t, kind in zip(model.tensors, output.types, strict=True)
-        },
-    }
-
-
-def read_record(path: Path, kind: str, writer: str, notes: list[str]) -> dict[str, Any]:
-    """Return the record of a file that llama.cpp wrote, as it stands in the file."""
-    import gguf
-
-    reader = gguf.GGUFReader(path)
-    field = reader.fields["general.architecture"]
-    shapes = {t.name: [int(n) for n in reversed(t.shape)] for t in reader.tensors}
-    return {
-        "path": str(path),
-        "kind": f"gguf:{kind}",
-        "bytes": path.stat().st_size,
-        "quantization": kind.upper(),
-        "architecture": str(field.contents()),
-        "writer": writer,
-        "notes": notes,
-        "tensors": {
-            t.name: {"shape": shapes[t.name], "type": t.tensor_type.name.lower()}
-            for t in reader.tensors
         },
     }

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastft.errors import FastFTError
 from fastft.families import gguf_arch
+from fastft.files import written_aside
 
 if TYPE_CHECKING:
     import numpy as np
@@ -129,9 +130,8 @@ def save_imatrix(path: Path | str, imatrix: dict[str, np.ndarray]) -> Path:
     import numpy as np
 
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp.npz")
-    np.savez(temporary, **imatrix)  # type: ignore[arg-type]
-    temporary.replace(path)
+    with written_aside(path) as aside, aside.open("wb") as file:
+        np.savez(file, **imatrix)  # type: ignore[arg-type]
     return path
 
 

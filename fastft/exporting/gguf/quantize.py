@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastft.errors import FastFTError, one_of
 from fastft.exporting.gguf.isolated import INSTALL, run_isolated
-from fastft.scratch import scratch
+from fastft.files.scratch import scratch
 
 if TYPE_CHECKING:
     import numpy as np

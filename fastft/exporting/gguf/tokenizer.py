@@ -15,7 +15,7 @@ from typing import Any
 from fastft.errors import FastFTError
 from fastft.exporting.gguf.architectures import Unsupported
 from fastft.exporting.gguf.isolated import run_isolated
-from fastft.scratch import scratch
+from fastft.files.scratch import scratch
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
 # One name for each splitting rule of llama.cpp, common ones first.

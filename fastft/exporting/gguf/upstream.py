@@ -21,7 +21,7 @@ from fastft.exporting.gguf.quantize import UNQUANTIZED, cache_folder
 from fastft.exporting.merged import export_merged
 from fastft.exporting.place import check_disk
 from fastft.exporting.weights import Weights
-from fastft.scratch import scratch
+from fastft.files.scratch import scratch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +45,7 @@ def export_upstream(
     the upstream converter does not know the model either, CouldNotFinishError where it cannot be
     fetched.
     """
-    from fastft.exporting.gguf import quantize_file, read_record
+    from fastft.exporting.gguf.llama_quantize import quantize_file, read_record
 
     converter = upstream_folder()
     out = next(iter(paths.values())).parent

@@ -9,13 +9,11 @@ the model's size.
 from __future__ import annotations
 
 import errno
-import os
-import re
 import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -24,7 +22,8 @@ from fastft.errors import CouldNotFinishError, FastFTError
 from fastft.exporting.gguf.architectures import Model, Tensor
 from fastft.exporting.gguf.quantize import UNQUANTIZED, Ggml, row_bytes, type_number
 from fastft.exporting.weights import Weights
-from fastft.files import flush
+from fastft.files import written_aside
+from fastft.hardware import usable_cores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,11 +102,6 @@ class Output:
     file: BinaryIO | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    @property
-    def partial(self) -> Path:
-        """The name it has until it is whole."""
-        return self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-
     def write(self, offset: int, data: Any) -> None:
         """Write `data` at `offset`; threads may call it."""
         assert self.file is not None
@@ -133,29 +127,18 @@ def make_output(
 
 @contextmanager
 def opened(outputs: list[Output]) -> Iterator[None]:
-    """Open every output under its partial name; rename all when the block ends well, remove all
-    otherwise.
-
-    Partial files of killed processes are removed too. A full disk becomes CouldNotFinishError.
+    """Open every output aside; rename all when the block ends well, remove all otherwise. A full
+    disk becomes CouldNotFinishError.
     """
-    for output in outputs:
-        output.path.parent.mkdir(parents=True, exist_ok=True)
-        for left in output.path.parent.glob(f".{output.path.name}.*.partial"):
-            if re.fullmatch(r"\.\d+\.partial", left.name[len(output.path.name) + 1 :]):
-                left.unlink(missing_ok=True)
     try:
-        for output in outputs:
-            output.file = open(output.partial, "wb", buffering=0)  # noqa: SIM115  closed below
-            output.file.write(output.header)
-            output.file.truncate(output.size)
-        yield
-        for output in outputs:
-            assert output.file is not None
-            os.fsync(output.file.fileno())
-            output.file.close()
-        for output in outputs:
-            output.partial.replace(output.path)
-            flush(output.path.parent)
+        with ExitStack() as stack:
+            for output in outputs:
+                output.path.parent.mkdir(parents=True, exist_ok=True)
+                aside = stack.enter_context(written_aside(output.path))
+                output.file = stack.enter_context(open(aside, "wb", buffering=0))
+                output.file.write(output.header)
+                output.file.truncate(output.size)
+            yield
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
             raise
@@ -164,11 +147,6 @@ def opened(outputs: list[Output]) -> Iterator[None]:
             f"the disk of {outputs[0].path.parent} is full: {total:,} bytes were to be "
             "written. Nothing was left."
         ) from error
-    finally:
-        for output in outputs:
-            if output.file:
-                output.file.close()
-            output.partial.unlink(missing_ok=True)
 
 
 def write_tensors(
@@ -194,7 +172,7 @@ def write_tensors(
     inside = torch.get_num_threads()
     torch.set_num_threads(1)  # the pool is the parallelism
     try:
-        with ThreadPoolExecutor(threads or cores()) as pool:
+        with ThreadPoolExecutor(threads or usable_cores()) as pool:
             work: dict[Future[None], int] = {}
             for index, tensor, first, last in jobs:
                 future = pool.submit(
@@ -277,8 +255,3 @@ def _values(shape: tuple[int, ...]) -> int:
     for length in shape:
         count *= length
     return count
-
-
-def cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -7,8 +7,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastft.data.encode import IGNORE, Coder, UnusableRowError, check_mask, encode_turns
-from fastft.data.template import choose_template, encode_conversation, generation_prompt
+from fastft.data.encode import (
+    IGNORE,
+    Coder,
+    check_mask,
+    encode_conversation,
+    encode_turns,
+    generation_prompt,
+)
+from fastft.data.template import UnusableRowError, choose_template
 from fastft.errors import FastFTError
 from tests.unit.data import real_tokenizers as real
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from fastft.config import RunConfig
 from fastft.errors import FastFTError
-from fastft.exporting.card import model_card
 from fastft.runs import checkpoint
+from fastft.runs.card import model_card
 
 ADAPTER_FILES = frozenset(
     {
@@ -55,9 +55,7 @@ def write_adapter(
     adapter as it was before the first step, for inits that moved the base's weights: the
     difference of the two (rank 2r) fits the plain base.
     """
-    aside = out.with_name(f".writing-{out.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
+    with checkpoint.sealed(out) as aside:
         # peft saves the rows of trained tokens inside the adapter; whole embeddings only where they
         # were resized.
         conversion = {"path_initial_model_for_weight_conversion": str(initial)} if initial else {}
@@ -78,10 +76,6 @@ def write_adapter(
         (aside / "README.md").write_text(
             model_card(config, record, kind="adapter"), encoding="utf-8"
         )
-        checkpoint.seal(aside, out)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise checkpoint.disk_error(error, out.parent) from error
     return out
 
 
@@ -96,14 +90,8 @@ def copy_adapter(final: Path, out: Path) -> Path:
         raise FastFTError(
             f"{out} exists and was not written by fastft. Choose another --out, or move it away."
         )
-    aside = out.with_name(f".writing-{out.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
+    with checkpoint.sealed(out) as aside:
         shutil.copytree(final, aside, ignore=_not_the_adapters(final))
-        checkpoint.seal(aside, out)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise checkpoint.disk_error(error, out.parent) from error
     return out
 
 

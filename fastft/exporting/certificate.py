@@ -6,14 +6,14 @@ type of the weights; docs/gguf.md says how they were calibrated.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from fastft.files import sha256, write_atomically
 
 CERTIFICATE = "certificate.json"
 VERDICTS = ("pass", "warn", "fail")
@@ -144,19 +144,6 @@ def judge_distance(measured: dict[str, float], file_type: str) -> Check:
     return Check("distance", verdict, detail)
 
 
-def file_hash(path: Path) -> str:
-    """Return the sha256 of a file, or of the names and hashes of all files below a folder."""
-    digest = hashlib.sha256()
-    if path.is_dir():
-        for inner in sorted(p for p in path.rglob("*") if p.is_file()):
-            digest.update(f"{inner.relative_to(path).as_posix()}\0{file_hash(inner)}\n".encode())
-        return digest.hexdigest()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def read_certificate(out: Path) -> dict[str, Any]:
     """Return the certificate in the folder `out` ({"files": {}} where there is none)."""
     path = Path(out) / CERTIFICATE
@@ -173,16 +160,7 @@ def certified(path: Path, out: Path | None = None) -> dict[str, Any] | None:
     """
     path = Path(path)
     entry = read_certificate(out or path.parent)["files"].get(path.name)
-    return entry if entry and path.exists() and entry["sha256"] == file_hash(path) else None
-
-
-def changed_files(out: Path) -> list[str]:
-    """Return the names of certified files that are gone or no longer what was certified."""
-    return [
-        name
-        for name in read_certificate(out)["files"]
-        if certified(Path(out) / name, Path(out)) is None
-    ]
+    return entry if entry and path.exists() and entry["sha256"] == sha256(path) else None
 
 
 def write_certificate(out: Path, entries: list[dict[str, Any]], about: dict[str, Any]) -> Path:
@@ -201,18 +179,11 @@ def write_certificate(out: Path, entries: list[dict[str, Any]], about: dict[str,
         "limits": {name: asdict(limits) for name, limits in LIMITS.items()},
         "files": files,
     }
-    _write_whole(out / CERTIFICATE, json.dumps(certificate, indent=2, ensure_ascii=False) + "\n")
-    _write_whole(out / "certificate.md", as_markdown(certificate))
+    write_atomically(
+        out / CERTIFICATE, json.dumps(certificate, indent=2, ensure_ascii=False) + "\n"
+    )
+    write_atomically(out / "certificate.md", as_markdown(certificate))
     return out / CERTIFICATE
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def as_markdown(certificate: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from fastft.config import RunConfig
-from fastft.runs.checkpoint import write_atomically
+from fastft.files import write_atomically
 from fastft.runs.folder import RunFolder
 from fastft.secrets import redact
 
