@@ -379,7 +379,7 @@ def evaluate(
             max_new_tokens=max_new_tokens, limit=limit, dtype=dtype,
             gpu_layers=_layers(gpu_layers), n_ctx=n_ctx,
         )  # fmt: skip
-    _print(found, as_json, text="" if as_json else evaluation.text(found))
+    print_result(found, as_json, text="" if as_json else evaluation.text(found))
     below = evaluation.below(found, floors)
     if below:
         print("\n".join(below), file=sys.stderr)

@@ -47,7 +47,7 @@ class TransformersJudged:
 
     def answers(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
         """Return the greedy answers, in padded batches of questions of like length."""
-        from fastft.data.template import generation_prompt
+        from fastft.data.encode import generation_prompt
 
         chat = self.chat
         sizes = [
@@ -90,7 +90,7 @@ class TransformersJudged:
             )
             ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
             return ([start, *ids], 1) if start is not None else (ids, 1)
-        from fastft.data.template import encode_conversation
+        from fastft.data.encode import encode_conversation
 
         spoken = [*question.messages, {"role": "assistant", "content": answer}]
         try:
