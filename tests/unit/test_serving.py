@@ -4,10 +4,10 @@ import json
 import os
 
 import pytest
+from fastft.verification.certificate import CERTIFICATE, file_hash
 
 from fastft.errors import FastFTError
 from fastft.verification import serving
-from fastft.verification.certificate import CERTIFICATE, file_hash
 
 
 @pytest.fixture
