@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fastft.errors import FastFTError
+from fastft.exporting.certificate import certified
 from fastft.runs.target import Target, resolve
-from fastft.verification.certificate import certified
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM's choices of --max-lora-rank (vllm/config/lora.py, 0.32)."""

@@ -4,9 +4,9 @@ import json
 import os
 
 import pytest
-from fastft.verification.certificate import CERTIFICATE, file_hash
 
 from fastft.errors import FastFTError
+from fastft.exporting.certificate import CERTIFICATE, file_hash
 from fastft.verification import serving
 
 
