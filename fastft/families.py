@@ -200,6 +200,7 @@ _ROWS = (
         rows="exact",
         fused=ALL_FUSED,
         chunked_loss_on_cpu=True,
+        gguf=Gguf("smollm3", _LLAMA_ROPES, permuted=True),
     ),
     # Known to the plan alone.
     Family("granite", "Granite"),

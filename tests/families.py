@@ -171,10 +171,6 @@ FAMILIES: dict[str, Family] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
         },
     ),
-}
-"""The eight families that fastft promises to train, export and hold in tests."""
-
-NEWEST: dict[str, Family] = {
     "smollm3": Family(
         "smollm3",
         "llama3",
@@ -188,6 +184,10 @@ NEWEST: dict[str, Family] = {
             "layer_types": ["full_attention"] * 2,
         },
     ),
+}
+"""The families that fastft promises to train, export and hold in tests."""
+
+NEWEST: dict[str, Family] = {
     "qwen3.5": Family(
         "qwen3_5_text",
         "qwen2",

@@ -46,6 +46,11 @@ CASES = {
     "qwen2": ("qwen2", "qwen2", {"dtype": "float16"}),
     "qwen2-untied": ("qwen2", "qwen2", {"tie_word_embeddings": False, "vocab_size": 480}),
     "qwen3": ("qwen3", "qwen2", {"dtype": "bfloat16"}),
+    "smollm3": (
+        "smollm3",
+        "llama-bpe",
+        {"dtype": "bfloat16", "no_rope_layers": None, "no_rope_layer_interval": 4},
+    ),
     "gemma2": ("gemma2", "default", {"dtype": "bfloat16"}),
     "gemma3": ("gemma3", "default", {"rope_parameters": LINEAR_ROPE}),
     "phi3": ("phi3", "default", {"sliding_window": None, "dtype": "bfloat16"}),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastft.errors import FastFTError
@@ -106,9 +107,20 @@ FUSED = {
 Metadata = dict[str, tuple[Any, str]]
 
 
-def _llama(config: dict[str, Any], metadata: Metadata) -> None:
-    metadata["llama.vocab_size"] = (config["vocab_size"], "UINT32")
-    metadata["llama.rope.dimension_count"] = (_head_dim(config), "UINT32")
+def _sizes(arch: str, config: dict[str, Any], metadata: Metadata) -> None:
+    """What llama.cpp's converter says of everything that is built like Llama."""
+    metadata[f"{arch}.vocab_size"] = (config["vocab_size"], "UINT32")
+    metadata[f"{arch}.rope.dimension_count"] = (_head_dim(config), "UINT32")
+
+
+def _smollm3(config: dict[str, Any], metadata: Metadata) -> None:
+    _sizes("smollm3", config, metadata)
+    layers = config["num_hidden_layers"]
+    if list(config["no_rope_layers"]) != [int((i + 1) % 4 != 0) for i in range(layers)]:
+        raise Unsupported(
+            f"no_rope_layers {config['no_rope_layers']}: llama.cpp's smollm3 leaves out every "
+            "fourth layer's rotation"
+        )
 
 
 def _gemma2(config: dict[str, Any], metadata: Metadata) -> None:
@@ -172,7 +184,8 @@ def _phi3(config: dict[str, Any], metadata: Metadata) -> None:
 
 # What a family's config says beyond the fields that all share, by general.architecture.
 EXTRA: dict[str, Callable[[dict[str, Any], Metadata], None]] = {
-    "llama": _llama,
+    "llama": partial(_sizes, "llama"),
+    "smollm3": _smollm3,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "phi3": _phi3,
