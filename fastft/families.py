@@ -202,8 +202,15 @@ _ROWS = (
         chunked_loss_on_cpu=True,
         gguf=Gguf("smollm3", _LLAMA_ROPES, permuted=True),
     ),
+    Family(
+        "granite",
+        "Granite",
+        rows="exact",
+        fused=ALL_FUSED,
+        head_divisor="logits_scaling",
+        gguf=Gguf("granite", _LLAMA_ROPES, permuted=True),
+    ),
     # Known to the plan alone.
-    Family("granite", "Granite"),
     Family("mixtral", "Mixtral"),
     Family("qwen3_moe", "Qwen3Moe", qk_norms="head"),
     Family("olmo2", "Olmo2", qk_norms="projection", chunked_loss_on_cpu=True),

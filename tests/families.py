@@ -184,6 +184,20 @@ FAMILIES: dict[str, Family] = {
             "layer_types": ["full_attention"] * 2,
         },
     ),
+    "granite": Family(
+        "granite",
+        "llama3",
+        CHATML,
+        None,
+        "<|im_end|>",
+        "<|endoftext|>",
+        config={
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 2.0,
+        },
+    ),
 }
 """The families that fastft promises to train, export and hold in tests."""
 
@@ -290,7 +304,7 @@ def make_config(spec: Family, tokenizer: Any, overrides: dict[str, Any]) -> Any:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    if spec.model_type in {"qwen2", "phi3"}:
+    if spec.model_type in {"qwen2", "phi3", "granite"}:
         del values["head_dim"]  # these families have no such field
     if spec.model_type in {"gemma2", "gemma3_text"}:
         values["query_pre_attn_scalar"] = hidden // 4

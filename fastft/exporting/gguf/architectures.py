@@ -123,6 +123,18 @@ def _smollm3(config: dict[str, Any], metadata: Metadata) -> None:
         )
 
 
+def _granite(config: dict[str, Any], metadata: Metadata) -> None:
+    _sizes("granite", config, metadata)
+    scales = {
+        "attention.scale": "attention_multiplier",
+        "embedding_scale": "embedding_multiplier",
+        "residual_scale": "residual_multiplier",
+        "logit_scale": "logits_scaling",
+    }
+    for name, field in scales.items():
+        metadata[f"granite.{name}"] = (config[field], "FLOAT32")
+
+
 def _gemma2(config: dict[str, Any], metadata: Metadata) -> None:
     del metadata[
         "gemma2.rope.freq_base"
@@ -186,6 +198,7 @@ def _phi3(config: dict[str, Any], metadata: Metadata) -> None:
 EXTRA: dict[str, Callable[[dict[str, Any], Metadata], None]] = {
     "llama": partial(_sizes, "llama"),
     "smollm3": _smollm3,
+    "granite": _granite,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "phi3": _phi3,
