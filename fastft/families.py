@@ -210,6 +210,14 @@ _ROWS = (
         head_divisor="logits_scaling",
         gguf=Gguf("granite", _LLAMA_ROPES, permuted=True),
     ),
+    Family(
+        "ministral3",
+        "Ministral3",
+        rows="exact",
+        fused=ALL_FUSED,
+        window_in_config=True,
+        gguf=Gguf("mistral3", frozenset({"yarn"}), permuted=True, ignores_window=True),
+    ),
     # Known to the plan alone.
     Family("mixtral", "Mixtral"),
     Family("qwen3_moe", "Qwen3Moe", qk_norms="head"),

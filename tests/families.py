@@ -198,6 +198,28 @@ FAMILIES: dict[str, Family] = {
             "logits_scaling": 2.0,
         },
     ),
+    "ministral3": Family(
+        "ministral3",
+        "llama3",
+        BOS_CHATML,
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|pad|>",
+        config={
+            # queries of positions from 32 on are scaled up, so that short tests meet it
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000000.0,
+                "factor": 16.0,
+                "original_max_position_embeddings": 32,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            }
+        },
+    ),
 }
 """The families that fastft promises to train, export and hold in tests."""
 

@@ -9,7 +9,7 @@ import pytest
 from tests.families import FAMILIES
 
 HELD = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt-oss", "smollm3")
-HELD += ("granite",)
+HELD += ("granite", "ministral3")
 
 
 @pytest.fixture(scope="module", params=["stock", "unsloth"])

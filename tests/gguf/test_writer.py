@@ -52,6 +52,7 @@ CASES = {
         {"dtype": "bfloat16", "no_rope_layers": None, "no_rope_layer_interval": 4},
     ),
     "granite": ("granite", "llama-bpe", {"dtype": "bfloat16"}),
+    "ministral3": ("ministral3", "llama-bpe", {"dtype": "bfloat16"}),
     "gemma2": ("gemma2", "default", {"dtype": "bfloat16"}),
     "gemma3": ("gemma3", "default", {"rope_parameters": LINEAR_ROPE}),
     "phi3": ("phi3", "default", {"sliding_window": None, "dtype": "bfloat16"}),

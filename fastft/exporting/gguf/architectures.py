@@ -135,6 +135,29 @@ def _granite(config: dict[str, Any], metadata: Metadata) -> None:
         metadata[f"granite.{name}"] = (config[field], "FLOAT32")
 
 
+def _ministral3(config: dict[str, Any], metadata: Metadata) -> None:
+    _sizes("mistral3", config, metadata)
+    rope = _rope(config)
+    # llama.cpp takes mscale for 1 and truncates the range of interpolated frequencies.
+    if (rope.get("mscale"), rope.get("truncate", True)) != (
+        1.0,
+        True,
+    ) or "attention_factor" in rope:
+        raise Unsupported("yarn with an mscale other than 1, an attention_factor or no truncation")
+    metadata["mistral3.rope.scaling.type"] = ("yarn", "STRING")
+    written = {
+        "rope.scaling.factor": "factor",
+        "rope.scaling.yarn_beta_fast": "beta_fast",
+        "rope.scaling.yarn_beta_slow": "beta_slow",
+        "rope.scaling.yarn_log_multiplier": "mscale_all_dim",
+        "attention.temperature_scale": "llama_4_scaling_beta",
+    }
+    for name, field in written.items():
+        metadata[f"mistral3.{name}"] = (rope[field], "FLOAT32")
+    original = rope["original_max_position_embeddings"]
+    metadata["mistral3.rope.scaling.original_context_length"] = (original, "UINT32")
+
+
 def _gemma2(config: dict[str, Any], metadata: Metadata) -> None:
     del metadata[
         "gemma2.rope.freq_base"
@@ -199,6 +222,7 @@ EXTRA: dict[str, Callable[[dict[str, Any], Metadata], None]] = {
     "llama": partial(_sizes, "llama"),
     "smollm3": _smollm3,
     "granite": _granite,
+    "mistral3": _ministral3,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "phi3": _phi3,
