@@ -224,6 +224,16 @@ FAMILIES: dict[str, Family] = {
 """The families that fastft promises to train, export and hold in tests."""
 
 NEWEST: dict[str, Family] = {
+    "olmo2": Family("olmo2", "llama3", CHATML, None, "<|im_end|>", "<|endoftext|>"),
+    "olmo3": Family(
+        "olmo3",
+        "llama3",
+        CHATML,
+        None,
+        "<|im_end|>",
+        "<|endoftext|>",
+        config={"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
     "qwen3.5": Family(
         "qwen3_5_text",
         "qwen2",
@@ -326,7 +336,7 @@ def make_config(spec: Family, tokenizer: Any, overrides: dict[str, Any]) -> Any:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    if spec.model_type in {"qwen2", "phi3", "granite"}:
+    if spec.model_type in {"qwen2", "phi3", "granite", "olmo2", "olmo3"}:
         del values["head_dim"]  # these families have no such field
     if spec.model_type in {"gemma2", "gemma3_text"}:
         values["query_pre_attn_scalar"] = hidden // 4

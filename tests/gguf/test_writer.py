@@ -302,16 +302,14 @@ def test_an_unknown_architecture_goes_through_the_upstream_converter(tmp_path, m
     monkeypatch.setattr(
         upstream, "upstream_folder", lambda: llama_cpp_sdist() / "vendor" / "llama.cpp"
     )
-    base = make_checkpoint(
-        "smollm3", tmp_path / "base", no_rope_layers=[1, 1], no_rope_layer_interval=4
-    )
+    base = make_checkpoint("olmo2", tmp_path / "base")
     trained = train_adapter(base, tmp_path / "adapter", target_modules="all-linear")
     said: list[str] = []
     out = tmp_path / "out"
     records = export_gguf(
         base, out, ["f32", "q8_0"], adapter=tmp_path / "adapter", say=said.append, name="m"
     )
-    assert "SmolLM3ForCausalLM" in said[0]
+    assert "Olmo2ForCausalLM" in said[0]
     assert {r["writer"] for r in records} == {"upstream"}
     assert sorted(p.name for p in out.iterdir()) == ["m.F32.gguf", "m.Q8_0.gguf"]
     ids = [i % 440 for i in range(5, 400, 11)]
