@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastft.config import dump_config, make_config
-from fastft.exporting.certificate import file_hash
+from fastft.files import sha256
 from tests.families import make_checkpoint
 from tests.hub_stand_in import TOKEN, HubStandIn
 
@@ -143,7 +143,7 @@ def certify(export, verdicts):
             "path": str(export / name),
             "kind": "x",
             "verdict": verdict,
-            "sha256": file_hash(export / name),
+            "sha256": sha256(export / name),
             "kl_mean": 0.001,
         }
         for name, verdict in verdicts.items()

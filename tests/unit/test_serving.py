@@ -6,7 +6,8 @@ import os
 import pytest
 
 from fastft.errors import FastFTError
-from fastft.exporting.certificate import CERTIFICATE, file_hash
+from fastft.exporting.certificate import CERTIFICATE
+from fastft.files import sha256
 from fastft.verification import serving
 
 
@@ -40,7 +41,7 @@ def certify(out, **verdicts):
         file.write_bytes(name.encode())
         os.utime(file, ns=(age, age))
         if verdict:
-            entries[file.name] = {"verdict": verdict, "sha256": file_hash(file)}
+            entries[file.name] = {"verdict": verdict, "sha256": sha256(file)}
     (out / CERTIFICATE).write_text(json.dumps({"files": entries}))
 
 
@@ -100,7 +101,7 @@ def test_the_certified_merged_model_comes_before_the_adapter(adapter, tmp_path, 
     merged.mkdir(parents=True)
     (merged / "config.json").write_text("{}")
     assert "--enable-lora" in serving.vllm_command(adapter)  # no certificate yet
-    entry = {"merged": {"verdict": "pass", "sha256": file_hash(merged)}}
+    entry = {"merged": {"verdict": "pass", "sha256": sha256(merged)}}
     (merged.parent / CERTIFICATE).write_text(json.dumps({"files": entry}))
     arguments = serving.vllm_command(adapter)
     assert arguments[1:4] == [str(merged), "--served-model-name", "first"]
