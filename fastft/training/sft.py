@@ -1,9 +1,13 @@
 """`FastSFTTrainer`: trl's SFTTrainer, with each optimizer step computed without padding.
 
-    from fastft import FastLanguageModel, FastSFTTrainer model, tokenizer =
-    FastLanguageModel.from_pretrained(...) model = FastLanguageModel.get_peft_model(model, ...)
-    trainer = FastSFTTrainer(model=model, processing_class=tokenizer, train_dataset=dataset,
-    args=SFTConfig(...)) trainer.train()
+    from fastft import FastLanguageModel, FastSFTTrainer
+
+    model, tokenizer = FastLanguageModel.from_pretrained(...)
+    model = FastLanguageModel.get_peft_model(model, ...)
+    trainer = FastSFTTrainer(
+        model=model, processing_class=tokenizer, train_dataset=dataset, args=SFTConfig(...)
+    )
+    trainer.train()
 
 trl prepares the dataset, masks, collates, logs, evaluates and saves, as it would alone (also after
 Unsloth's `train_on_responses_only`); what changes is how a step's gradient is computed. All

@@ -63,7 +63,8 @@ def test_answers_and_likelihoods_agree_with_a_direct_computation(tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fastft.data.template import choose_template, generation_prompt
+    from fastft.data.encode import generation_prompt
+    from fastft.data.template import choose_template
 
     files = write_task(tmp_path)
     rows = [json.loads(line) for line in files.heldout.read_text().splitlines()][:12]
