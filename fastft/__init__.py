@@ -20,16 +20,17 @@ _PUBLIC = {
     "FastSFTTrainer": "fastft.training.sft",
     "RunConfig": "fastft.config",
     "RunResult": "fastft.training.train",
+    "Chat": "fastft.verbs",
     "chat": "fastft.inference.generate",
     "evaluate": "fastft.verification.evaluation",
-    "export": "fastft.exporting",
+    "export": "fastft.verbs",
     "inspect_data": "fastft.data.inspect",
     "load_config": "fastft.config",
     "plan": "fastft.planning",
     "probe": "fastft.hardware",
-    "push": "fastft.exporting.push",
-    "train": "fastft.training.train",
-    "verify": "fastft.verification.verify",
+    "push": "fastft.verbs",
+    "train": "fastft.verbs",
+    "verify": "fastft.verbs",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
@@ -39,15 +40,13 @@ if TYPE_CHECKING:
     from fastft.data.inspect import inspect_data
     from fastft.engines.loading import FastLanguageModel
     from fastft.errors import FastFTError
-    from fastft.exporting import export
-    from fastft.exporting.push import push
     from fastft.hardware import probe
     from fastft.inference.generate import chat
     from fastft.planning import plan
     from fastft.training.sft import FastSFTTrainer
-    from fastft.training.train import RunResult, train
+    from fastft.training.train import RunResult
+    from fastft.verbs import Chat, export, push, train, verify
     from fastft.verification.evaluation import evaluate
-    from fastft.verification.verify import verify
 
 
 def __getattr__(name: str) -> Any:

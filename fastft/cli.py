@@ -27,7 +27,9 @@ from fastft.console import (
     say_error,
 )
 from fastft.errors import FastFTError, one_of
+from fastft.inference.sampling import Sampling
 from fastft.training import ranks
+from fastft.verbs import MAX_KL, Certificate
 
 app = typer.Typer(
     name="fastft",
@@ -161,8 +163,8 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train; the same command goes on after a stop."""
+    from fastft import verbs
     from fastft.config import load_config
-    from fastft.training.train import train as run_train
 
     settings = load_config(config, overrides)
     if processes is not None and processes != 1:
@@ -170,13 +172,9 @@ def train(
         slice_of = [] if stop_after is None else ["--stop-after", str(stop_after)]
         command = ["train", str(config), *changes, *slice_of]
         raise typer.Exit(_in_processes(processes, command, as_json))
-    result = run_train(settings, stop_after=stop_after)
+    result = verbs.train(settings, stop_after=stop_after)
     if not ranks.first():
         return
-    if result.status == "done" and settings.export.to != ["adapter"]:
-        from fastft.exporting import export as run_export
-
-        run_export(result.run, settings.export.to)
     print_result(result, as_json, text=f"{result.status}: {result.final or result.run}")
 
 
@@ -202,10 +200,12 @@ def chat(
         str | None, typer.Option("--prompt", "-p", help="one question; without it, a conversation")
     ] = None,
     system: Annotated[str | None, typer.Option("--system", help="system prompt")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="most tokens of an answer")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="nucleus sampling")] = 1.0,
-    seed: Annotated[int, typer.Option(help="seed of the sampling")] = 3407,
+    max_new_tokens: Annotated[int, typer.Option(help="most tokens of an answer")] = (
+        Sampling.max_new_tokens
+    ),
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = Sampling.temperature,
+    top_p: Annotated[float, typer.Option(help="nucleus sampling")] = Sampling.top_p,
+    seed: Annotated[int, typer.Option(help="seed of the sampling")] = Sampling.seed,
     compare: Annotated[
         bool, typer.Option("--compare", help="the base model's answer beside the adapter's")
     ] = False,
@@ -224,7 +224,6 @@ def chat(
 ) -> None:
     """Talk to a run, a model or a GGUF file."""
     from fastft.inference.conversation import converse, single
-    from fastft.inference.generate import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     keywords: dict[str, Any] = {"base": base, "dtype": dtype, "loras": lora, "n_ctx": n_ctx}
@@ -268,44 +267,29 @@ def export(
     ] = None,
     max_kl: Annotated[
         float, typer.Option("--max-kl", help="budget of --quant auto: mean KL, nats a token")
-    ] = 0.01,
+    ] = MAX_KL,
     as_json: Json = False,
 ) -> None:
     """Export a run as adapter, merged model, GGUF or Ollama model, with a certificate."""
-    from fastft.exporting import export as run_export
+    from fastft import verbs
 
-    targets = [
-        part.strip() for part in (to or ("" if quant else "merged")).split(",") if part.strip()
-    ]
-    result = (
-        run_export(run, targets, out=out, base=base, dtype=dtype, imatrix=imatrix)
-        if targets
-        else {"files": []}
-    )
-    if quant is not None:
-        from fastft.verification.choose import choose_for_run
-
-        result["files"].append(
-            choose_for_run(run, quant, max_kl=max_kl, out=out, base=base, imatrix=imatrix)
-        )
-    if certify:
-        from fastft.verification.verify import verify as run_verify
-
-        checked = run_verify(
-            run, out=out, base=base, files=[entry["path"] for entry in result["files"]]
-        )
-        result["certificate"] = checked
-        print_result(result, as_json, text=_verdicts(checked))
-        return _fail_unless_verified(checked)
-    print_result(result, as_json, text="\n".join(entry["path"] for entry in result["files"]))
+    targets = [part.strip() for part in to.split(",") if part.strip()] if to is not None else None
+    result = verbs.export(
+        run, targets, out=out, base=base, dtype=dtype, imatrix=imatrix, quant=quant, max_kl=max_kl,
+        verify=certify,
+    )  # fmt: skip
+    if result.certificate is None:
+        return print_result(result, as_json, text="\n".join(result.paths))
+    print_result(result, as_json, text=_verdicts(result.certificate))
+    _fail_unless_verified(result.certificate)
 
 
 @app.command()
 def verify(run: RunArgument, out: Out = None, base: Base = None, as_json: Json = False) -> None:
     """Check every exported file against the trained model; exit 1 where one is not it."""
-    from fastft.verification.verify import verify as run_verify
+    from fastft import verbs
 
-    checked = run_verify(run, out=out, base=base)
+    checked = verbs.verify(run, out=out, base=base)
     print_result(checked, as_json, text=_verdicts(checked))
     _fail_unless_verified(checked)
 
@@ -404,11 +388,11 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Upload adapter, model card and certified exports to the Hub, in one commit."""
-    from fastft.exporting.push import push as run_push
+    from fastft import verbs
 
     kinds = [part.strip() for part in include.split(",") if part.strip()]
-    result = run_push(run, repo=repo, private=private, base_id=base_id, include=kinds, out=out)
-    print_result(result, as_json, text=result["url"])
+    result = verbs.push(run, repo=repo, private=private, base_id=base_id, include=kinds, out=out)
+    print_result(result, as_json, text=result.url)
 
 
 @app.command()
@@ -548,12 +532,12 @@ def _layers(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-def _verdicts(checked: dict[str, Any]) -> str:
-    return "\n".join(f"{entry['verdict']:>5}  {entry['path']}" for entry in checked["files"])
+def _verdicts(checked: Certificate) -> str:
+    return "\n".join(f"{file.verdict:>5}  {file.path}" for file in checked.files)
 
 
-def _fail_unless_verified(checked: dict[str, Any]) -> None:
-    if checked["verdict"] == "fail":
+def _fail_unless_verified(checked: Certificate) -> None:
+    if checked.verdict == "fail":
         raise typer.Exit(1)
 
 

@@ -58,6 +58,8 @@ def print_result(result: Any, as_json: bool, text: str | None = None) -> None:
 
 
 def _plain(result: Any) -> Any:
+    if hasattr(result, "to_dict"):
+        return result.to_dict()
     if dataclasses.is_dataclass(result) and not isinstance(result, type):
         return dataclasses.asdict(result)
     if hasattr(result, "model_dump"):

@@ -5,34 +5,47 @@ weights.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from fastft.config import ModelConfig, RunConfig
 from fastft.errors import FastFTError
 
+if TYPE_CHECKING:
+    from fastft.data import DataReport, Prepared
+
 
 def inspect_data(
-    config: RunConfig, *, plot: Path | None = None, console: Console | None = None
-) -> Any:
-    """Print the data report of `config` and return it (a pydantic model). `plot` receives the
-    length histogram as PNG.
+    config: RunConfig,
+    *,
+    data: Any = None,
+    plot: Path | None = None,
+    console: Console | None = None,
+) -> DataReport:
+    """Print the data report of `config` and return it. `data` (a list of rows, or a
+    `datasets.Dataset`) is read instead of the config's source; `plot` receives the length
+    histogram as PNG.
     """
     from fastft.data import prepare
     from fastft.models import load_tokenizer
 
     tokenizer = load_tokenizer(config.model)
-    data = prepare(
-        config.data, tokenizer, max_seq_length=config.model.max_seq_length, seed=config.train.seed
+    found: Prepared = prepare(
+        config.data,
+        tokenizer,
+        max_seq_length=config.model.max_seq_length,
+        seed=config.train.seed,
+        rows=data,
     )
-    data.report.notices += misfits(config, len(data.train), max_positions(config.model))
+    report = found.report
+    report.notices += misfits(config, len(found.train), max_positions(config.model))
     console = console or Console(stderr=True)
-    data.report.print(console)
+    report.print(console)
     if plot is not None:
         try:
             plot.parent.mkdir(parents=True, exist_ok=True)
-            data.report.plot(plot)
+            report.plot(plot)
         except OSError as error:
             raise FastFTError(
                 f"the plot {plot} cannot be written: {error}. Set output_dir to another folder."
@@ -40,7 +53,7 @@ def inspect_data(
         console.print(
             f"the lengths as a picture: {plot}", markup=False, highlight=False, soft_wrap=True
         )
-    return data.report
+    return report
 
 
 def misfits(config: RunConfig, train_samples: int, positions: int | None) -> list[str]:

@@ -32,7 +32,7 @@ from fastft.data.encode import IGNORE
 from fastft.data.formats import Format, FormatError, detect, listed
 from fastft.data.labels import LabelledDataError
 from fastft.data.light import light
-from fastft.data.read import Bad, Source, open_source
+from fastft.data.read import Bad, Source, open_rows, open_source
 from fastft.data.report import DataReport, Dropped, ReportSample, histogram, many
 from fastft.data.rows import KEEP_EXAMPLES, Conversation, Counts, RowMaker, RowMarks, Settings
 from fastft.data.store import Packed, TokenDataset, Writer, in_memory, is_whole, open_folder
@@ -91,12 +91,14 @@ def prepare(
     cache_dir: Path | None = None,
     project_secrets_check: bool = True,
     processes: int | None = None,
+    rows: Any = None,
 ) -> Prepared:
     """Read, tokenise, mask, prove and split the data of `config`. The order of samples is the
     source's.
 
     `seed` changes nothing here (the split depends on the content only) and is part of no
-    fingerprint. Large data is kept below `cache_dir` (default: FASTFT_CACHE or ~/.cache/fastft),
+    fingerprint. `rows` (a list, or a `datasets.Dataset`) are read instead of the config's source.
+    Large data is kept below `cache_dir` (default: FASTFT_CACHE or ~/.cache/fastft),
     found again by its fingerprint. Raises FastFTError where nothing can be trained on, or, with
     `strict`, where any row cannot.
     """
@@ -106,8 +108,10 @@ def prepare(
     settings = Settings(
         max_seq_length, config.train_on, config.long_text, config.over_long, project_secrets_check
     )
-    source = open_source(
-        config.source, name=config.name, split=config.split, streaming=config.streaming
+    source = (
+        open_source(config.source, name=config.name, split=config.split, streaming=config.streaming)
+        if rows is None
+        else open_rows(rows)
     )
     own_eval = (
         open_source(config.eval_source, name=config.name, split=config.split)

@@ -60,6 +60,10 @@ _SPLITS = {
 }
 
 
+GIVEN = "rows given in Python"
+"""What stands as data.source in the config of a run whose rows came from Python."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Bad:
     """A row that cannot be read, and the reason it is counted under."""
@@ -137,12 +141,45 @@ class TableSource(Source):
         """Return a SHA-256 over the rows."""
         total = hashlib.sha256()
         for row in self.dataset:
-            total.update(
-                json.dumps(row, sort_keys=True, default=str, ensure_ascii=False).encode(
-                    "utf-8", "surrogatepass"
-                )
-            )
+            total.update(_as_bytes(row))
         return total.hexdigest()
+
+
+class GivenRows(TableSource):
+    """A list of rows that was handed over in Python."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self.dataset, self.name, self.notices, self.kind, self.files = rows, GIVEN, [], "rows", []
+        self.size = sum(len(_as_bytes(row)) for row in rows)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield all rows in order."""
+        yield from _in_chunks(enumerate(self.dataset, 1))
+
+
+def _as_bytes(row: Any) -> bytes:
+    text = json.dumps(row, sort_keys=True, default=str, ensure_ascii=False)
+    return text.encode("utf-8", "surrogatepass")
+
+
+def open_rows(rows: Any) -> Source:
+    """Return a list of rows, or a `datasets.Dataset`, as a source; its digest is of the content.
+
+    Raises FastFTError for what cannot be read twice, and for a dataset of several splits.
+    """
+    if isinstance(rows, list | tuple):
+        return GivenRows(rows)
+    if hasattr(rows, "features") and hasattr(rows, "data"):
+        return TableSource(rows, GIVEN, [])
+    if isinstance(rows, dict):
+        raise FastFTError(
+            f"data has the splits or keys {', '.join(map(str, rows))}; give one split, or a list "
+            "of rows."
+        )
+    raise FastFTError(
+        f"data is a {type(rows).__name__}; give a list of rows or a datasets.Dataset. Data is read "
+        "in several passes, so write list(...) around what can be read once only."
+    )
 
 
 def open_source(
@@ -154,6 +191,11 @@ def open_source(
     Raises FastFTError where there is nothing that can be read.
     """
     path = Path(source).expanduser()
+    if source == GIVEN:
+        raise FastFTError(
+            "this run was trained on rows that were given in Python. Call fastft.train with the "
+            "same rows again, or set data.source to a file that holds them."
+        )
     if path.is_file():
         return _open_files([path], source)
     if path.is_dir():

@@ -6,7 +6,8 @@ import sys
 from typing import Any
 
 from fastft.errors import FastFTError
-from fastft.inference.generate import ChatModel, Messages, Sampling, ask, messages_of, open_chat
+from fastft.inference.generate import ChatModel, Messages, ask, messages_of, open_chat
+from fastft.inference.sampling import Sampling
 
 
 def single(

@@ -15,34 +15,12 @@ from fastft.engines import loading
 from fastft.engines.base import Engine
 from fastft.errors import FastFTError, one_of
 from fastft.hardware import compute_dtype, probe
+from fastft.inference.sampling import Sampling
 from fastft.models import check_checkpoint, explained
 from fastft.runs.target import Target, resolve
 
 Messages = list[dict[str, Any]]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; temperature 0 is greedy."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 3407
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.max_new_tokens < 1:
-            problems.append(f"--max-new-tokens is {self.max_new_tokens}, it must be at least 1")
-        if not 0 <= self.temperature <= 5:
-            problems.append(
-                f"--temperature is {self.temperature}, it must lie between 0 (greedy) and 5"
-            )
-        if not 0 < self.top_p <= 1:
-            problems.append(f"--top-p is {self.top_p}, it must be above 0 and at most 1")
-        if problems:
-            raise FastFTError("; ".join(problems) + ".")
 
 
 @dataclass(frozen=True)

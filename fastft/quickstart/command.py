@@ -34,9 +34,7 @@ def quickstart(out: Path, *, reporter: Reporter | None = None) -> dict[str, Any]
 
     Raises AnswerIsNoError where the trained model does not answer what it should.
     """
-    from fastft.exporting import export
-    from fastft.training.train import train
-    from fastft.verification.verify import verify
+    from fastft.verbs import export, train
 
     report = reporter or Reporter()
     folder = Path(out) / "quickstart"
@@ -60,15 +58,13 @@ def quickstart(out: Path, *, reporter: Reporter | None = None) -> dict[str, Any]
     else:
         report.warn("llama-cpp-python is not installed: no GGUF files (pip install 'fastft[gguf]')")
     exported = export(trained.run, targets, reporter=report)
+    assert exported.certificate is not None
     result["files"] = exported["files"]
-    checked = verify(
-        trained.run, files=[entry["path"] for entry in exported["files"]], reporter=report
-    )
-    result["certificate"] = checked["verdict"]
-    for entry in exported["files"]:
-        if entry["path"].endswith(".gguf"):
-            name = entry["kind"].removeprefix("gguf:")
-            result["exact_match"][f"heldout_{name}"] = _judge_gguf(Path(entry["path"]), files)
+    result["certificate"] = exported.certificate.verdict
+    for file in exported.files:
+        if file.path.endswith(".gguf"):
+            name = file.kind.removeprefix("gguf:")
+            result["exact_match"][f"heldout_{name}"] = _judge_gguf(Path(file.path), files)
     result["chat"] = _chat(trained.run, files)
     _show(result, report)
     if result["exact_match"]["heldout_after"] < AT_LEAST:
@@ -77,7 +73,7 @@ def quickstart(out: Path, *, reporter: Reporter | None = None) -> dict[str, Any]
             "held-out questions; at least "
             f"{AT_LEAST:.0%} were expected. `fastft doctor` looks for a cause."
         )
-    if checked["verdict"] == "fail":
+    if exported.certificate.verdict == "fail":
         raise AnswerIsNoError(
             "an exported file is not the trained model; see "
             f"{Path(trained.run) / 'export/certificate.md'}."
@@ -115,7 +111,8 @@ def _share_right(chat: Any, questions: list[tuple[list[dict[str, str]], str]]) -
 
 
 def _judge_gguf(path: Path, files: TaskFiles) -> float:
-    from fastft.inference.generate import GgufFileChat, Sampling, ask
+    from fastft.inference.generate import GgufFileChat, ask
+    from fastft.inference.sampling import Sampling
 
     chat = GgufFileChat(path, loras=[], gpu_layers=0, n_ctx=256)
     questions = read_questions(files.heldout)
@@ -125,14 +122,12 @@ def _judge_gguf(path: Path, files: TaskFiles) -> float:
 
 def _chat(run: str, files: TaskFiles) -> list[dict[str, str]]:
     """Return two questions (English and Japanese) with the trained model's answers."""
-    from fastft.inference.generate import Sampling, ask, open_chat
+    from fastft.inference.sampling import Sampling
+    from fastft.verbs import Chat
 
-    chat = open_chat(run)
+    chat = Chat(run, sampling=Sampling(MAX_ANSWER_TOKENS))
     questions = read_questions(files.heldout)[:2]
-    return [
-        {"question": m[-1]["content"], "answer": ask(chat, m, Sampling(MAX_ANSWER_TOKENS)).text}
-        for m, _ in questions
-    ]
+    return [{"question": m[-1]["content"], "answer": chat.ask(m).text} for m, _ in questions]
 
 
 def _show(result: dict[str, Any], report: Reporter) -> None:

@@ -139,12 +139,14 @@ class Session:
         mirror: Mirror | None = None,
         shuffle: bool = True,
         limit_bytes: Callable[[], int] | None = None,
+        rows: Any = None,
     ) -> None:
         """`choices`: those of `loading.choose_loading`, where they were made already.
 
         `started` is the time.monotonic() that train.max_minutes counts from. `shuffle=False` takes
         the sequences in their own order. `limit_bytes` says how much memory this process may have
-        in all; by default, what the driver or the system says is free.
+        in all; by default, what the driver or the system says is free. `rows` are read instead of
+        the config's data source.
         """
         self.config, self.hardware = config, hardware
         self.choices = choices or loading.choose_loading(config, hardware)
@@ -152,7 +154,7 @@ class Session:
         self.report = report or Reporter()
         self.stop_after = stop_after
         self.started = time.monotonic() if started is None else started
-        self.mirror, self.shuffle, self.limit_bytes = mirror, shuffle, limit_bytes
+        self.mirror, self.shuffle, self.limit_bytes, self.rows = mirror, shuffle, limit_bytes, rows
         self.history: list[dict[str, Any]] = []
         """The lines of log.jsonl up to the present step."""
 
@@ -177,6 +179,7 @@ class Session:
                 opened.tokenizer,
                 max_seq_length=config.model.max_seq_length,
                 seed=config.train.seed,
+                rows=self.rows,
             )
         ranks.refuse_unlike("their data", data.fingerprint[:12])
         # What was trained with is what every later program renders with.

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastft.config import TRACKERS, RunConfig
+from fastft.data.read import GIVEN
 from fastft.engines import loading
 from fastft.errors import CouldNotFinishError, FastFTError, InterruptedRunError
 from fastft.files import write_atomically
@@ -73,14 +74,19 @@ class RunResult:
 
 
 def train(
-    config: RunConfig, *, stop_after: int | None = None, reporter: Reporter | None = None
+    config: RunConfig,
+    *,
+    data: Any = None,
+    stop_after: int | None = None,
+    reporter: Reporter | None = None,
 ) -> RunResult:
     """Train as `config` says, or go on where an earlier call of the same run stopped; returns how
     it ended.
 
-    `stop_after` ends after so many more steps and leaves the schedule as it is. Raises FastFTError
-    (input), CouldNotFinishError (out of memory, NaN, disk), InterruptedRunError (Ctrl-C, SIGTERM);
-    state is saved.
+    `data` (a list of rows, or a `datasets.Dataset`) is trained on instead of the config's source; a
+    later call with the same rows goes on. `stop_after` ends after so many more steps and leaves the
+    schedule as it is. Raises FastFTError (input), CouldNotFinishError (out of memory, NaN, disk),
+    InterruptedRunError (Ctrl-C, SIGTERM); state is saved.
     """
     started = time.monotonic()
     ranks.join(config.train.lost_after_minutes)
@@ -91,6 +97,9 @@ def train(
     config = config.model_copy(
         update={"model": config.model.model_copy(update={"name": location(config.model.name)})}
     )
+    if data is not None:
+        source = config.data.model_copy(update={"source": GIVEN})
+        config = config.model_copy(update={"data": source})
     _refuse_what_is_not_there(config)
     hardware = _part_of(probe(config.output_dir))
     choices = loading.choose_loading(config, hardware)
@@ -109,6 +118,7 @@ def train(
             stop_after=stop_after,
             started=started,
             mirror=mirror,
+            rows=data,
         )
         if not started_before:
             return _start(session)

@@ -1,0 +1,270 @@
+"""The verbs in Python: what the commands do, as functions with typed results.
+
+A verb of one stage is that stage's own function (`fastft.plan`, `fastft.evaluate` ...). Here are
+those that go through several: `train` exports what the config asks for, `export` certifies what it
+wrote. A result has attributes, and reads like the command's JSON as well: `result["files"]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastft.config import RunConfig
+    from fastft.inference.generate import Answer
+    from fastft.inference.sampling import Sampling
+    from fastft.progress import Reporter
+    from fastft.training.train import RunResult
+
+MAX_KL = 0.01
+"""Budget of `quant="auto"`: mean KL divergence to the trained model, nats a token."""
+
+
+class Result:
+    """What a verb returns."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the command prints with --json."""
+        return asdict(self)  # type: ignore[call-overload]
+
+    def __getitem__(self, key: str) -> Any:
+        """Return a value by its name in the command's JSON."""
+        return self.to_dict()[key]
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """One file or folder that was written."""
+
+    path: str
+    kind: str
+    """adapter, merged, gguf:TYPE, gguf-lora or ollama."""
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question that was asked of a file."""
+
+    name: str
+    verdict: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class CheckedFile:
+    """What is known of one file: whether it is the model that was trained."""
+
+    path: str
+    kind: str
+    sha256: str
+    verdict: str
+    """pass, warn or fail."""
+    kl_mean: float | None
+    """Mean KL divergence to the trained model, nats a token; None where it was not measured."""
+    kl_p99: float | None
+    top1: float | None
+    """Share of positions whose most likely token is the trained model's."""
+    ppl_ratio: float | None
+    checks: tuple[Check, ...]
+    positions: int | None = None
+    """Tokens that the figures are means of."""
+
+
+@dataclass(frozen=True)
+class Certificate(Result):
+    """The findings on every file, as certificate.json beside them holds them."""
+
+    files: tuple[CheckedFile, ...]
+    verdict: str
+    """The worst of all files."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `fastft verify --json` prints."""
+        found = asdict(self)
+        for file in found["files"]:
+            if file["positions"] is None:
+                del file["positions"]
+        return found
+
+
+@dataclass(frozen=True)
+class Exports(Result):
+    """What `export` wrote, and its certificate where one was asked for."""
+
+    files: tuple[ExportedFile, ...]
+    certificate: Certificate | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `fastft export --json` prints."""
+        found: dict[str, Any] = {"files": [asdict(file) for file in self.files]}
+        if self.certificate is not None:
+            found["certificate"] = self.certificate.to_dict()
+        return found
+
+    @property
+    def paths(self) -> list[str]:
+        """Return where the files are."""
+        return [file.path for file in self.files]
+
+
+@dataclass(frozen=True)
+class PushedFile:
+    """One file in the repository."""
+
+    path: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Pushed(Result):
+    """One commit on the Hub."""
+
+    url: str
+    commit: str
+    files: tuple[PushedFile, ...]
+
+
+def train(
+    config: RunConfig,
+    *,
+    data: Any = None,
+    stop_after: int | None = None,
+    reporter: Reporter | None = None,
+) -> RunResult:
+    """Train as `config` says (see `fastft.training.train.train`), then write what `export.to` names.
+
+    `data`: a list of rows, or a `datasets.Dataset`, instead of the config's source.
+    """
+    from fastft import exporting
+    from fastft.training import ranks
+    from fastft.training.train import train as train_run
+
+    result = train_run(config, data=data, stop_after=stop_after, reporter=reporter)
+    if result.status == "done" and config.export.to != ["adapter"] and ranks.first():
+        exporting.export(result.run, config.export.to, reporter=reporter)
+    return result
+
+
+def export(
+    run: str | Path,
+    to: Sequence[str] | None = None,
+    *,
+    out: str | Path | None = None,
+    base: str | None = None,
+    dtype: str = "auto",
+    imatrix: str | None = None,
+    quant: str | None = None,
+    max_kl: float = MAX_KL,
+    verify: bool = True,
+    reporter: Reporter | None = None,
+) -> Exports:
+    """Write the targets `to` of `run` (a run, adapter or model folder) and certify them.
+
+    `to`: adapter, merged, gguf:TYPE, gguf-lora, ollama; by default merged, or nothing but the file
+    that `quant` chooses. `quant="auto"` adds the smallest GGUF whose mean KL to the trained model
+    is at most `max_kl` nats a token. `dtype` is that of merged, `imatrix` "auto" or a file. A file
+    that is not the trained model raises nothing: ask `result.certificate.verdict`. Raises
+    FastFTError for unknown targets, AnswerIsNoError where no type is within `max_kl`.
+    """
+    from fastft import exporting
+
+    targets = list(to) if to is not None else [] if quant else ["merged"]
+    files: list[dict[str, Any]] = []
+    if targets or quant is None:
+        files += exporting.export(
+            run, targets, out=out, base=base, dtype=dtype, imatrix=imatrix, reporter=reporter
+        )["files"]
+    if quant is not None:
+        from fastft.verification.choose import choose_for_run
+
+        files.append(
+            choose_for_run(
+                run, quant, max_kl=max_kl, out=out, base=base, imatrix=imatrix, reporter=reporter
+            )
+        )
+    paths = [file["path"] for file in files]
+    certificate = _verify(run, out, base, paths, reporter) if verify else None
+    return Exports(tuple(ExportedFile(**file) for file in files), certificate)
+
+
+def verify(
+    run: str | Path,
+    *,
+    out: str | Path | None = None,
+    base: str | None = None,
+    files: Sequence[Path | str] | None = None,
+    reporter: Reporter | None = None,
+) -> Certificate:
+    """Check exported files against the trained model (see `fastft.verification.verify.verify`)."""
+    return _verify(run, out, base, files, reporter)
+
+
+def _verify(
+    run: str | Path,
+    out: str | Path | None,
+    base: str | None,
+    files: Sequence[Path | str] | None,
+    reporter: Reporter | None,
+) -> Certificate:
+    from fastft.verification.verify import verify as verify_run
+
+    found = verify_run(run, out=out, base=base, files=files, reporter=reporter)
+    checked = [
+        CheckedFile(**(entry | {"checks": tuple(Check(**check) for check in entry["checks"])}))
+        for entry in found["files"]
+    ]
+    return Certificate(tuple(checked), found["verdict"])
+
+
+def push(run: str | Path, *, repo: str, **options: Any) -> Pushed:
+    """Upload a run or an adapter folder to the Hub in one commit.
+
+    `options` are those of `fastft.exporting.push.push`: private, base_id, include, out, reporter.
+    """
+    from fastft.exporting.push import push as push_run
+
+    done = push_run(run, repo=repo, **options)
+    files = tuple(PushedFile(**file) for file in done["files"])
+    return Pushed(done["url"], done["commit"], files)
+
+
+class Chat:
+    """A model that is loaded once and asked many times.
+
+    `target` and `options` are those of `fastft.inference.generate.open_chat`: a run, an adapter or
+    model folder, or a .gguf file; base, dtype, with_adapter, loras, gpu_layers, n_ctx.
+    """
+
+    def __init__(
+        self,
+        target: str | Path,
+        *,
+        system: str | None = None,
+        sampling: Sampling | None = None,
+        **options: Any,
+    ) -> None:
+        from fastft.inference.generate import open_chat
+        from fastft.inference.sampling import Sampling
+
+        self.system, self.sampling = system, sampling or Sampling()
+        self.model = open_chat(target, **options)
+
+    def ask(
+        self,
+        prompt: str | list[dict[str, Any]],
+        *,
+        sampling: Sampling | None = None,
+        on_piece: Callable[[str], None] = lambda piece: None,
+    ) -> Answer:
+        """Return the answer to one question, or to a conversation as a list of messages.
+
+        Questions know nothing of each other. `on_piece` sees the text as it comes.
+        """
+        from fastft.inference.generate import ask, messages_of
+
+        messages = messages_of(prompt, self.system) if isinstance(prompt, str) else prompt
+        return ask(self.model, messages, sampling or self.sampling, on_piece)
