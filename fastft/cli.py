@@ -421,9 +421,22 @@ def serve(
         bool, typer.Option("--print", help="with vllm: print the command, run nothing")
     ] = False,
     base: Base = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key",
+            envvar="FASTFT_API_KEY",
+            help="key that clients must send; any --host but this machine's own needs one",
+        ),
+    ] = None,
 ) -> None:
     """Serve a run or a GGUF file with an OpenAI-compatible API."""
+    from fastft.inference.serve import require_key
+
+    require_key(host, api_key)
     if backend == "vllm":
+        if api_key is not None:
+            os.environ["VLLM_API_KEY"] = api_key  # not in the command line, which everyone sees
         return _serve_with_vllm(
             target, base=base, adapters=adapter or [], host=host, port=port, n_ctx=n_ctx,
             only_print=only_print,
@@ -440,7 +453,13 @@ def serve(
     file, why = gguf_of(target, base=base)
     print(f"serving {file} ({why}) at http://{host}:{port}/v1 (Ctrl-C ends it)", file=sys.stderr)
     run_server(
-        file, host=host, port=port, loras=lora or [], gpu_layers=_layers(gpu_layers), n_ctx=n_ctx
+        file,
+        host=host,
+        port=port,
+        loras=lora or [],
+        gpu_layers=_layers(gpu_layers),
+        n_ctx=n_ctx,
+        api_key=api_key,
     )
 
 

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import codecs
 import ctypes
+import functools
+import itertools
+import json
 import os
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -190,6 +194,48 @@ def _threads() -> int:
     return int(os.environ.get("OMP_NUM_THREADS") or 0) or os.cpu_count() or 1
 
 
+def template_errors() -> tuple[type[Exception], ...]:
+    """Return what a chat template may raise: jinja2's errors, and what its own expressions do."""
+    import jinja2
+
+    own = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+    return (jinja2.TemplateError, MemoryError, *own)
+
+
+class _Guards:
+    """One private-use character for each control token that a conversation spells out.
+
+    The characters are none that the conversation holds itself.
+    """
+
+    def __init__(self, controls: Sequence[str], *values: Any) -> None:
+        text = json.dumps(values, ensure_ascii=False, default=str)
+        spelled = [
+            control for control in controls if json.dumps(control, ensure_ascii=False)[1:-1] in text
+        ]
+        free = (chr(c) for c in range(0xF1000, 0xFFFFD) if chr(c) not in text)
+        self.of = dict(zip(spelled, free, strict=False))
+        self._spellings = {char: control for control, char in self.of.items()}
+        self._control = re.compile("|".join(map(re.escape, spelled))) if spelled else None
+        self.pattern = re.compile(f"[{''.join(self._spellings)}]") if spelled else None
+
+    def put(self, value: Any) -> Any:
+        """Return `value`, anything made of texts, with its control tokens replaced."""
+        if self._control is None:
+            return value
+        if isinstance(value, str):
+            return self._control.sub(lambda match: self.of[match.group()], value)
+        if isinstance(value, dict):
+            return {self.put(key): self.put(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.put(item) for item in value]
+        return value
+
+    def spelling(self, char: str) -> str:
+        """Return the control token that a guard stands for."""
+        return self._spellings[char]
+
+
 class GgufModel:
     """A GGUF file loaded in llama.cpp; made by `open_gguf`, freed by `close` or at the end of a
     with block.
@@ -304,7 +350,11 @@ class GgufModel:
         return is_spm and self.metadata("tokenizer.ggml.add_space_prefix") != "false"
 
     def render(
-        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[dict[str, Any]] | None = None,
     ) -> str:
         """Return the conversation as the file's own chat template writes it.
 
@@ -316,32 +366,96 @@ class GgufModel:
                 f"{self.path} has no chat template; complete plain text with it instead of "
                 "chatting."
             )
-        import jinja2
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-        formatter = Jinja2ChatFormatter(
-            template=template,
-            bos_token=self.piece(self.bos, special=True).decode() if self.bos >= 0 else "",
-            eos_token=self.piece(self.eos, special=True).decode() if self.eos >= 0 else "",
-            add_generation_prompt=add_generation_prompt,
-        )
         try:
-            return formatter(messages=list(messages)).prompt  # type: ignore[arg-type]
-        except (ValueError, jinja2.TemplateError) as error:
+            formatter = Jinja2ChatFormatter(
+                template=template,
+                bos_token=self._spelling(self.bos),
+                eos_token=self._spelling(self.eos),
+                add_generation_prompt=add_generation_prompt,
+            )
+            return formatter(messages=list(messages), tools=tools).prompt  # type: ignore[arg-type]
+        except template_errors() as error:
+            what = str(error).strip()[:300] or type(error).__name__
             raise FastFTError(
-                f"the chat template of {self.path} refuses these messages: {error}"
+                f"the chat template of {self.path} refuses these messages: {what}"
             ) from error
 
+    def _spelling(self, token: int) -> str:
+        """Return how a control token is written; empty for -1, which stands for none."""
+        return self.piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
+
     def chat_tokens(
-        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[dict[str, Any]] | None = None,
     ) -> list[int]:
         """Return the ids of the rendered conversation: exactly the template's text, no BOS beyond
         the template's own.
 
-        This is how the model was trained: the template, and nothing else, decides about BOS.
+        This is how the model was trained: the template, and nothing else, decides about BOS, and a
+        control token that somebody spells out in a message is text. Such a spelling goes through
+        the template as one private-use character, as in `fastft.data.encode`.
         """
-        rendered = self.render(messages, add_generation_prompt=add_generation_prompt)
-        return self.tokens(rendered, add_special=False, parse_special=True)
+        guards = _Guards(self.controls, messages, tools)
+        rendered = self.render(
+            guards.put(list(messages)),
+            add_generation_prompt=add_generation_prompt,
+            tools=guards.put(tools),
+        )
+        found = guards.pattern and guards.pattern.search(rendered)
+        if not found:
+            return self.tokens(rendered, add_special=False, parse_special=True)
+        return self._resolved(rendered, guards)
+
+    @functools.cached_property
+    def controls(self) -> list[str]:
+        """How the file's control tokens are written, the longest first."""
+        api, vocab = self._api, self._vocab
+        ids = (i for i in range(self.n_vocab) if api.llama_vocab_is_control(vocab, i))
+        texts = {self._spelling(i) for i in ids}
+        return sorted(texts - {""}, key=len, reverse=True)
+
+    def _resolved(self, rendered: str, guards: _Guards) -> list[int]:
+        """Return the ids of a text with guards in it, each replaced by its spelling's own ids.
+
+        Where a token reaches over a guard's edge, the text before it and after it are tokenised on
+        their own.
+        """
+        ids = self.tokens(rendered, add_special=False, parse_special=True)
+        pieces = [self.piece(token, special=True) for token in ids]
+        data, whole = rendered.encode("utf-8"), b"".join(pieces)
+        shift = len(whole) - len(data)  # the space that SentencePiece puts in front
+        ends = list(itertools.accumulate(map(len, pieces)))
+        out: list[int] = []
+        token = 0
+        assert guards.pattern is not None
+        for match in guards.pattern.finditer(rendered):
+            start = len(rendered[: match.start()].encode("utf-8")) + shift
+            end = start + len(match.group().encode("utf-8"))
+            if (start not in ends and start != 0) or end not in ends:
+                return self._in_parts(rendered, guards)
+            while token < len(ids) and ends[token] <= start:
+                out.append(ids[token])
+                token += 1
+            out += self.tokens(
+                guards.spelling(match.group()), add_special=False, parse_special=False
+            )
+            while token < len(ids) and ends[token] <= end:
+                token += 1
+        return out + ids[token:]
+
+    def _in_parts(self, rendered: str, guards: _Guards) -> list[int]:
+        assert guards.pattern is not None
+        out: list[int] = []
+        for part in re.split(f"({guards.pattern.pattern})", rendered):
+            is_guard = guards.pattern.fullmatch(part) is not None
+            text = guards.spelling(part) if is_guard else part
+            out += self.tokens(text, add_special=False, parse_special=not is_guard)
+        return out
 
     # LoRA adapters
 
