@@ -161,7 +161,8 @@ def parse(body: bytes, *, chat: bool) -> Completion:
         asked = _Body.model_validate(values)
     except ValidationError as error:
         raise RefusedError(400, "; ".join(map(_explain, error.errors()[:5]))) from error
-    if chat != (asked.messages is not None) or (not chat and asked.prompt is None):
+    wanted, other = (asked.messages, asked.prompt) if chat else (asked.prompt, asked.messages)
+    if wanted is None or other is not None:
         raise RefusedError(400, f"give {'messages' if chat else 'a prompt'}, and only that")
     return Completion(
         model=asked.model,

@@ -18,6 +18,7 @@ from fastft.inference.serve import serve
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "temperature": 0}
 CODE = """
+import sys
 from fastft.inference.serve import serve
 serve(sys.argv[1], port=int(sys.argv[2]), n_ctx=256, api_key=sys.argv[3] or None)
 """
@@ -43,7 +44,7 @@ def start(gguf, key="", **variables):
         stderr=subprocess.STDOUT,
         env=child.environment(**variables),
     )
-    headers = {"authorization": f"Bearer {key}"} if key else {}
+    headers = {"authorization": f"Bearer {key}".encode()} if key else {}
     client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, headers=headers)
     for _ in range(300):
         assert process.poll() is None, process.stdout.read().decode()
@@ -73,7 +74,7 @@ def test_a_request_gets_an_answer(server):
     got = client.post("/v1/chat/completions", json=CHAT).json()
     assert got["usage"]["completion_tokens"] <= 3
     assert got["choices"][0]["finish_reason"] in {"stop", "length"}
-    assert client.get("/v1/models").json()["data"][0]["id"] == "model"
+    assert client.get("/v1/models").json()["data"][0]["id"] == "model.F32"
     again = client.post("/v1/chat/completions", json=CHAT).json()
     assert again["choices"] == got["choices"]
     text = client.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 2, "seed": 1})
@@ -164,7 +165,8 @@ def test_a_control_token_in_a_message_is_text(gguf):
     """Exactly as `fastft chat RUN` and the training data read it."""
     from transformers import AutoTokenizer
 
-    from fastft.data.template import choose_template, generation_prompt
+    from fastft.data.encode import generation_prompt
+    from fastft.data.template import choose_template
     from fastft.inference.llamacpp import open_gguf
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent / "base")
@@ -271,7 +273,7 @@ def test_the_real_openai_client_is_served(server):
     openai = pytest.importorskip("openai")
     _, port, _ = server
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-    assert [model.id for model in client.models.list()] == ["model"]
+    assert [model.id for model in client.models.list()] == ["model.F32"]
     keywords = {"model": "model", "messages": CHAT["messages"], "max_tokens": 5, "temperature": 0}
     whole = client.chat.completions.create(**keywords)
     parts = list(
