@@ -8,6 +8,8 @@ ollama      a Modelfile beside the GGUF file
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,18 @@ from fastft.exporting.place import one_at_a_time
 from fastft.progress import Reporter
 from fastft.runs.mirror import follow
 from fastft.runs.target import Target, resolve
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a target is made of, and where it goes."""
+
+    target: Target
+    folder: Path
+    dtype: str
+    """Of merged: auto, float32, bfloat16, float16."""
+    imatrix: str | None
+    report: Reporter
 
 
 def export(
@@ -40,44 +54,18 @@ def export(
     report = reporter or Reporter()
     if "gguf-lora" in wanted:
         _refuse_unholdable(target)
+    request = Request(target, folder, dtype, imatrix, report)
+    files: list[dict[str, Any]] = []
     with one_at_a_time(folder):
-        files = _write(target, folder, wanted, dtype, imatrix, report)
+        for kind in wanted:
+            if kind in WRITERS:
+                files += WRITERS[kind](request)
+        files += _for_llamacpp(request, [kind for kind in wanted if kind not in WRITERS])
     for entry in files:
         report.note(f"wrote {entry['path']} ({entry['bytes'] / 2**20:,.1f} MiB)")
     if target.run is not None:
         follow(target.run, note=report.note, warn=report.warn)
     return {"files": files}
-
-
-def _write(
-    target: Target,
-    folder: Path,
-    wanted: list[str],
-    dtype: str,
-    imatrix: str | None,
-    report: Reporter,
-) -> list[dict[str, Any]]:
-    """Write every target that is wanted; returns {"path", "kind", "bytes"} of each."""
-    files: list[dict[str, Any]] = []
-    for kind in wanted:
-        if kind == "adapter":
-            files += _adapter(target, folder)
-        elif kind == "merged":
-            files += _merged(target, folder, dtype, report)
-    ggufs = [kind.split(":")[1] for kind in wanted if kind.startswith("gguf:")]
-    if ggufs or {"gguf-lora", "ollama"} & set(wanted):
-        from fastft.exporting.llama import export_for_llamacpp
-
-        files += export_for_llamacpp(
-            target,
-            folder,
-            ggufs,
-            lora="gguf-lora" in wanted,
-            ollama="ollama" in wanted,
-            imatrix=imatrix,
-            report=report,
-        )
-    return files
 
 
 def parse_targets(to: list[str]) -> list[str]:
@@ -113,39 +101,55 @@ def _refuse_unholdable(target: Target) -> None:
     check_holdable(Weights(base_folder(target), target.adapter))
 
 
-def _adapter(target: Target, folder: Path) -> list[dict[str, Any]]:
+def _for_llamacpp(request: Request, kinds: list[str]) -> list[dict[str, Any]]:
+    """Write all GGUF files in one pass over the weights, then what is made from them."""
+    if not kinds:
+        return []
+    from fastft.exporting.llama import export_for_llamacpp
+
+    return export_for_llamacpp(
+        request.target,
+        request.folder,
+        [kind.split(":")[1] for kind in kinds if kind.startswith("gguf:")],
+        lora="gguf-lora" in kinds,
+        ollama="ollama" in kinds,
+        imatrix=request.imatrix,
+        report=request.report,
+    )
+
+
+def _adapter(request: Request) -> list[dict[str, Any]]:
     from fastft.runs.adapter import copy_adapter
 
+    target, folder = request.target, request.folder
     if target.adapter is None:
         raise FastFTError(f"{target.base} is a plain model; it has no adapter to export.")
     # A run's own final/ is the adapter already; a copy goes only where the user asked for one.
     in_place = target.run is not None and folder == target.run.export
-    return [
-        describe(
-            target.adapter if in_place else copy_adapter(target.adapter, folder / "adapter"),
-            "adapter",
-        )
-    ]
+    path = target.adapter if in_place else copy_adapter(target.adapter, folder / "adapter")
+    return [describe(path, "adapter")]
 
 
-def _merged(target: Target, folder: Path, dtype: str, report: Reporter) -> list[dict[str, Any]]:
+def _merged(request: Request) -> list[dict[str, Any]]:
     from fastft.exporting.merged import export_merged
     from fastft.exporting.weights import resolve_base
     from fastft.files import write_atomically
     from fastft.runs.card import model_card
 
+    target, out = request.target, request.folder / "merged"
     if target.adapter is None:
         raise FastFTError(f"{target.base} is a plain model; there is nothing to merge.")
-    out = folder / "merged"
-    with report.bytes("merging") as progress:
-        export_merged(
-            resolve_base(target.adapter, target.base),
-            target.adapter,
-            out,
-            dtype=dtype,
-            progress=progress,
-        )
+    base = resolve_base(target.adapter, target.base)
+    with request.report.bytes("merging") as progress:
+        export_merged(base, target.adapter, out, dtype=request.dtype, progress=progress)
     if target.run is not None:
         card = model_card(target.run.read_config(), target.run.read_record(), kind="merged")
         write_atomically(out / "README.md", card)
     return [describe(out, "merged")]
+
+
+WRITERS: dict[str, Callable[[Request], list[dict[str, Any]]]] = {
+    "adapter": _adapter,
+    "merged": _merged,
+}
+"""How each target is written; those for llama.cpp share one pass over the weights."""
