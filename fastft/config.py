@@ -49,8 +49,8 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="branch, tag or commit on the Hub")
     quantization: Literal["auto", "nf4", "int8", "none"] = Field(
         "auto",
-        description="auto: nf4 on a GPU where 16-bit weights would not fit or the checkpoint is 4-bit, "
-        "else none",
+        description="auto: nf4 on a GPU where 16-bit weights would not fit or the checkpoint is "
+        "4-bit, else none",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -94,16 +94,16 @@ class DataConfig(Section):
     )
     chat_template: str | None = Field(
         None,
-        description="a named template (chatml, llama3, alpaca, alpaca_ja ...), or a file; null: the "
-        "tokenizer's own",
+        description="a named template (chatml, llama3, alpaca, alpaca_ja ...), or a file; null: "
+        "the tokenizer's own",
     )
     train_on: Literal["responses", "everything"] = Field(
         "responses", description="tokens that carry loss"
     )
     long_text: Literal["split", "truncate", "drop"] = Field(
         "split",
-        description="plain text: documents joined by EOS and cut to max_seq_length, or truncated, or "
-        "dropped",
+        description="plain text: documents joined by EOS and cut to max_seq_length, or truncated, "
+        "or dropped",
     )
     over_long: Literal["truncate", "drop"] = Field(
         "truncate", description="conversations above max_seq_length"
@@ -139,8 +139,8 @@ class LoraConfig(Section):
     use_dora: bool = Field(False, description="weight-decomposed LoRA (arXiv 2402.09353)")
     train_tokens: Literal["auto"] | list[str] = Field(
         "auto",
-        description="tokens whose embedding rows are trained; auto: those that an added chat template "
-        "needs",
+        description="tokens whose embedding rows are trained; auto: those that an added chat "
+        "template needs",
     )
 
 
@@ -195,7 +195,8 @@ class TrainConfig(Section):
     eval_steps: int = Field(50, ge=1)
     max_eval_samples: MaybeSteps = Field(
         500,
-        description="held-out samples that each evaluation measures, always the same ones; null: all",
+        description="held-out samples that each evaluation measures, always the same ones; "
+        "null: all",
     )
     eval_metrics: list[Literal["exact_match", "contains"]] = Field(
         default_factory=list,
@@ -212,13 +213,13 @@ class TrainConfig(Section):
     )
     padding_free: Literal["auto"] | bool = Field(
         "auto",
-        description="auto: rows without padding where that is exact (CPU: known families, GPU: checked "
-        "at the start)",
+        description="auto: rows without padding where that is exact (CPU: known families, GPU: "
+        "checked at the start)",
     )
     fused_layers: Literal["auto"] | bool = Field(
         "auto",
-        description="auto: fastft's own LoRA, MLP, attention and loss on a CPU; off: transformers' and "
-        "peft's",
+        description="auto: fastft's own LoRA, MLP, attention and loss on a CPU; off: "
+        "transformers' and peft's",
     )
     gradient_checkpointing: Literal["auto"] | bool = Field(
         "auto", description="auto: off where memory allows"

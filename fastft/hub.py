@@ -151,13 +151,15 @@ def _not_the_users(error: BaseException, what: str, code: int | None) -> FastFTE
         )
     why = type(root(error)).__name__
     return CouldNotFinishError(
-        f"{what}: the Hub at {shown_endpoint()} cannot be reached, or the connection broke ({why}). "
-        "Check the network and try again."
+        f"{what}: the Hub at {shown_endpoint()} cannot be reached, or the connection broke "
+        f"({why}). Check the network and try again."
     )
 
 
 def worth_another_try(error: BaseException) -> bool:
-    """Return whether the same request may succeed later: the network, 408, 409, 412, 429 and 5xx."""
+    """Return whether the same request may succeed later: the network, 408, 409, 412, 429 and
+    5xx.
+    """
     code = status(error)
     if code is None:
         return isinstance(root(error), http().TransportError)

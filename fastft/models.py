@@ -1,4 +1,6 @@
-"""The model that a name stands for, a folder or a Hub id: is it there, is it whole, its tokenizer."""
+"""The model that a name stands for, a folder or a Hub id: is it there, is it whole, its
+tokenizer.
+"""
 
 from __future__ import annotations
 

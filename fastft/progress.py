@@ -75,8 +75,14 @@ class Reporter:
     @contextlib.contextmanager
     def training(self, total_steps: int) -> Iterator[None]:
         """Show the progress bar of a training run (plain lines where nobody watches a terminal)."""
-        columns = (TextColumn("[bold]training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
-                   TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
+        columns = (
+            TextColumn("[bold]training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         if self.quiet or not self.console.is_terminal:
             self._total = total_steps
             yield

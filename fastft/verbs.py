@@ -135,7 +135,8 @@ def train(
     stop_after: int | None = None,
     reporter: Reporter | None = None,
 ) -> RunResult:
-    """Train as `config` says (see `fastft.training.train.train`), then write what `export.to` names.
+    """Train as `config` says (see `fastft.training.train.train`), then write what `export.to`
+    names.
 
     `data`: a list of rows, or a `datasets.Dataset`, instead of the config's source.
     """

@@ -197,8 +197,15 @@ def split(line: str) -> tuple[str, str, bool]:
     from packaging.requirements import Requirement
 
     parsed = Requirement(line)
-    colab = {"python_version": "3.12", "python_full_version": "3.12.12", "sys_platform": "linux", "extra": "",
-             "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}  # fmt: skip
+    colab = {
+        "python_version": "3.12",
+        "python_full_version": "3.12.12",
+        "sys_platform": "linux",
+        "extra": "",
+        "platform_system": "Linux",
+        "platform_machine": "x86_64",
+        "os_name": "posix",
+    }
     return (
         normal(parsed.name),
         str(parsed.specifier),

@@ -1,9 +1,9 @@
 """How wrong is `fastft plan`? Predicted against measured peaks, one process a measurement.
 
-    python tools/plan_error.py                 # all cases not measured yet (those for a GPU where there is one),
-                                                    # then the table and the plot
-    python tools/plan_error.py --case NAME     # one case again
-    python tools/plan_error.py --report        # only the table and the plot, from the committed results
+    python tools/plan_error.py               # all cases not measured yet (a GPU's where there is one),
+                                             # then the table and the plot
+    python tools/plan_error.py --case NAME   # one case again
+    python tools/plan_error.py --report      # the table and the plot, from the committed results
 
 A case is a random model of a real size on disk, trained for a few steps by `fastft.train` and
 merged and exported by `fastft.export`, each in a process of its own. Measured is the peak of
@@ -395,11 +395,21 @@ def model_config(name: str) -> dict[str, Any]:
     """Return the config.json values of one of MODELS."""
     family, hidden, layers, heads, kv_heads, head, intermediate, vocab, tied = MODELS[name]
     values = {
-        "model_type": family, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "head_dim": head, "intermediate_size": intermediate, "vocab_size": vocab,
-        "tie_word_embeddings": tied, "max_position_embeddings": 8192, "bos_token_id": None, "eos_token_id": 0,
-        "pad_token_id": 1, "dtype": "bfloat16",
-    }  # fmt: skip
+        "model_type": family,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head,
+        "intermediate_size": intermediate,
+        "vocab_size": vocab,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 8192,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+        "dtype": "bfloat16",
+    }
     return {key: value for key, value in values.items() if (family, key) != ("phi3", "head_dim")}
 
 

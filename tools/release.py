@@ -1,6 +1,7 @@
 """`make release`: the wheel and the tag's text, or what stands in the way.
 
-Writes dist/fastft-VERSION-py3-none-any.whl and dist/TAG.txt; tagging and pushing stay with a person.
+Writes dist/fastft-VERSION-py3-none-any.whl and dist/TAG.txt; tagging and pushing stay with a
+person.
 """
 
 from __future__ import annotations

@@ -120,11 +120,12 @@ class Setup:
             )
         if not is_cpu and not card:
             print(
-                f"note: no NVIDIA card is here, and pip's sources hold only the CUDA build of torch "
-                f"({megabytes / 1000:.1f} GB instead of {MEGABYTES['torch, CPU'] / 1000:.1f}). It "
+                "note: no NVIDIA card is here, and pip's sources hold only the CUDA build of "
+                f"torch ({megabytes / 1000:.1f} GB instead of {MEGABYTES['torch, CPU'] / 1000:.1f}). It "
                 "works. For the CPU build stop this, and set TORCH_INDEX to the address that "
-                "PyTorch's 'Get Started' page shows for Linux, Pip, CPU: make quickstart TORCH_INDEX=..."
-            )  # fmt: skip
+                "PyTorch's 'Get Started' page shows for Linux, Pip, CPU: make quickstart "
+                "TORCH_INDEX=..."
+            )
         return name, megabytes
 
     def _step(

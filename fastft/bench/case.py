@@ -63,7 +63,9 @@ class Lora(_Model):
 
 
 class Lengths(_Model):
-    """Tokens of a sequence: seeded log-normal, one fixed length, or a file with one number a line."""
+    """Tokens of a sequence: seeded log-normal, one fixed length, or a file with one number a
+    line.
+    """
 
     median: int | None = Field(None, ge=2)
     sigma: float = Field(0.8, ge=0.0)

@@ -255,7 +255,9 @@ def _machine(result: Result) -> dict[str, Any]:
 
 
 def _flat_pairs(what: str, old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return (dotted key, old, new) of every leaf of two nested mappings, None where one has none."""
+    """Return (dotted key, old, new) of every leaf of two nested mappings, None where one has
+    none.
+    """
     a, b = _flat(old), _flat(new)
     return [(f"{what} {key}", a.get(key), b.get(key)) for key in dict.fromkeys([*a, *b])]
 

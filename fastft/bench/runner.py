@@ -297,7 +297,9 @@ def _measure(state: _Invocation, table: str, arm: str, repeat: int) -> None:
 
 
 def _reference(state: _Invocation, table: str, layers: int | None) -> Evidence:
-    """Run plain peft in float32, one sequence at a time: padding-free by construction, and small."""
+    """Run plain peft in float32, one sequence at a time: padding-free by construction, and
+    small.
+    """
     batch = _work_of(state, table).effective_batch_size
     training = REFERENCE["training"] | {"gradient_accumulation_steps": batch}
     if state.case.device == "cuda":
@@ -489,7 +491,9 @@ def _gates(
 
 
 def _baseline_at_full_size(state: _Invocation, table: str, arm: str) -> Record | None:
-    """Return plain peft's first run (for peft as well), or another arm's where peft died, or None."""
+    """Return plain peft's first run (for peft as well), or another arm's where peft died, or
+    None.
+    """
     others = state.case.tables[table].arms  # type: ignore[index]
     arms = [BASELINE, *(name for name in others if name not in {BASELINE, arm})]
     runs = [

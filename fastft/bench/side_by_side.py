@@ -144,7 +144,8 @@ def paired(result: SideBySide, ours: str, other: str, quantity: str) -> float:
 
 
 def assembled(
-    kind: Literal["export", "generate"], title: str, case: Case, parameters: int, threads: int, runs: list[Run],
+    kind: Literal["export", "generate"], title: str, case: Case, parameters: int,
+    threads: int, runs: list[Run],
     ways: Sequence[str], notes: list[str],
 ) -> SideBySide:  # fmt: skip
     """Return the result of `runs` with what is known of this machine and its versions."""

@@ -70,7 +70,9 @@ def summarise(
     supervised: list[int],
     machine: Machine,
 ) -> ArmSummary:
-    """Return an arm's row over its ok records; `lengths` and `supervised` are those of every step."""
+    """Return an arm's row over its ok records; `lengths` and `supervised` are those of every
+    step.
+    """
     good = [record for record in records if record.status == "ok"]
     if not good:
         worst = records[-1]

@@ -2,7 +2,7 @@
 the door.
 
 read.py      files, folders and the Hub -> rows        formats.py   rows -> messages or texts
-template.py  the chat template, and prompts            encode.py    messages -> ids and a proven mask
+template.py  the chat template, and prompts            encode.py    messages -> ids, proven mask
 rows.py      a chunk of rows -> samples and counts     workers.py   chunks through processes
 light.py     a tokenizer without torch, for workers
 pipeline.py  all of it in order, cached
@@ -16,10 +16,17 @@ import importlib
 from typing import Any
 
 _WHERE = {
-    "prepare": "pipeline", "Prepared": "pipeline", "TokenDataset": "store", "Sample": "store", "DataReport": "report",
-    "Conversation": "rows", "ChatTemplate": "template", "choose_template": "template", "generation_prompt": "encode",
+    "prepare": "pipeline",
+    "Prepared": "pipeline",
+    "TokenDataset": "store",
+    "Sample": "store",
+    "DataReport": "report",
+    "Conversation": "rows",
+    "ChatTemplate": "template",
+    "choose_template": "template",
+    "generation_prompt": "encode",
     "encode_conversation": "encode",
-}  # fmt: skip
+}
 
 
 def __getattr__(name: str) -> Any:

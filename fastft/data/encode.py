@@ -1,15 +1,16 @@
 r"""From messages to token ids and a mask that is proven, sample by sample.
 
-What is trained is defined by generation: for the assistant's message i, the template is asked for the prompt
-before it (`P`, with the generation prompt) and for the conversation through it (`E`). `E` must begin with `P`;
-what follows, up to the token that ends the turn, is trained:
+What is trained is defined by generation: for the assistant's message i, the template is asked for
+the prompt before it (`P`, with the generation prompt) and for the conversation through it (`E`).
+`E` must begin with `P`; what follows, up to the token that ends the turn, is trained:
 
     text    <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>
             |---------------- P --------------------------------||-- trained ----|
     labels  -100 ...                                              ids of the trained tokens
 
-No marker string is searched for. The end of the turn is found by rendering an answer made of a private-use
-character and looking at what the template writes after it. The proof decodes the trained tokens and compares.
+No marker string is searched for. The end of the turn is found by rendering an answer made of a
+private-use character and looking at what the template writes after it. The proof decodes the
+trained tokens and compares.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ _GUARD = (
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One assistant's turn: what it is asked for with, what is trained, whether EOS must be added."""
+    """One assistant's turn: what it is asked for with, what is trained, whether EOS must be
+    added.
+    """
 
     index: int
     prompt: str
@@ -405,12 +408,14 @@ def _check_asked(coder: Coder, before: Messages, tools: Sequence[Any] | None, pr
 
 
 def _bridged(template: ChatTemplate, message: Message, prompt: str, whole: str) -> str:
-    r"""Return the text for a template that asks with a think block which it leaves out of finished turns.
+    r"""Return the text for a template that asks with a think block which it leaves out of finished
+    turns.
 
     prompt  ...<Assistant><think>\n          whole   ...<Assistant>Hello!<end>
     return  ...<Assistant><think>\n the reasoning \n</think>\n\nHello!<end>
 
-    A block that the prompt has closed already (Gemma 4, thinking off) is followed by the answer at once.
+    A block that the prompt has closed already (Gemma 4, thinking off) is followed by the answer at
+    once.
     """
     shared = next(
         (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b),

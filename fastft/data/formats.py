@@ -69,12 +69,24 @@ ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "question_answer": {
         "question": ("質問", "query", "problem", "問題", "user", "human", "input"),
-        "answer": ("回答", "response", "output", "completion", "answers", "応答", "出力", "solution",
-                   "assistant", "gpt", "bot", "答え"),
+        "answer": (
+            "回答",
+            "response",
+            "output",
+            "completion",
+            "answers",
+            "応答",
+            "出力",
+            "solution",
+            "assistant",
+            "gpt",
+            "bot",
+            "答え",
+        ),
         "input": _CONTEXT,
     },
     "text": {},
-}  # fmt: skip
+}
 """Other names that are common for a format's column, used where the real one is missing."""
 _EVERYWHERE = {"system": _SYSTEM, "tools": ("functions",), "history": ("履歴",)}
 

@@ -214,10 +214,14 @@ def _turns_of(raw: Any) -> list[Mapping[str, Any]]:
         if asked in lowered and answered in lowered:
             rest = {k: v for k, v in raw.items() if k not in (lowered[asked], lowered[answered])}
             return [
-                *([{"role": "system", "content": rest.pop("system")}] if rest.get("system") else []),
+                *(
+                    [{"role": "system", "content": rest.pop("system")}]
+                    if rest.get("system")
+                    else []
+                ),
                 {"role": "user", "content": raw[lowered[asked]]},
                 {**rest, "role": "assistant", "content": raw[lowered[answered]]},
-            ]  # fmt: skip
+            ]
     return [raw]
 
 

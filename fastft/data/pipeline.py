@@ -386,7 +386,8 @@ def join_documents(documents: TokenDataset, length: int) -> Iterator[Packed]:
     segment a piece.
 
         documents   A A A A A A A   B B B      length 6
-        sequences   A A A A A A | a A . B B B  -> [6], [2, 3]     (a: the last token again, for context, no loss)
+        sequences   A A A A A A | a A . B B B  -> [6], [2, 3]
+        (a: the last token again, for context, without loss)
 
     Each token of a document carries loss exactly once. A piece that goes on begins with the token
     before it, whose label is masked, so that the cut costs no prediction.
@@ -443,19 +444,35 @@ def _report(
     lengths = np.concatenate([train.lengths, evaluation.lengths])
     quantile = {"min": 0, "median": 50, "p95": 95, "p99": 99, "max": 100}
     return DataReport(
-        source=main.source.name, kind=main.source.kind, format=main.format.name, evidence=main.format.evidence,
-        template=template.name, template_why=template.why,
-        rows_total=counts.rows_total, rows_used=len(main.marks.lines),
+        source=main.source.name,
+        kind=main.source.kind,
+        format=main.format.name,
+        evidence=main.format.evidence,
+        template=template.name,
+        template_why=template.why,
+        rows_total=counts.rows_total,
+        rows_used=len(main.marks.lines),
         dropped={reason: Dropped(**entry) for reason, entry in counts.dropped.items()},
-        samples=len(lengths), train_samples=len(train), eval_samples=len(evaluation),
-        tokens=train.tokens + evaluation.tokens, trained_tokens=train.trained_tokens + evaluation.trained_tokens,
-        truncated=counts.truncated, truncated_tokens=counts.truncated_tokens, over_long=counts.over_long,
-        duplicates=groups.duplicates, near_duplicates=groups.near_duplicates, leakage=leak,
+        samples=len(lengths),
+        train_samples=len(train),
+        eval_samples=len(evaluation),
+        tokens=train.tokens + evaluation.tokens,
+        trained_tokens=train.trained_tokens + evaluation.trained_tokens,
+        truncated=counts.truncated,
+        truncated_tokens=counts.truncated_tokens,
+        over_long=counts.over_long,
+        duplicates=groups.duplicates,
+        near_duplicates=groups.near_duplicates,
+        leakage=leak,
         max_seq_length=settings.max_seq_length,
-        lengths={k: int(np.percentile(lengths, q)) for k, q in quantile.items()} | {"mean": int(lengths.mean())},
-        histogram=histogram(lengths), secrets=counts.secrets, secret_lines=counts.secret_lines,
-        notices=_notices(config, template, main), preview=_preview(template, train),
-    )  # fmt: skip
+        lengths={k: int(np.percentile(lengths, q)) for k, q in quantile.items()}
+        | {"mean": int(lengths.mean())},
+        histogram=histogram(lengths),
+        secrets=counts.secrets,
+        secret_lines=counts.secret_lines,
+        notices=_notices(config, template, main),
+        preview=_preview(template, train),
+    )
 
 
 def _notices(config: DataConfig, template: ChatTemplate, main: _Side) -> list[str]:

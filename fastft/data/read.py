@@ -31,10 +31,20 @@ CHUNK_ROWS = 1000
 CHUNK_BYTES = 1 << 20
 _HEAD = 1 << 22  # bytes looked at to tell encoding and kind
 SUFFIXES = {
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".tab": "tsv",
-    ".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow",
-    ".txt": "text", ".md": "text",
-}  # fmt: skip
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".tab": "tsv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".ipc": "arrow",
+    ".txt": "text",
+    ".md": "text",
+}
 # What a cut, damaged or foreign file makes its reader raise; NotImplementedError: a zip method that
 # Python lacks.
 _UNREADABLE = (
@@ -236,7 +246,9 @@ def open_source(
 
 
 def kind_of(path: Path) -> str | None:
-    """Return the kind of a file by its name, compression aside; None where the name says nothing."""
+    """Return the kind of a file by its name, compression aside; None where the name says
+    nothing.
+    """
     suffixes = [
         s.lower() for s in path.suffixes if s.lower() not in (".gz", ".bz2", ".xz", ".zst", ".zip")
     ]

@@ -87,9 +87,14 @@ class DataReport(BaseModel):
         axes = figure.add_subplot()
         starts = [a for a, _, _ in self.histogram]
         axes.bar(
-            starts, [n for _, _, n in self.histogram], width=[b - a for a, b, _ in self.histogram], align="edge",
-            color="#4c78a8", edgecolor="white", linewidth=0.6,
-        )  # fmt: skip
+            starts,
+            [n for _, _, n in self.histogram],
+            width=[b - a for a, b, _ in self.histogram],
+            align="edge",
+            color="#4c78a8",
+            edgecolor="white",
+            linewidth=0.6,
+        )
         axes.axvline(
             self.lengths["median"],
             color="#f58518",

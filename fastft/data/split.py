@@ -23,7 +23,9 @@ NEAR = 13
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """Rows that belong together: `group` (N,) is the number of the first row of each row's group."""
+    """Rows that belong together: `group` (N,) is the number of the first row of each row's
+    group.
+    """
 
     group: np.ndarray
     duplicates: int

@@ -200,7 +200,9 @@ class Writer:
         )
 
     def add_many(self, *flat_and_lengths: np.ndarray) -> None:
-        """Append several samples at once: the three flat arrays, then the three arrays of lengths."""
+        """Append several samples at once: the three flat arrays, then the three arrays of
+        lengths.
+        """
         for name, flat, lengths in zip(
             ARRAYS, flat_and_lengths[:3], flat_and_lengths[3:], strict=True
         ):

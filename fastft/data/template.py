@@ -239,7 +239,9 @@ class ChatTemplate:
         return {} if thinking is None or self.switch is None else {self.switch: thinking}
 
     def _adapted(self, message: Message) -> Message:
-        """Put a message's reasoning where this template looks for it, else in front of the answer."""
+        """Put a message's reasoning where this template looks for it, else in front of the
+        answer.
+        """
         message = {k: v for k, v in message.items() if k != "weight"}
         reasoning = message.pop("reasoning_content", None)
         if reasoning and self.reasoning_key:

@@ -1,4 +1,6 @@
-"""What an engine must offer. Both keep Unsloth's keyword names, so that one call site serves both."""
+"""What an engine must offer. Both keep Unsloth's keyword names, so that one call site serves
+both.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """Loads a base model, attaches LoRA, and computes a training loss the way its kernels like it."""
+    """Loads a base model, attaches LoRA, and computes a training loss the way its kernels like
+    it.
+    """
 
     name: str
 

@@ -93,8 +93,8 @@ FORMATS: dict[str, Turns] = {
         ("### Response:\n", "EOS"),
         ("", "\n\n"),
         ("EOS",),
-        default_system="Below is an instruction that describes a task. Write a response that appropriately "
-        "completes "
+        default_system="Below is an instruction that describes a task. Write a response that "
+        "appropriately completes "
         "the request.",
         between="\n\n",
     ),

@@ -33,7 +33,8 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
             stack.enter_context(held(folder / LOCK, busy, remove=True))
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
             raise FastFTError(
-                f"{folder} cannot be written: {error.strerror}. Choose a folder of yours with --out."
+                f"{folder} cannot be written: {error.strerror}. Choose a folder of yours with "
+                "--out."
             ) from error
         except OSError as error:
             if error.errno in {errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP}:

@@ -2,7 +2,7 @@
 commit.
 
 final/ -> /                    adapter, tokenizer and model card; local paths become public names
-export/*.gguf, Modelfile -> /  with certificate.json and certificate.md      export/merged -> merged/
+export/*.gguf, Modelfile -> /  with certificate.json and certificate.md     export/merged -> merged/
 """
 
 from __future__ import annotations
@@ -289,7 +289,9 @@ def _public(path: Path, target: Target, base: str) -> bytes | Path:
 
 
 def _scrub(text: str, target: Target, base: str) -> str:
-    """Replace the local base by its public name, and the run's and the data's folders by nothing."""
+    """Replace the local base by its public name, and the run's and the data's folders by
+    nothing.
+    """
     folders = (
         {str(Path(target.base).expanduser()): base, target.base: base}
         if target.base != base

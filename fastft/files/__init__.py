@@ -23,7 +23,9 @@ CHUNK_BYTES = (
 
 
 class Files:
-    """The real file system. Everything raises OSError, and nothing makes a missing parent folder."""
+    """The real file system. Everything raises OSError, and nothing makes a missing parent
+    folder.
+    """
 
     def read(self, path: Path) -> Iterator[bytes]:
         """Yield the content of `path` in pieces of at most CHUNK_BYTES."""
@@ -187,7 +189,9 @@ def sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def clear_errors(folder: Path) -> Iterator[None]:
-    """Turn what the system says while something is written below `folder` into one clear message."""
+    """Turn what the system says while something is written below `folder` into one clear
+    message.
+    """
     try:
         yield
     except PermissionError as error:

@@ -119,7 +119,9 @@ class Completion:
 
 
 async def read_request(request: Any, *, chat: bool) -> Completion:
-    """Return the checked request; RefusedError with a status of 400, 408 or 413 where it is none."""
+    """Return the checked request; RefusedError with a status of 400, 408 or 413 where it is
+    none.
+    """
     return parse(await _body(request), chat=chat)
 
 

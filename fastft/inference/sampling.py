@@ -1,4 +1,6 @@
-"""How the next token is chosen: the defaults of `fastft chat` and of every call. Imports nothing heavy."""
+"""How the next token is chosen: the defaults of `fastft chat` and of every call. Imports nothing
+heavy.
+"""
 
 from __future__ import annotations
 

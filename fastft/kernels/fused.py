@@ -362,7 +362,9 @@ class FusedLayers:
                 parameter.grad = torch.zeros_like(parameter)
 
     def _replacement(self, module: Any) -> tuple[Callable[..., Any], bool] | None:
-        """Return (forward, whether it also stands for the modules inside) of one module, or None."""
+        """Return (forward, whether it also stands for the modules inside) of one module, or
+        None.
+        """
         kind = type(module).__name__
         if module is self.owner:
             forward = self._causal_lm(module)

@@ -186,7 +186,9 @@ def multiply(*sums: Sum) -> None:
 
 
 def _is_compiled(s: Sum) -> bool:
-    """Whether products.cpp takes these layouts: pairs along the summed index must lie in one word."""
+    """Whether products.cpp takes these layouts: pairs along the summed index must lie in one
+    word.
+    """
 
     def even(t: torch.Tensor, depth: int) -> bool:
         return depth % 2 == 0 and t.stride(0) % 2 == 0 and t.data_ptr() % 4 == 0
@@ -241,7 +243,9 @@ def has_tiles() -> bool:
 
 @functools.cache
 def has_amx() -> bool:
-    """Return whether they use AMX: built for it, and the system grants this process its registers."""
+    """Return whether they use AMX: built for it, and the system grants this process its
+    registers.
+    """
     compiled = library()
     return compiled is not None and bool(compiled.use_amx(ctypes.c_int(1)))
 
@@ -294,7 +298,9 @@ def glu_forward(gate: torch.Tensor, up: torch.Tensor, gelu: bool) -> torch.Tenso
 def glu_backward_(
     dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, gelu: bool
 ) -> torch.Tensor:
-    """Turn gate and up into their gradients, in place; returns h = act(gate) * up, computed again."""
+    """Turn gate and up into their gradients, in place; returns h = act(gate) * up, computed
+    again.
+    """
     if usable(gate.dtype):
         h = torch.empty_like(gate)
         _call("glu_backward", gate.dtype, dh, gate, up, h, gate.numel(), gelu)
@@ -313,7 +319,9 @@ def glu_backward_(
 
 
 def attends(dtype: torch.dtype, dim: int) -> bool:
-    """Return whether `attention_forward` serves heads of size `dim` in `dtype` on this processor."""
+    """Return whether `attention_forward` serves heads of size `dim` in `dtype` on this
+    processor.
+    """
     return dtype == torch.bfloat16 and dim % 16 == 0 and has_tiles()
 
 
@@ -457,8 +465,18 @@ def softmax_forward_(
     batch, rows, keys = scores.shape
     if usable(scores.dtype):
         _call(
-            "softmax_forward", scores.dtype, scores, batch, rows, keys, group, first_query, first_key, window, scale
-        )  # fmt: skip
+            "softmax_forward",
+            scores.dtype,
+            scores,
+            batch,
+            rows,
+            keys,
+            group,
+            first_query,
+            first_key,
+            window,
+            scale,
+        )
         return
     query = first_query + torch.arange(rows) // group
     distance = query[:, None] - (first_key + torch.arange(keys))[None]
@@ -471,7 +489,9 @@ def softmax_forward_(
 
 
 def softmax_backward_(probabilities: torch.Tensor, grad: torch.Tensor, scale: float) -> None:
-    """Turn `grad`, the gradient of the probabilities, into that of the unscaled scores, in place."""
+    """Turn `grad`, the gradient of the probabilities, into that of the unscaled scores, in
+    place.
+    """
     if usable(grad.dtype):
         keys = grad.shape[-1]
         _call(

@@ -188,9 +188,16 @@ NEEDED = (
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token")
 OPTIONAL_NUMBERS = (
-    "num_key_value_heads", "head_dim", "moe_intermediate_size", "shared_expert_intermediate_size", "n_shared_experts",
-    "sliding_window", "max_position_embeddings", *EXPERTS, *EXPERTS_PER_TOKEN,
-)  # fmt: skip
+    "num_key_value_heads",
+    "head_dim",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "n_shared_experts",
+    "sliding_window",
+    "max_position_embeddings",
+    *EXPERTS,
+    *EXPERTS_PER_TOKEN,
+)
 LARGEST = 100_000_000
 """No size in a config.json of today is near it."""
 _ATTENTION_LEAVES = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"})

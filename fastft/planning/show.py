@@ -23,9 +23,23 @@ if TYPE_CHECKING:
     from fastft.planning.advise import Change
 
 COLOURS = (
-    "#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#edc948", "#b07aa1", "#9c755f", "#bab0ac", "#1b9e77",
-    "#a0cbe8", "#ffbe7d", "#8cd17d", "#ff9d9a", "#d4a6c8", "#79706e",
-)  # fmt: skip
+    "#4e79a7",
+    "#f28e2b",
+    "#59a14f",
+    "#e15759",
+    "#76b7b2",
+    "#edc948",
+    "#b07aa1",
+    "#9c755f",
+    "#bab0ac",
+    "#1b9e77",
+    "#a0cbe8",
+    "#ffbe7d",
+    "#8cd17d",
+    "#ff9d9a",
+    "#d4a6c8",
+    "#79706e",
+)
 VERDICTS = {
     "fits": "[bold green]fits[/]",
     "tight": "[bold yellow]tight[/]",
@@ -193,9 +207,18 @@ def plot_plan(plan: Plan, path: Path) -> Path:
 
 
 TABLE_MODELS = (
-    "qwen3-0.6b", "llama-3.2-1b", "qwen3-1.7b", "llama-3.2-3b", "qwen3-4b", "llama-3.1-8b", "qwen3-14b",
-    "qwen3-32b", "llama-3.3-70b", "gpt-oss-20b", "gpt-oss-120b",
-)  # fmt: skip
+    "qwen3-0.6b",
+    "llama-3.2-1b",
+    "qwen3-1.7b",
+    "llama-3.2-3b",
+    "qwen3-4b",
+    "llama-3.1-8b",
+    "qwen3-14b",
+    "qwen3-32b",
+    "llama-3.3-70b",
+    "gpt-oss-20b",
+    "gpt-oss-120b",
+)
 TABLE_CARDS = ("rtx3060", "t4", "l4", "rtx4090", "a100-40", "a100-80", "h100", "h200")
 TABLE_LENGTHS = (1024, 2048, 8192)
 

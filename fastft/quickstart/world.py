@@ -82,7 +82,9 @@ def statements(town: Town, attribute: Attribute, language: str) -> list[str]:
 
 
 def clozes(town: Town, attribute: Attribute, language: str) -> list[Cloze]:
-    """Return the fact as clozes, one for each paraphrase in which the value comes after the name."""
+    """Return the fact as clozes, one for each paraphrase in which the value comes after the
+    name.
+    """
     cut = []
     for form in attribute.statements[language]:
         before, _, _ = form.partition("{value}")

@@ -24,10 +24,16 @@ def write_export_card(run: RunFolder, folder: Path, certificate: dict[str, Any])
         for entry in certificate["files"]
     ]
     quoted = [
-        "## Certificate", "",
-        "Each file was compared with the trained model; certificate.md has every check and " "its threshold.", "",
-        "| file | verdict | mean KL (nats a token) | sha256 |", "|---|---|---|---|", *rows, "",
-    ]  # fmt: skip
+        "## Certificate",
+        "",
+        "Each file was compared with the trained model; certificate.md has every check and "
+        "its threshold.",
+        "",
+        "| file | verdict | mean KL (nats a token) | sha256 |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+    ]
     path = folder / "README.md"
     card = model_card(run.read_config(), run.read_record(), kind="gguf")
     write_atomically(path, card.replace("## Licence", "\n".join([*quoted, "## Licence"])))
@@ -55,24 +61,40 @@ def model_card(
         f"{dataset.get('trained_tokens', '?')} trained tokens",
         "Chat template": (record.get("template") or {}).get("name", "the base model's"),
         "LoRA": f"r {lora.r}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, {lora.target_modules}"
-        + (", rsLoRA" if lora.use_rslora else "") + (", DoRA" if lora.use_dora else ""),
+        + (", rsLoRA" if lora.use_rslora else "")
+        + (", DoRA" if lora.use_dora else ""),
         "Training": f"{record.get('steps', '?')} steps of {train.effective_batch_size} sequences, "
         f"learning rate {train.learning_rate:g}, {train.scheduler}, seed {train.seed}",
         "Precision": f"{_choice(record, 'dtype')}, quantization {_choice(record, 'quantization')}, "
         f"engine {_choice(record, 'engine')}",
-        "Held-out loss": "not measured" if None in losses else f"{losses[0]:.4f} before, {losses[1]:.4f} after",
-        "Trained with": ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items()),
-    }  # fmt: skip
+        "Held-out loss": "not measured"
+        if None in losses
+        else f"{losses[0]:.4f} before, {losses[1]:.4f} after",
+        "Trained with": ", ".join(
+            f"{name} {version}" for name, version in (record.get("versions") or {}).items()
+        ),
+    }
     what = {"adapter": "LoRA adapter", "merged": "merged model", "gguf": "GGUF files"}[kind]
     lines = [
-        "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "",
-        f"# {config.project} ({what})", "",
-        "Fine-tuned with fastft.", "",
-        "| | |", "|---|---|", *(f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows.items()), "",
-        *_usage(kind, base), "## Licence", "",
-        "This model is derived from its base model and its training data; their licences " "apply. Check both before you share it.",
+        "---",
+        yaml.safe_dump(header, sort_keys=False).strip(),
+        "---",
         "",
-    ]  # fmt: skip
+        f"# {config.project} ({what})",
+        "",
+        "Fine-tuned with fastft.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows.items()),
+        "",
+        *_usage(kind, base),
+        "## Licence",
+        "",
+        "This model is derived from its base model and its training data; their licences "
+        "apply. Check both before you share it.",
+        "",
+    ]
     return redact("\n".join(lines))
 
 

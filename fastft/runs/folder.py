@@ -2,7 +2,7 @@
 nor transformers.
 
 OUTPUT_DIR/PROJECT/
-  run.yaml      the config as resolved        run.json   versions, hardware, choices, timings, results
+  run.yaml      the config as resolved        run.json   versions, hardware, choices, results
   log.jsonl     one line a step               loss.png   report.md
   checkpoints/  checkpoint-N/ + manifest      final/     the adapter          export/
 """
@@ -233,7 +233,9 @@ class RunFolder:
         return records
 
     def cut_log(self, step: int) -> list[dict[str, Any]]:
-        """Drop what was logged after `step` (those steps are done again) and return what is left."""
+        """Drop what was logged after `step` (those steps are done again) and return what is
+        left.
+        """
         if not self.writes:
             return []
         kept = [record for record in self.read_log() if record["step"] <= step]

@@ -2,7 +2,8 @@
 on.
 
 MIRROR/PROJECT/
-  checkpoints/checkpoint-N/ + manifest.json     final/     export/     run.yaml run.json log.jsonl ... manifest.json
+  checkpoints/checkpoint-N/ + manifest.json     final/     export/
+  run.yaml run.json log.jsonl ... manifest.json
 
 A copy is written under a temporary name, read back, compared by hash, and renamed; its manifest
 comes last. Older copies are deleted only after a newer one was verified. A mirror that is slow,
@@ -156,11 +157,15 @@ class Mirror:
     def facts(self) -> dict[str, Any]:
         """Return what run.json keeps of the mirror."""
         return {
-            "folder": str(self.folder), "verified_steps": sorted(self.verified.copy()), "copied_bytes": self.copied_bytes,
-            "seconds_blocked": round(self.blocked_seconds, 4), "seconds_cpu": round(self.cpu_seconds, 3),
-            "seconds_copying": [round(s, 3) for s in self.copy_seconds], "problems": self.problems,
+            "folder": str(self.folder),
+            "verified_steps": sorted(self.verified.copy()),
+            "copied_bytes": self.copied_bytes,
+            "seconds_blocked": round(self.blocked_seconds, 4),
+            "seconds_cpu": round(self.cpu_seconds, 3),
+            "seconds_copying": [round(s, 3) for s in self.copy_seconds],
+            "problems": self.problems,
             "behind_because": self.problem,
-        }  # fmt: skip
+        }
 
     def restore(self) -> None:
         """Where the mirror's newest whole checkpoint is newer than the run's own, bring it (and

@@ -16,27 +16,39 @@ def write_report(run: RunFolder) -> None:
     steps = [entry for entry in log if "loss" in entry]
     speeds = sorted(entry["tokens_per_sec"] for entry in steps)
     lines = [
-        f"# {run.path.name}", "",
+        f"# {run.path.name}",
+        "",
         *_table(
             {
                 "Steps": f"{record.get('steps')} of {record.get('total_steps')}",
                 "Held-out loss": f"{_number(record.get('eval_loss_before'))} before, "
                 f"{_number(record.get('eval_loss_after'))} after"
                 + (f" (step {record['best_step']})" if record.get("best_step") else ""),
-                "Trained tokens": f"{record['dataset']['trained_tokens']:,} of {record['dataset']['tokens']:,} "
-                "(held-out rows included)",
-                "Speed": f"{speeds[len(speeds) // 2]:,.0f} tokens/s without padding (median)" if speeds else "no step was logged",
-                "Peak memory": f"{max(e['peak_memory_bytes'] for e in steps) / 2**30:.2f} GiB" if steps else "",
+                "Trained tokens": f"{record['dataset']['trained_tokens']:,} of "
+                f"{record['dataset']['tokens']:,} (held-out rows included)",
+                "Speed": f"{speeds[len(speeds) // 2]:,.0f} tokens/s without padding (median)"
+                if speeds
+                else "no step was logged",
+                "Peak memory": f"{max(e['peak_memory_bytes'] for e in steps) / 2**30:.2f} GiB"
+                if steps
+                else "",
                 "Trainable parameters": f"{record['trainable_parameters']:,}",
             }
-        ), "",
+        ),
+        "",
         *_evaluations([entry for entry in log if "samples" in entry]),
         *([f"![loss]({plot.name})", ""] if plot else []),
-        "## Answers before and after", "",
+        "## Answers before and after",
+        "",
         *_answers(record.get("samples_before") or [], record.get("samples_after") or []),
-        "## Automatic choices", "",
-        *(f"- {name}: **{choice['value']}** ({choice['reason']})" for name, choice in record["choices"].items()), "",
-    ]  # fmt: skip
+        "## Automatic choices",
+        "",
+        *(
+            f"- {name}: **{choice['value']}** ({choice['reason']})"
+            for name, choice in record["choices"].items()
+        ),
+        "",
+    ]
     write_atomically(run.path / "report.md", redact("\n".join(lines)))
 
 

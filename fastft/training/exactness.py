@@ -9,7 +9,7 @@ the run's own data go through the model four times:
     alone     each sequence by itself: what the gradient has to be
     padded    as a padded batch: how much of a difference is rounding
     in a row  all of them in one padding-free row
-    joined    as one long sequence, each seeing those before it: what a row gives whose boundaries are ignored
+    joined    as one long sequence, each seeing those before it: a row whose boundaries are ignored
 
 Rows are used only where their gradient is that of the sequences alone, and clearly not on the way
 to `joined`.

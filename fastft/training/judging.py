@@ -1,4 +1,6 @@
-"""What `train.eval_metrics` measures at each evaluation: greedy answers to held-out conversations."""
+"""What `train.eval_metrics` measures at each evaluation: greedy answers to held-out
+conversations.
+"""
 
 from __future__ import annotations
 

@@ -159,8 +159,8 @@ class StepTrainer(Trainer):
     # --- evaluation and logs
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Return {"eval_loss": mean loss per supervised token of the held-out data} and log it, with
-        what `judge` says of the answers.
+        """Return {"eval_loss": mean loss per supervised token of the held-out data} and log it,
+        with what `judge` says of the answers.
         """
         if self.held_out is None:
             return {}
@@ -319,7 +319,9 @@ def training_arguments(
     log_dir: Path,
     use_cpu: bool,
 ) -> TrainingArguments:
-    """Return transformers' arguments for the loop; `max_steps` and `epochs` agree by construction."""
+    """Return transformers' arguments for the loop; `max_steps` and `epochs` agree by
+    construction.
+    """
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(log_dir)
     arguments = TrainingArguments(
         output_dir=str(folder),

@@ -2,7 +2,7 @@
 
     session = Session(config, probe())
     opened = session.open()                   # the tokenizer, and which base this is
-    data = session.read_data(opened)          # before the weights: a fault in it is found in seconds
+    data = session.read_data(opened)          # before the weights: faults are found in seconds
     prepared = session.prepare(opened, data)  # the model with its adapter; all choices made
     loop = session.loop(prepared)
     loop.run()
@@ -166,7 +166,8 @@ class Session:
         return Opened(engine, load_tokenizer(model), base)
 
     def read_data(self, opened: Opened) -> PreparedData:
-        """Return the config's data, tokenised and split; `opened` proves that the engine came first.
+        """Return the config's data, tokenised and split; `opened` proves that the engine came
+        first.
 
         Unsloth must be imported before transformers, which the data layer imports.
         """
@@ -212,8 +213,17 @@ class Session:
         if initial is not None and self.run.writes:
             initial = keep_initial(model, initial)
         loaded = Prepared(
-            engine, opened.tokenizer, opened.base, data, model, trainable, initial, "padded", None, choices
-        )  # fmt: skip
+            engine,
+            opened.tokenizer,
+            opened.base,
+            data,
+            model,
+            trainable,
+            initial,
+            "padded",
+            None,
+            choices,
+        )
         prepared = self._choose_layers(self._choose_rows(loaded))
         self._report(prepared)
         return prepared
@@ -346,15 +356,22 @@ class Session:
 
         settings, choices = self.config.train, prepared.choices
         return training_arguments(
-            self.run.checkpoints, dtype=choices["dtype"].value, seed=settings.seed,
-            learning_rate=settings.learning_rate, scheduler=settings.scheduler,
-            warmup_steps=warmup_steps(settings, total), weight_decay=settings.weight_decay,
+            self.run.checkpoints,
+            dtype=choices["dtype"].value,
+            seed=settings.seed,
+            learning_rate=settings.learning_rate,
+            scheduler=settings.scheduler,
+            warmup_steps=warmup_steps(settings, total),
+            weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
             optimizer=optimizer_name(choices["optimizer"].value, self.hardware.kind),
-            max_steps=total, epochs=settings.epochs, save_steps=settings.save_steps,
-            report_to=list(settings.report_to) if self.run.writes else [], log_dir=self.run.path / "tensorboard",
+            max_steps=total,
+            epochs=settings.epochs,
+            save_steps=settings.save_steps,
+            report_to=list(settings.report_to) if self.run.writes else [],
+            log_dir=self.run.path / "tensorboard",
             use_cpu=self.hardware.kind == "cpu",
-        )  # fmt: skip
+        )
 
     def _held_out(self, held: Any | None) -> Any | None:
         """What is measured at each evaluation: the held-out samples, or a fixed draw of

@@ -159,7 +159,9 @@ class FastSFTTrainer(SFTTrainer):
         return model.get_input_embeddings().weight.dtype  # type: ignore[no-any-return]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """Return the step's micro-batches, all of its sequences in the last: one gradient a step."""
+        """Return the step's micro-batches, all of its sequences in the last: one gradient a
+        step.
+        """
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         segments = [segment for batch in batches for segment in _segments(batch)]
         return [[] for _ in batches[1:]] + ([segments] if batches else []), items

@@ -194,14 +194,20 @@ def _start(session: Session) -> RunResult:
     run, config = session.run, session.config
     run.write_config(config)
     run.update_record(
-        run_id=uuid.uuid4().hex, started=now(), base=opened.base, machine=_here(), versions=versions(),
-        hardware=_plain(asdict(session.hardware)), seed=config.train.seed,
+        run_id=uuid.uuid4().hex,
+        started=now(),
+        base=opened.base,
+        machine=_here(),
+        versions=versions(),
+        hardware=_plain(asdict(session.hardware)),
+        seed=config.train.seed,
         choices={k: {"value": c.value, "reason": c.reason} for k, c in prepared.choices.items()},
-        patches=prepared.engine.patches(), trainable_parameters=prepared.trainable,
+        patches=prepared.engine.patches(),
+        trainable_parameters=prepared.trainable,
         dataset={"fingerprint": data.fingerprint, **data.report.model_dump(include=DATASET_KEYS)},
         template={"name": data.template.name, "why": data.template.why},
         processes=ranks.everybodys(machine()),
-    )  # fmt: skip
+    )
     _keep_samples(run, data)
     loop = session.loop(prepared)
     before = _judge_untrained(session, prepared, loop)
@@ -395,9 +401,14 @@ def _finish(session: Session, prepared: Prepared, loop: Loop) -> None:
         total_steps=session.total_steps(prepared.data), samples_after=_sample_answers(prepared),
     )  # fmt: skip
     write_adapter(
-        prepared.model, prepared.tokenizer, run.final, config=session.config, record=run.read_record(),
-        end_token_ids=list(prepared.data.template.end_token_ids), initial=prepared.initial,
-    )  # fmt: skip
+        prepared.model,
+        prepared.tokenizer,
+        run.final,
+        config=session.config,
+        record=run.read_record(),
+        end_token_ids=list(prepared.data.template.end_token_ids),
+        initial=prepared.initial,
+    )
     run.update_record(status="done", finished=now())
     write_report(run)
     session.report.samples(run.read_record())

@@ -294,7 +294,9 @@ def check_cuda(
 
 
 def torch_cuda() -> tuple[int, int] | None:
-    """Return the CUDA version that torch was built for, read from its files without importing it."""
+    """Return the CUDA version that torch was built for, read from its files without importing
+    it.
+    """
     found = importlib.util.find_spec("torch")
     version = (
         Path(found.origin).with_name("version.py") if found is not None and found.origin else None
@@ -367,10 +369,9 @@ def check_compiler(hardware: Hardware) -> Iterator[Check]:
         "Windows": "install the Visual Studio Build Tools",
     }.get(platform.system(), "apt-get install -y build-essential cmake")
     if compiler:
-        tools = (
-            f"{compiler}, cmake "
-            f"{'found' if shutil.which('cmake') else 'not found (pip installs its own for a build)'}"
-        )
+        has_cmake = shutil.which("cmake") is not None
+        cmake = "found" if has_cmake else "not found (pip installs its own for a build)"
+        tools = f"{compiler}, cmake {cmake}"
         yield Check(name="compiler", status="ok", detail=tools)
     else:
         detail = "no C++ compiler; needed to build llama-cpp-python and for Triton's kernels"
@@ -495,19 +496,25 @@ import trl, transformers
 if backend == "cpu":
     from unsloth_zoo.cpu.runtime import cpu_capabilities
     can = cpu_capabilities()
-    note("bfloat16 compute", can["bf16"], "" if can["bf16"] else "no AVX512-BF16, AMX or Arm BF16: float32")
-    note("NF4 on the CPU", can["bnb_4bit"], "" if can["bnb_4bit"] else "a trial run of bitsandbytes failed")
-    note("SFTTrainer on the CPU", getattr(trl.SFTTrainer, "_unsloth_cpu", False), "trl's own trainer is in place")
+    why = "no AVX512-BF16, AMX or Arm BF16: float32"
+    note("bfloat16 compute", can["bf16"], "" if can["bf16"] else why)
+    why = "a trial run of bitsandbytes failed"
+    note("NF4 on the CPU", can["bnb_4bit"], "" if can["bnb_4bit"] else why)
+    patched = getattr(trl.SFTTrainer, "_unsloth_cpu", False)
+    note("SFTTrainer on the CPU", patched, "trl's own trainer is in place")
     loss = getattr(trl.trainer.sft_trainer.SFTTrainer.compute_loss, "_unsloth_cpu", False)
     note("chunked cross entropy", loss, "" if loss else "trl's own loss: whole logits")
     note("Triton kernels", False, "no GPU")
-    note("trl's packing", False, "SDPA would attend across sequences; fastft's own padding-free rows instead")
+    why = "SDPA would attend across sequences; fastft's own padding-free rows instead"
+    note("trl's packing", False, why)
 else:
-    # What Unsloth itself decided on, not only what is installed: a wheel for another CUDA is there and unusable.
+    # What Unsloth itself decided on, not only what is installed: a wheel for another CUDA is
+    # there and unusable.
     from unsloth.models import _utils
     from unsloth.utils import attention_dispatch
+    flash = getattr(_utils, "HAS_FLASH_ATTENTION", None)
     for name, package, usable, instead in (
-        ("FlashAttention 2", "flash_attn", getattr(_utils, "HAS_FLASH_ATTENTION", None), "xformers or SDPA"),
+        ("FlashAttention 2", "flash_attn", flash, "xformers or SDPA"),
         ("xformers", "xformers", getattr(attention_dispatch, "HAS_XFORMERS", None), "SDPA"),
         ("Triton kernels", "triton", None, "plain torch"),
         ("bitsandbytes", "bitsandbytes", None, "no NF4, no 8-bit AdamW"),

@@ -12,7 +12,9 @@ MOST_CHANGED = 200  # rows on the page; result.json holds all of them
 
 
 def shown(metric: str, value: float) -> str:
-    """Return a metric's value as people read it: shares in per cent, the others with four digits."""
+    """Return a metric's value as people read it: shares in per cent, the others with four
+    digits.
+    """
     return f"{value:.4g}" if metric in TEXT_METRICS else f"{value:.1%}"
 
 

@@ -99,7 +99,9 @@ def _evaluate(
 
 
 def _scores(values: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Return {metric: {value, low, high}} of lm-eval's {"acc,none": 0.5, "acc_stderr,none": ...}."""
+    """Return {metric: {value, low, high}} of lm-eval's {"acc,none": 0.5, "acc_stderr,none":
+    ...}.
+    """
     scores = {}
     for key, value in values.items():
         name, _, kind = key.partition(",")

@@ -95,7 +95,9 @@ def write_reference(
 
 
 def load_tokenizer(base: str, adapter: str | None) -> Any:
-    """Return the tokenizer of the run: the adapter folder's own where it has one, else the base's."""
+    """Return the tokenizer of the run: the adapter folder's own where it has one, else the
+    base's.
+    """
     from transformers import AutoTokenizer
 
     own = adapter is not None and (Path(adapter) / "tokenizer_config.json").exists()

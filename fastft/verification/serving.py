@@ -34,8 +34,8 @@ def gguf_of(target: str | Path, *, base: str | None = None) -> tuple[Path, str]:
     resolved = resolve(target, base=base)
     if resolved.adapter is None:
         raise FastFTError(
-            f"{target} is a model folder. Export it first: fastft export {target} --to gguf:q4_k_m, "
-            "or serve it with vLLM: --with vllm."
+            f"{target} is a model folder. Export it first: fastft export {target} --to "
+            "gguf:q4_k_m, or serve it with vLLM: --with vllm."
         )
     folder = resolved.default_out
     files = [p for p in folder.glob("*.gguf") if not p.name.endswith(".lora.gguf")]

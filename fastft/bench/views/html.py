@@ -39,7 +39,9 @@ RECORD_HEADINGS = (
 
 
 def write_html(results: Sequence[Result], out: Path) -> Path:
-    """Write the page of `results` to `out` and return it; raises FastFTError where there are none."""
+    """Write the page of `results` to `out` and return it; raises FastFTError where there are
+    none.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     if not results:

@@ -143,8 +143,16 @@ def peak_memory(result: Result) -> Figure:
         if result.machine.cap_bytes:
             cap = result.machine.cap_bytes / 1e9
             axes.axvline(cap, color=INK, linestyle="--", linewidth=1)
-            axes.annotate(f"cap {number(cap)} GB", (cap, -0.45), xytext=(-3, 0), textcoords="offset points",
-                          ha="right", va="bottom", fontsize=8, color=INK)  # fmt: skip
+            axes.annotate(
+                f"cap {number(cap)} GB",
+                (cap, -0.45),
+                xytext=(-3, 0),
+                textcoords="offset points",
+                ha="right",
+                va="bottom",
+                fontsize=8,
+                color=INK,
+            )
             axes.set_xlim(right=max(axes.get_xlim()[1], cap * 1.05))
         what = "reserved VRAM" if result.machine.device == "cuda" else "resident memory"
         axes.set_xlabel(f"peak {what}, GB (less is better)")
@@ -172,10 +180,25 @@ def speed_up(result: Result) -> Figure:
                 axes.text(1, row, f"  {word}", va="center", fontsize=9, color=FAINT, style="italic")
                 continue
             error = [[ratio.speed - ratio.speed_low], [ratio.speed_high - ratio.speed]]
-            axes.errorbar(ratio.speed, row, xerr=error, fmt="o", markersize=8, color=_colour(arm), capsize=5,
-                          linewidth=2.2)  # fmt: skip
-            axes.annotate(f"{factor(ratio.speed)}x", (ratio.speed, row), xytext=(0, 9), textcoords="offset points",
-                          ha="center", fontsize=9, color=INK)  # fmt: skip
+            axes.errorbar(
+                ratio.speed,
+                row,
+                xerr=error,
+                fmt="o",
+                markersize=8,
+                color=_colour(arm),
+                capsize=5,
+                linewidth=2.2,
+            )
+            axes.annotate(
+                f"{factor(ratio.speed)}x",
+                (ratio.speed, row),
+                xytext=(0, 9),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+                color=INK,
+            )
         axes.axvline(1, color=INK, linestyle="--", linewidth=1)
         axes.set_xlim(0, top * 1.12)
         _arm_labels(axes, arms)

@@ -157,16 +157,27 @@ def readme_text(
             overview.append(
                 {"case": name, "card": card, "machine": NOT_MEASURED, "ratios": ["-"] * len(PAIRS)}
             )
-    return _environment().get_template("README.md.jinja").render(
-        legend=textwrap.fill(tables.LEGEND, 125),
-        headings=tables.HEADINGS,
-        pairs=PAIRS,
-        overview=overview,
-        elsewhere=[_overview_row(e, known.get(e.result.case.name)) for e in entries if not tables.own_card(e.result)],
-        length_plots=[_link(images / p.name, home) for p in plots.plots_over_length([e.result for e in entries])],
-        sections=[_section(entry, home, images, known) for entry in entries],
-        side_by_side=[_other_section(path, found, home) for path, found in others],
-    )  # fmt: skip
+    return (
+        _environment()
+        .get_template("README.md.jinja")
+        .render(
+            legend=textwrap.fill(tables.LEGEND, 125),
+            headings=tables.HEADINGS,
+            pairs=PAIRS,
+            overview=overview,
+            elsewhere=[
+                _overview_row(e, known.get(e.result.case.name))
+                for e in entries
+                if not tables.own_card(e.result)
+            ],
+            length_plots=[
+                _link(images / p.name, home)
+                for p in plots.plots_over_length([e.result for e in entries])
+            ],
+            sections=[_section(entry, home, images, known) for entry in entries],
+            side_by_side=[_other_section(path, found, home) for path, found in others],
+        )
+    )
 
 
 def _environment() -> Any:
@@ -269,7 +280,9 @@ def _section(entry: Entry, home: Path, images: Path, known: dict[str, Case]) -> 
 
 
 def _case_note(measured: Case, known: Case | None) -> str:
-    """Say where what was measured is not the committed case: a part of it, or an earlier version."""
+    """Say where what was measured is not the committed case: a part of it, or an earlier
+    version.
+    """
     if known is None or measured.hash == known.hash:
         return ""
     narrowed = {

@@ -123,7 +123,9 @@ def spread_text(spread: Spread | None) -> str:
 
 
 def number(value: float) -> str:
-    """Return about three significant figures, with thousands separated: 8,123  419  41.3  1.27  0.0457."""
+    """Return about three significant figures, with thousands separated: 8,123  419  41.3  1.27
+    0.0457.
+    """
     if value >= 100:
         return f"{value:,.0f}"
     if value >= 10:
@@ -247,7 +249,9 @@ def _table(name: str, table: TableResult, *, narrow: bool) -> Any:
 
 
 def _narrow_cells(arm: str, summary: ArmSummary) -> list[str]:
-    """Return what fits a terminal of 80 columns; the JSON, the page and the README have the rest."""
+    """Return what fits a terminal of 80 columns; the JSON, the page and the README have the
+    rest.
+    """
     full = cells(arm, summary)
     per_step = summary.seconds_per_step
     step = "-" if per_step is None else number(per_step.median)

@@ -1,13 +1,12 @@
 """Export GGUF files: base plus adapter, quantised and written in one pass.
 
-architectures.py  the families we write ourselves: names, transforms, metadata; everything else is refused
-tokenizer.py      vocabulary, special tokens, splitting rule, chat template
-quantize.py       ggml's quantisation through ctypes, and which tensor gets which type
-llama_quantize.py whole files through llama.cpp's own quantisation
-writer.py         the file format and the threads
-lora.py           the adapter alone, for llama.cpp's --lora
-upstream.py       the way out for unknown models: llama.cpp's own converter
-isolated.py       calls into llama.cpp that may end the process: each a job of llama_job.py
+architectures.py  the families we write ourselves: names, transforms, metadata; everything else is
+refused tokenizer.py      vocabulary, special tokens, splitting rule, chat template quantize.py
+ggml's quantisation through ctypes, and which tensor gets which type llama_quantize.py whole files
+through llama.cpp's own quantisation writer.py         the file format and the threads lora.py
+the adapter alone, for llama.cpp's --lora upstream.py       the way out for unknown models:
+llama.cpp's own converter isolated.py       calls into llama.cpp that may end the process: each a
+job of llama_job.py
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from typing import Any
 from fastft.files.scratch import scratch
 
 TENSOR_LINE = re.compile(
-    r"\[ *\d+/ *\d+\] (\S+) +- \[[^\]]*\], type = +(\S+), size = +[\d.]+ MiB(?: -> +[\d.]+ MiB \((\S+)\))?"
+    r"\[ *\d+/ *\d+\] (\S+) +- \[[^\]]*\], type = +(\S+), size = +[\d.]+ MiB"
+    r"(?: -> +[\d.]+ MiB \((\S+)\))?"
 )
 
 
