@@ -9,6 +9,7 @@ and `requests.py` for what may be asked. One answer is generated at a time.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import uuid
@@ -101,13 +102,12 @@ class Served:
     def __init__(
         self, path: Path, loras: Sequence[str | Path], gpu_layers: int | str, n_ctx: int | None
     ) -> None:
-        import anyio
-
         self.chat = GgufChat(path, loras=loras, gpu_layers=gpu_layers, n_ctx=n_ctx)
         self.adapters: dict[str, str | None] = {path.stem: None}
         for name in self.chat.model.loras:
             self.adapters.setdefault(name, name)
-        self.turn, self.waiting = anyio.Lock(), 0
+        # asyncio's, not anyio's: a stream is begun in one task and ended in another.
+        self.turn, self.waiting = asyncio.Lock(), 0
 
     async def models(self, request: Any) -> Any:
         """GET /v1/models: the bare file first, then its adapters."""

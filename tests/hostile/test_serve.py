@@ -77,6 +77,14 @@ def test_a_request_gets_an_answer(server):
     assert client.get("/v1/models").json()["data"][0]["id"] == "model.F32"
     again = client.post("/v1/chat/completions", json=CHAT).json()
     assert again["choices"] == got["choices"]
+    asked = CHAT | {"stream": True, "stream_options": {"include_usage": True}}
+    with client.stream("POST", "/v1/chat/completions", json=asked) as lines:
+        events = [line.removeprefix("data: ") for line in lines.iter_lines() if line]
+    assert events.pop() == "[DONE]"
+    assert json.loads(events[-1])["usage"] == got["usage"]
+    deltas = [json.loads(event)["choices"][0]["delta"] for event in events[:-1]]
+    whole = "".join(delta.get("content", "") for delta in deltas)
+    assert whole == got["choices"][0]["message"]["content"]
     text = client.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 2, "seed": 1})
     assert text.json()["object"] == "text_completion"
 
