@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -20,13 +21,15 @@ import typer
 from fastft import __version__
 from fastft.bench.command import app as bench_app
 from fastft.console import (
+    LONGEST_MESSAGE,
     answer_descriptor,
     claimed_stdout,
     print_result,
     quiet_libraries,
+    robust_streams,
     say_error,
 )
-from fastft.errors import FastFTError, one_of
+from fastft.errors import FastFTError, explained, one_of
 from fastft.inference.sampling import Sampling
 from fastft.training import ranks
 from fastft.verbs import MAX_KL, Certificate
@@ -59,14 +62,14 @@ Out = Annotated[
 
 def main() -> NoReturn:
     """Run the command line and leave with its exit code."""
+    robust_streams()
+    with contextlib.suppress(ValueError):  # not the main thread: somebody calls us from another
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = run(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(
-        code
-        # what torch and llama.cpp leave behind must neither hold up the shell nor crash on the way
-        # out
-    )
+    # What torch and llama.cpp leave behind must neither hold up the shell nor crash on the way out.
+    os._exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -83,6 +86,8 @@ def run(arguments: list[str]) -> int:
             quiet_libraries()
         try:
             result = app(args=arguments, prog_name="fastft", standalone_mode=False)
+            if result == 130 and ranks.first():  # click has met the KeyboardInterrupt first
+                print("interrupted", file=sys.stderr)
             return result if isinstance(result, int) else 0
         except FastFTError as error:
             return _end_with(error, debug)
@@ -98,9 +103,11 @@ def run(arguments: list[str]) -> int:
             ):  # click's usage errors: wrong options
                 error.show()
                 return 2
+            if known := explained(error):
+                return _end_with(known, debug)
             if ranks.tells_why():
                 say_error(
-                    f"unexpected {type(error).__name__}: {error}. This is a bug of fastft; "
+                    f"unexpected {type(error).__name__}: {str(error)[:LONGEST_MESSAGE]}. This is a bug of fastft; "
                     "--debug shows where.",
                     debug,
                 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import io
 import json
 import logging
 import os
@@ -13,8 +15,65 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from fastft.errors import InterruptedRunError
+from fastft.errors import CouldNotFinishError, InterruptedRunError
 from fastft.secrets import redact
+
+LONGEST_MESSAGE = 4000  # characters; what a file holds may be quoted, but not all of it
+
+
+class _Stream(io.RawIOBase):
+    """Standard output or error that nobody has to listen to.
+
+    A reader that went away (`| head -1`), a full disk or a closed descriptor ends no training; what
+    could not be written is counted.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor, self.problem = descriptor, 0
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self.descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self.descriptor)
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while left:
+                left = left[os.write(self.descriptor, left) :]
+        except OSError as error:
+            self.problem = error.errno or errno.EIO
+        return size
+
+
+class _Redacted(io.TextIOWrapper):
+    """Text that goes through `redact` on its way out."""
+
+    def write(self, text: str) -> int:
+        super().write(redact(text))
+        return len(text)
+
+
+def robust_streams() -> None:
+    """Make `sys.stdout` and `sys.stderr` such that writing to them never fails, and opens no file
+    in their place where the shell had closed them.
+
+    Characters that the terminal's encoding lacks are written as escapes.
+    """
+    while (opened := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(opened)
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        old = getattr(sys, name)
+        encoding = getattr(old, "encoding", None) or "utf-8"
+        raw = io.BufferedWriter(_Stream(descriptor), 8192)
+        new = _Redacted(raw, encoding=encoding, errors="backslashreplace", line_buffering=True)
+        setattr(sys, name, new)
 
 
 @contextlib.contextmanager
@@ -27,11 +86,12 @@ def claimed_stdout() -> Iterator[None]:
     real = os.dup(1)
     os.dup2(2, 1)
     before, sys.stdout = sys.stdout, sys.stderr
-    _answer = os.fdopen(os.dup(real), "w", encoding="utf-8")
+    _answer = os.fdopen(os.dup(real), "w", encoding="utf-8", errors="backslashreplace")
     try:
         yield
     finally:
-        _answer.close()
+        with contextlib.suppress(OSError):  # a full disk was said; a reader may have gone
+            _answer.close()
         sys.stdout = before
         os.dup2(real, 1)
         os.close(real)
@@ -49,7 +109,16 @@ def print_result(result: Any, as_json: bool, text: str | None = None) -> None:
     """Print a command's result: JSON on the real standard output, or `text` for a person."""
     values = _plain(result)
     if as_json:
-        _answer.write(redact(json.dumps(values, ensure_ascii=False)) + "\n")
+        text = redact(json.dumps(values, ensure_ascii=False)) + "\n"
+        try:
+            _answer.write(text)
+            _answer.flush()
+        except BrokenPipeError:  # whoever asked has gone
+            return
+        except OSError as error:
+            raise CouldNotFinishError(
+                f"the result could not be written to standard output: {error.strerror}."
+            ) from error
         return
     if text is None:
         text = json.dumps(values, indent=1, ensure_ascii=False)
@@ -72,7 +141,10 @@ def say_error(error: Any, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     word = "" if isinstance(error, InterruptedRunError) else "error: "
-    print(f"{word}{redact(str(error))}", file=sys.stderr)
+    text = str(error)
+    if len(text) > LONGEST_MESSAGE:
+        text = f"{text[:LONGEST_MESSAGE]} ... ({len(text) - LONGEST_MESSAGE:,} characters more)"
+    print(f"{word}{redact(text)}", file=sys.stderr)
 
 
 def quiet_libraries() -> None:

@@ -6,7 +6,9 @@ bug.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -36,6 +38,72 @@ class InterruptedRunError(FastFTError):
     """Ctrl-C or SIGTERM: state was saved, the same command goes on. Exit code 130."""
 
     exit_code = 130
+
+
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "out_of_memory",
+    "bad_alloc",
+    # cuBLAS and cuDNN allocate their workspaces themselves, beside torch's allocator.
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    # Threads and child processes need memory, too.
+    "can't start new thread",
+    "cannot allocate memory",
+)
+"""What a failed allocation is called, in lower case, where it is no exception of its own."""
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EAGAIN}
+"""What the system says about its own limits, not about what the user gave."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether `error` is a failed allocation, on a GPU or of torch's or Python's on the
+    CPU.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY)
+
+
+def explained(error: BaseException) -> FastFTError | None:
+    """Return what an error means that nobody expected at its place, where it is the machine's or
+    the user's: memory, disk, a file's name or rights. None: it is ours.
+    """
+    if is_out_of_memory(error):
+        return CouldNotFinishError(f"out of memory: {_first_line(error)} ({memory_numbers()}).")
+    if isinstance(error, ValueError) and "null byte" in str(error):
+        return FastFTError("a file name holds a NUL character; no file is called so.")
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        where = f" ({error.filename})" if error.filename else ""
+        return CouldNotFinishError(f"{error.strerror}{where}. What was saved before is whole.")
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return FastFTError(f"{error.filename}: {error.strerror}. Check the path and its rights.")
+    return None
+
+
+def memory_numbers() -> str:
+    """Return how much memory this process has, may have, and the machine has left."""
+    import psutil
+
+    used, left = psutil.Process().memory_info().rss, psutil.virtual_memory().available
+    words = f"this process holds {used / 2**30:.2f} GiB, {left / 2**30:.2f} GiB are free"
+    with contextlib.suppress(ImportError):
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            words += f", its limit (ulimit -v) is {limit / 2**30:.2f} GiB of addresses"
+    return words
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300].rstrip(".") if lines else type(error).__name__
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

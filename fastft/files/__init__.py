@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from fastft.errors import CouldNotFinishError, FastFTError
+from fastft.secrets import redact
 
 CHUNK_BYTES = (
     2**20
@@ -171,9 +172,11 @@ def _old(path: Path) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path`, whole or not at all; an OSError becomes a clear message."""
+    """Write `text` to `path`, whole or not at all and without any key that stands in it; an
+    OSError becomes a clear message.
+    """
     with clear_errors(path.parent), written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8", newline="\n")
+        aside.write_text(redact(text), encoding="utf-8", newline="\n")
 
 
 def sha256(path: Path) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from fastft.data.batches import MicroBatch, Rows, Segment, micro_batches, supervised_tokens
 from fastft.engines.base import Engine
-from fastft.errors import CouldNotFinishError
+from fastft.errors import CouldNotFinishError, is_out_of_memory
 from fastft.kernels.fused import FusedLayers
 from fastft.kernels.varlen import padding_free
 from fastft.training.dropout import dropout_by_sequence
@@ -197,28 +197,6 @@ class Stepper:
             f"out of memory with {before} tokens a micro-batch{_memory_numbers()}; the same "
             f"sequences again with {self.policy.micro_batch_tokens} (the effective batch stays)"
         )
-
-
-OUT_OF_MEMORY = (
-    "can't allocate memory",
-    "out of memory",
-    "out_of_memory",
-    "bad_alloc",
-    # cuBLAS and cuDNN allocate their workspaces themselves, beside torch's allocator.
-    "cublas_status_alloc_failed",
-    "cudnn_status_alloc_failed",
-)
-"""What a failed allocation is called, in lower case, where it is no exception of its own."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether `error` is a failed allocation, on a GPU or of torch's or Python's on the
-    CPU.
-    """
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        sign in text for sign in OUT_OF_MEMORY
-    )
 
 
 def _memory_numbers() -> str:
