@@ -13,11 +13,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fastft.data import trie
+
 IGNORE = -100
 
-Rows = Literal["varlen", "packed", "padded"]
+Rows = Literal["varlen", "packed", "padded", "trie"]
 """What a micro-batch is: one row without padding whose boundaries are `cu_seq_lens_q` (fastft's
-attention) or `packed_seq_lengths` (Unsloth's GPU kernels), or a padded batch.
+attention) or `packed_seq_lengths` (Unsloth's GPU kernels), a padded batch, or a trie row, in which
+beginnings that sequences share stand once (`trie_nodes` and `trie_pairs`; a row whose sequences
+share nothing is a "varlen" one).
 """
 
 
@@ -48,10 +52,13 @@ class MicroBatch:
     """Tensors of one forward pass."""
 
     inputs: dict[str, Any]  # what the model is called with, labels included
-    tokens: int  # without padding
-    padded_tokens: int
+    tokens: int  # of its sequences, without padding
+    unique_tokens: int  # the same, but one that sequences share counts once
+    padded_tokens: int  # what goes through the model
     spans: tuple[tuple[int, int, int, int], ...] = ()
-    """(row, start, tokens, place in the step) of each sequence."""
+    """(row, start, tokens, place in the step) of each sequence; none of a trie row, which has no
+    dropout.
+    """
 
 
 class StepBatches:
@@ -145,20 +152,30 @@ def cut_padded(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def micro_batches(
     segments: Sequence[Segment], budget: int, *, rows: Rows, pad_token_id: int, device: Any
 ) -> Iterator[MicroBatch]:
-    """Yield the micro-batches of one step, each of at most `budget` tokens (padding counts), or of
-    one segment.
+    """Yield the micro-batches of one step, each of at most `budget` tokens (padding counts, a
+    shared token counts once), or of one segment.
 
     Segments without a supervised token are left out: they add nothing to loss or gradient.
     """
     useful = [segment for segment in segments if segment.supervised]
     lengths = [len(segment) for segment in useful]
-    for indices in (cut_padded if rows == "padded" else cut)(lengths, budget):
+    if rows == "padded":
+        for indices in cut_padded(lengths, budget):
+            yield _padded([useful[i] for i in indices], pad_token_id, device)
+        return
+    ids = [segment.input_ids for segment in useful]
+    shares = rows == "trie" and bool(ids) and trie.build(ids).shares
+    for indices in trie.cut(ids, budget) if shares else cut(lengths, budget):
         chosen = [useful[i] for i in indices]
-        yield (
-            _padded(chosen, pad_token_id, device)
-            if rows == "padded"
-            else _padding_free(chosen, device, rows)
-        )
+        if shares and trie.build([segment.input_ids for segment in chosen]).shares:
+            yield _trie_row(chosen, device)
+        else:
+            yield _padding_free(chosen, device, rows)
+
+
+def unique_tokens(segments: Sequence[Segment]) -> int:
+    """Return the tokens of `segments` that a trie row computes: shared beginnings count once."""
+    return trie.build([segment.input_ids for segment in segments]).tokens if segments else 0
 
 
 CPU_MULTIPLE = 32
@@ -194,7 +211,33 @@ def _padding_free(segments: list[Segment], device: Any, rows: Rows) -> MicroBatc
         (0, int(start), len(segment), segment.place)
         for start, segment in zip(boundaries, segments, strict=False)
     )
-    return MicroBatch(inputs, sum(lengths), sum(lengths) + tail, spans)
+    tokens = sum(lengths)
+    return MicroBatch(inputs, tokens, tokens, tokens + tail, spans)
+
+
+def _trie_row(segments: list[Segment], device: Any) -> MicroBatch:
+    """One row (1, T) of the segments' trie, with the same tail on a CPU as `_padding_free`'s.
+
+    `trie_nodes` (N, 4) int64 stays on the CPU: start, length, position and parent of each node.
+    `trie_pairs` (3, P) int64: index of a state, its target, how many sequences have this pair.
+    """
+    import torch
+
+    row = trie.row_of(
+        [s.input_ids for s in segments], [s.labels for s in segments], ignore=IGNORE
+    )
+    tokens = len(row.input_ids)
+    tail = -tokens % CPU_MULTIPLE if torch.device(device).type == "cpu" else 0
+    nodes = row.trie.table
+    nodes[-1, 1] += tail  # the last node has no children, so nothing sees its tail
+    arrays = {
+        "input_ids": np.concatenate([row.input_ids, np.zeros(tail, np.int64)])[None],
+        "position_ids": np.concatenate([row.position_ids, np.arange(tail)])[None],
+        "trie_pairs": np.stack([row.states, row.targets, row.counts]),
+    }
+    inputs: dict[str, Any] = {name: torch.from_numpy(a).to(device) for name, a in arrays.items()}
+    inputs["trie_nodes"] = torch.from_numpy(nodes)
+    return MicroBatch(inputs, sum(map(len, segments)), tokens, padded_tokens=tokens + tail)
 
 
 def _padded(segments: list[Segment], pad_token_id: int, device: Any) -> MicroBatch:
@@ -214,4 +257,5 @@ def _padded(segments: list[Segment], pad_token_id: int, device: Any) -> MicroBat
     arrays = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     inputs = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
     spans = tuple((row, 0, len(segment), segment.place) for row, segment in enumerate(segments))
-    return MicroBatch(inputs, int(mask.sum()), mask.size, spans)
+    tokens = int(mask.sum())
+    return MicroBatch(inputs, tokens, tokens, mask.size, spans)

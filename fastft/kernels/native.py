@@ -330,7 +330,7 @@ def attention_forward(
     k: torch.Tensor,
     v: torch.Tensor,
     rotary: tuple[torch.Tensor, torch.Tensor] | None,
-    edges: torch.Tensor,
+    nodes: torch.Tensor,
     dim: int,
     scale: float,
     window: int,
@@ -350,8 +350,8 @@ def attention_forward(
         sin,
         out,
         lse,
-        edges,
-        *_heads(q, k, edges, dim),
+        nodes,
+        *_heads(q, k, nodes, dim),
         window,
         scale,
     )
@@ -366,7 +366,7 @@ def attention_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     rotary: tuple[torch.Tensor, torch.Tensor] | None,
-    edges: torch.Tensor,
+    nodes: torch.Tensor,
     dim: int,
     scale: float,
     window: int,
@@ -375,18 +375,18 @@ def attention_backward(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     cos, sin = rotary or (None, None)
     _call(
-        "row_attention_backward", q.dtype, q, k, v, cos, sin, out, lse, dout, dq, dk, dv, edges,
-        *_heads(q, k, edges, dim), window, scale,
+        "row_attention_backward", q.dtype, q, k, v, cos, sin, out, lse, dout, dq, dk, dv, nodes,
+        *_heads(q, k, nodes, dim), window, scale,
     )  # fmt: skip
     return dq, dk, dv
 
 
 def _heads(
-    q: torch.Tensor, k: torch.Tensor, edges: torch.Tensor, dim: int
+    q: torch.Tensor, k: torch.Tensor, nodes: torch.Tensor, dim: int
 ) -> tuple[int, int, int, int]:
-    """Return (sequences, heads of keys, heads of queries for each of them, dim)."""
-    assert int(edges[-1]) == q.shape[0], "every token belongs to a sequence"
-    return len(edges) - 1, k.shape[1] // dim, q.shape[1] // k.shape[1], dim
+    """Return (nodes, heads of keys, heads of queries for each of them, dim)."""
+    assert int(nodes[-1, 0] + nodes[-1, 1]) == q.shape[0], "every token belongs to a node"
+    return len(nodes), k.shape[1] // dim, q.shape[1] // k.shape[1], dim
 
 
 # --- attention in blocks: layout and softmax
@@ -413,7 +413,7 @@ def pack_heads(
         return blocks
     heads = rows.view(-1, kv * group, dim)
     if cos is not None and sin is not None:
-        heads = heads * cos[:, None] + _rotate_half(heads) * sin[:, None]
+        heads = heads * cos[:, None] + rotate_half(heads) * sin[:, None]
     pieces = []
     for start, length, _, padded in table.tolist():
         piece = heads[start : start + length].reshape(length, kv, group, dim).transpose(0, 1)
@@ -446,10 +446,11 @@ def unpack_heads(
     if cos is None or sin is None:
         return rows
     heads = rows.view(-1, kv * group, dim)
-    return (heads * cos[:, None] - _rotate_half(heads * sin[:, None])).reshape(tokens, width)
+    return (heads * cos[:, None] - rotate_half(heads * sin[:, None])).reshape(tokens, width)
 
 
-def _rotate_half(x: torch.Tensor) -> torch.Tensor:
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """Return (-second half, first half) of the last dimension: what sin multiplies in a rotation."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
 

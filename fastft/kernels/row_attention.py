@@ -1,10 +1,11 @@
-"""Causal attention of each sequence of a padding-free row over itself, with its own backward, on
-the CPU.
+"""Causal attention over a row without padding, with its own backward, on the CPU: of each sequence
+over itself, or of each node of a trie over its ancestors and itself (data/trie.py).
 
-Two ways to the same numbers. `_Compiled` runs attention.cpp: bfloat16 on processors with
+Three ways to the same numbers. `_Compiled` runs attention.cpp: bfloat16 on processors with
 AVX512-BF16 or AMX; it never writes scores to memory and sums in float32. `_Blocks` serves every
 other type and processor with torch's batched products on blocks of equal length, in which the
-heads that share a key are rows of one product.
+heads that share a key are rows of one product. There a row with ancestors goes through
+varlen.py's attention, a node at a time.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch.autograd import Function
 
 from fastft.kernels import native
+from fastft.kernels.varlen import trie_attention
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 """cos and sin, each (T, dim)."""
@@ -41,19 +43,22 @@ def row_attention(
     Position i of a sequence sees position j of the same sequence where 0 <= i - j < `window`
     (None: all before it).
     """
+    compiled = native.attends(q.dtype, dim)
+    if plan.shares and not compiled:
+        return _by_node(q, k, v, rotary, plan, dim, scale, window)
     window = NO_WINDOW if window is None else window
-    way = _Compiled if native.attends(q.dtype, dim) else _Blocks
+    way = _Compiled if compiled else _Blocks
     return way.apply(q, k, v, rotary, plan, dim, scale, window)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
 class RowPlan:
-    """The sequences of a row, and their layout for `_Blocks`: each padded to a multiple of PAD
+    """The nodes of a row, and their layout for `_Blocks`: each padded to a multiple of PAD
     positions.
     """
 
-    edges: torch.Tensor  # (sequences + 1,) int64: where each begins, and T
-    table: torch.Tensor  # (sequences, 4) int64: start, length, padded start, padded length
+    nodes: torch.Tensor  # (nodes, 4) int64: start, length, first position, parent (-1: none)
+    table: torch.Tensor  # (nodes, 4) int64: start, length, padded start, padded length
     groups: list[
         tuple[int, int, int]
     ]  # (padded start, how many, padded length) of neighbours of equal length
@@ -62,6 +67,11 @@ class RowPlan:
     def longest(self) -> int:
         """Tokens of the longest sequence."""
         return int(self.table[:, 1].max())
+
+    @property
+    def shares(self) -> bool:
+        """Whether any node has an ancestor."""
+        return bool((self.nodes[:, 3] >= 0).any())
 
 
 PAD = 32  # few distinct shapes, so that oneDNN's generated kernels are used again
@@ -75,10 +85,17 @@ def plan_row(boundaries: Any) -> RowPlan:
     """Return the layout of a row whose sequences lie between `boundaries` [0, ..., T]."""
     edges = np.asarray([int(b) for b in boundaries], dtype=np.int64)
     lengths = np.diff(edges)
+    roots = [edges[:-1], lengths, np.zeros_like(lengths), np.full_like(lengths, -1)]
+    return plan_nodes(torch.from_numpy(np.stack(roots, axis=1)))
+
+
+def plan_nodes(nodes: torch.Tensor) -> RowPlan:
+    """Return the layout of a row with these `nodes` (N, 4) int64, depth first; see RowPlan."""
+    starts_in_row, lengths = nodes[:, 0].numpy(), nodes[:, 1].numpy()
     padded = -(-lengths // PAD) * PAD
     starts = np.concatenate([[0], np.cumsum(padded)[:-1]])
     table = torch.from_numpy(
-        np.stack([edges[:-1], lengths, starts, padded], axis=1).astype(np.int64)
+        np.stack([starts_in_row, lengths, starts, padded], axis=1).astype(np.int64)
     ).contiguous()
     groups: list[tuple[int, int, int]] = []
     for start, length in zip(starts.tolist(), padded.tolist(), strict=True):
@@ -87,7 +104,7 @@ def plan_row(boundaries: Any) -> RowPlan:
             groups[-1] = (first, count + 1, length)
         else:
             groups.append((start, 1, length))
-    return RowPlan(torch.from_numpy(edges), table, groups)
+    return RowPlan(nodes.contiguous(), table, groups)
 
 
 # --- compiled
@@ -108,9 +125,9 @@ class _Compiled(Function):
         scale: float,
         window: int,
     ) -> torch.Tensor:
-        out, lse = native.attention_forward(q, k, v, rotary, plan.edges, dim, scale, window)
+        out, lse = native.attention_forward(q, k, v, rotary, plan.nodes, dim, scale, window)
         ctx.save_for_backward(q, k, v, out, lse, *(rotary or ()))
-        ctx.what = (plan.edges, dim, scale, window)
+        ctx.what = (plan.nodes, dim, scale, window)
         return out
 
     @staticmethod
@@ -119,6 +136,28 @@ class _Compiled(Function):
         rotary = (rest[0], rest[1]) if rest else None
         grads = native.attention_backward(dout.contiguous(), q, k, v, out, lse, rotary, *ctx.what)
         return (*grads, *(None,) * 5)
+
+
+# --- a node at a time
+
+
+def _by_node(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rotary: Rotary | None,
+    plan: RowPlan,
+    dim: int,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """`row_attention` through varlen.py's attention over a trie."""
+    q, k, v = (t.view(t.shape[0], -1, dim).transpose(0, 1)[None] for t in (q, k, v))
+    if rotary is not None:
+        cos, sin = rotary
+        q, k = (t * cos + native.rotate_half(t) * sin for t in (q, k))
+    out = trie_attention(q, k, v, plan.nodes, scaling=scale, sliding_window=window)
+    return out.flatten(2)[0]
 
 
 # --- blocks of torch's batched products

@@ -8,7 +8,8 @@ their boundaries come in as `cu_seq_lens_q`, transformers' own keyword for it:
     cu_seq_lens_q   [0, 3, 5, 9]
 
 A loop of causal attention calls beats one call with a block-diagonal mask, because nothing is
-computed for pairs of different sequences (on 2 CPU cores by a factor of four).
+computed for pairs of different sequences (on 2 CPU cores by a factor of four). Sequences that share
+beginnings are the paths of a trie, whose nodes come in as `trie_nodes` (data/trie.py).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def varlen_attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | list[int] | None = None,
+    trie_nodes: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Return (attention output (1, T, H, D), None) for query (1, H, T, D) and key, value (1, KV,
@@ -46,36 +48,105 @@ def varlen_attention(
 
     `sliding_window` w lets position i see i-w+1 .. i; `softcap` c turns scores s into c tanh(s /
     c) (gemma2); `s_aux` (H,) are gpt-oss' sinks, one extra logit a head that takes probability and
-    gives nothing.
+    gives nothing. The row's sequences lie between `cu_seq_lens_q`, or are the paths of
+    `trie_nodes`.
     """
     assert query.shape[0] == 1, "a padding-free batch is one row"
-    assert cu_seq_lens_q is not None, "a padding-free row needs its sequence boundaries"
+    if trie_nodes is None:
+        assert cu_seq_lens_q is not None, "a padding-free row needs its sequence boundaries"
+        starts = [int(start) for start in cu_seq_lens_q]
+        trie_nodes = torch.tensor([(a, b - a, 0, -1) for a, b in pairwise(starts)])
+    out = trie_attention(
+        query,
+        key,
+        value,
+        trie_nodes,
+        scaling=scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        s_aux=s_aux,
+        dropout=dropout,
+    )
+    return out, None
+
+
+def trie_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    nodes: torch.Tensor,
+    *,
+    scaling: float | None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Return (1, T, H, D): each node of a row over its ancestors and causally over itself.
+
+    `nodes` (N, 4) int64, depth first: start in the row, length, position of the first token in its
+    sequences, parent (-1: none). Keywords as in `varlen_attention`.
+    """
     groups = query.shape[1] // key.shape[1]
-    starts = [int(start) for start in cu_seq_lens_q]
+    table = nodes.tolist()
     outputs = []
-    for start, end in pairwise(starts):
-        q = query[:, :, start:end]  # (1, H, L, D)
-        k, v = (t[:, :, start:end].repeat_interleave(groups, dim=1) for t in (key, value))
-        window = (
-            sliding_window if sliding_window is not None and sliding_window < end - start else None
+    for start, length, position, _ in table:
+        own = slice(start, start + length)
+        before = _ancestors(table, len(outputs))
+        if before and sliding_window is not None:
+            before = _inside(before, position, sliding_window)
+        q = query[:, :, own]  # (1, H, L, D)
+        k, v = (
+            torch.cat([*(t[:, :, part] for part in before), t[:, :, own]], dim=2)
+            if before
+            else t[:, :, own]
+            for t in (key, value)
         )
+        k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+        keys = k.shape[2]
+        window = sliding_window if sliding_window is not None and sliding_window < keys else None
         if softcap is None and s_aux is None:
-            mask = None if window is None else _window_mask(end - start, window, q.device)
+            causal = window is None and not before
+            mask = None if causal else _window_mask(length, keys, window, q.device)
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
             )
         else:
             out = _explicit_attention(q, k, v, scaling, window, softcap, s_aux, dropout)
         outputs.append(out)
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
-def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Return (L, L) bool: True where position i may see position j, that is 0 <= i - j < window."""
-    distance = (
-        torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
-    )
-    return (distance >= 0) & (distance < (window or length))
+def _ancestors(table: list[list[int]], node: int) -> list[slice]:
+    """Return the stretches of the row that `node` sees whole, the root's first: its sequences'
+    tokens before it.
+    """
+    found = []
+    while (node := table[node][3]) >= 0:
+        found.append(slice(table[node][0], table[node][0] + table[node][1]))
+    return found[::-1]
+
+
+def _inside(before: list[slice], position: int, window: int) -> list[slice]:
+    """Return what of `before`, the stretches of positions 0 to `position`, any query from
+    `position` on sees: those after position - window.
+    """
+    hidden, kept = max(0, position - window + 1), []
+    for part in before:
+        first = min(part.start + hidden, part.stop)
+        hidden -= first - part.start
+        if first < part.stop:
+            kept.append(slice(first, part.stop))
+    return kept
+
+
+def _window_mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Return (queries, keys) bool: True where position i may see position j, that is 0 <= i - j <
+    window; the queries are the last positions of the keys.
+    """
+    positions = torch.arange(keys, device=device)
+    distance = positions[keys - queries :, None] - positions[None, :]
+    return (distance >= 0) & (distance < (window or keys))
 
 
 def _explicit_attention(
@@ -96,7 +167,7 @@ def _explicit_attention(
     )  # (1, H, L, L)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    allowed = _window_mask(q.shape[2], window, q.device)
+    allowed = _window_mask(q.shape[2], k.shape[2], window, q.device)
     scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
     if s_aux is not None:
         sinks = s_aux.reshape(1, -1, 1, 1).expand(1, -1, q.shape[2], 1).to(scores.dtype)

@@ -98,3 +98,31 @@ def test_epochs_differ():
     first = steps[0]
     steps.set_epoch(1)
     assert steps[0] != first
+
+
+def test_a_trie_row_holds_a_shared_beginning_once():
+    head = list(range(100, 120))
+    segments = segments_of(
+        [
+            sample([*head, 1, 2, 3], [IGNORE] * 20 + [1, 2, 3]),
+            sample([*head, 4], [IGNORE] * 20 + [4]),
+        ]
+    )
+    (row,) = micro_batches(segments, 40, rows="trie", pad_token_id=0, device="cpu")
+    assert row.inputs["input_ids"].tolist() == [[*head, 1, 2, 3, 4, *[0] * 8]]
+    assert row.inputs["position_ids"].tolist() == [[*range(20), 20, 21, 22, 20, *range(8)]]
+    assert row.inputs["trie_nodes"].tolist() == [[0, 20, 0, -1], [20, 3, 20, 0], [23, 9, 20, 0]]
+    # The state before the branch predicts both continuations.
+    assert row.inputs["trie_pairs"].tolist() == [[19, 19, 20, 21], [1, 4, 2, 3], [1, 1, 1, 1]]
+    assert (row.tokens, row.unique_tokens, row.padded_tokens) == (44, 24, 32)
+
+
+def test_sequences_that_share_nothing_are_cut_as_before():
+    segments = segments_of([sample([n] * length) for n, length in enumerate([30, 7, 12, 25, 3])])
+    plain, shared = (
+        list(micro_batches(segments, 40, rows=rows, pad_token_id=0, device="cpu"))
+        for rows in ("varlen", "trie")
+    )
+    for a, b in zip(plain, shared, strict=True):
+        assert a.inputs.keys() == b.inputs.keys()
+        assert all(a.inputs[name].equal(b.inputs[name]) for name in a.inputs)

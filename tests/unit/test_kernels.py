@@ -5,14 +5,16 @@ import itertools
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from fastft.data import trie
 from fastft.data.batches import Segment, micro_batches, supervised_tokens
 from fastft.kernels import native
 from fastft.kernels.fused import FusedLayers, head_loss
-from fastft.kernels.row_attention import plan_row, row_attention
+from fastft.kernels.row_attention import plan_nodes, plan_row, row_attention
 from fastft.kernels.varlen import padding_free
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
@@ -238,12 +240,23 @@ def test_compiled_attention_equals_sdpa_on_each_sequence(kind, registers):
 def check_attention(kind, dtype):
     lengths, kv, group, dim, window = ATTENTIONS[kind]
     edges = [0, *itertools.accumulate(lengths)]
+    check_against_float64(
+        lambda *qkvr: row_attention(*qkvr, plan_row(edges), dim, 0.25, window),
+        lambda *qkvr: attention_by_sequence(*qkvr, edges, dim, 0.25, window),
+        (edges[-1], kv, group, dim),
+        dtype,
+    )
+
+
+def check_against_float64(attend, reference, shape, dtype):
+    """Compare outputs and gradients on random numbers; `shape`: tokens, heads of keys, queries for each, dim."""
+    tokens, kv, group, dim = shape
     generator = torch.Generator().manual_seed(0)
     numbers = [
-        torch.randn(edges[-1], n * dim, generator=generator).to(dtype) for n in (kv * group, kv, kv)
+        torch.randn(tokens, n * dim, generator=generator).to(dtype) for n in (kv * group, kv, kv)
     ]
-    grad = torch.randn(edges[-1], kv * group * dim, generator=generator).to(dtype)
-    angle = torch.randn(edges[-1], dim // 2, generator=generator).repeat(1, 2)
+    grad = torch.randn(tokens, kv * group * dim, generator=generator).to(dtype)
+    angle = torch.randn(tokens, dim // 2, generator=generator).repeat(1, 2)
     rotary = (angle.cos().to(dtype), angle.sin().to(dtype)) if dim != 16 else None
 
     def outputs(attend, wide):
@@ -251,13 +264,71 @@ def check_attention(kind, dtype):
         out = attend(*leaves, rotary and tuple(t.to(wide) for t in rotary))
         return out.detach(), *torch.autograd.grad(out, leaves, grad.to(wide))
 
-    got = outputs(lambda *qkvr: row_attention(*qkvr, plan_row(edges), dim, 0.25, window), dtype)
-    expected = outputs(
-        lambda *qkvr: attention_by_sequence(*qkvr, edges, dim, 0.25, window), torch.float64
-    )
+    got, expected = outputs(attend, dtype), outputs(reference, torch.float64)
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == dtype
         assert relative(a, b) < {torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
+
+
+TRIES = {  # sequences as (shared with which other, how far; length), heads, queries each, dim, window
+    "one beginning, ends around a panel's edge": ([(0, 0, 200), (0, 130, 131), (0, 130, 250), (0, 130, 194)], 2, 3, 64, None),
+    "a conversation": ([(0, 0, 70), (0, 64, 150), (1, 128, 129), (1, 140, 300), (3, 299, 310)], 1, 4, 32, None),
+    "two trees and a window": ([(0, 0, 90), (0, 40, 100), (2, 0, 33), (2, 5, 200), (3, 150, 160)], 2, 2, 16, 30),
+    "a window of two": ([(0, 0, 30), (0, 20, 40)], 1, 2, 32, 2),
+    "a window over several nodes": ([(0, 0, 300), (0, 70, 200), (1, 135, 180), (2, 136, 400)], 1, 13, 48, 100),
+    "single tokens": ([(0, 0, 1), (0, 1, 2), (1, 2, 3), (1, 2, 70), (0, 0, 5)], 2, 1, 128, None),
+}  # fmt: skip
+
+
+def trie_of(kind):
+    generator = np.random.default_rng(0)
+    sequences = []
+    for with_which, common, length in TRIES[kind][0]:
+        own = generator.integers(0, 10**6, length)
+        own[:common] = sequences[with_which][:common] if common else own[:common]
+        sequences.append(own)
+    return trie.build(sequences, shortest=1)
+
+
+def attention_by_path(q, k, v, rotary, found, dim, scale, window):
+    """What attention over a trie stands for: SDPA on each node's whole path, of which its end is
+    kept.
+    """
+    pieces = []
+    for node in range(len(found.start)):
+        table = found.table[found.path(node)].tolist()
+        places = torch.cat([torch.arange(start, start + length) for start, length, *_ in table])
+        path = tuple(t[places] for t in (q, k, v))
+        turned = rotary and tuple(t[places] for t in rotary)
+        out = attention_by_sequence(*path, turned, [0, len(places)], dim, scale, window)
+        pieces.append(out[-table[-1][1] :])
+    return torch.cat(pieces)
+
+
+@pytest.mark.parametrize("kind", TRIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_attention_over_a_trie_equals_sdpa_on_each_path(kind, dtype, monkeypatch):
+    monkeypatch.setattr(native, "attends", lambda *_: False)
+    check_trie_attention(kind, dtype)
+
+
+@pytest.mark.parametrize("kind", TRIES)
+def test_compiled_attention_over_a_trie_equals_sdpa_on_each_path(kind, registers):
+    if not native.attends(torch.bfloat16, TRIES[kind][3]):
+        pytest.skip("no AVX512-BF16 on this processor, or no compiler")
+    check_trie_attention(kind, torch.bfloat16)
+
+
+def check_trie_attention(kind, dtype):
+    _, kv, group, dim, window = TRIES[kind]
+    found = trie_of(kind)
+    plan = plan_nodes(torch.from_numpy(found.table))
+    check_against_float64(
+        lambda *qkvr: row_attention(*qkvr, plan, dim, 0.25, window),
+        lambda *qkvr: attention_by_path(*qkvr, found, dim, 0.25, window),
+        (found.tokens, kv, group, dim),
+        dtype,
+    )
 
 
 def test_compiled_attention_keeps_what_is_not_a_number(registers):
