@@ -29,7 +29,7 @@ from torch.autograd import Function
 from fastft.families import FAMILIES, Family, family_of
 from fastft.kernels import native
 from fastft.kernels.native import Sum, multiply
-from fastft.kernels.row_attention import RowPlan, plan_row, row_attention
+from fastft.kernels.row_attention import RowPlan, plan_nodes, plan_row, row_attention
 from fastft.kernels.varlen import text_config
 
 # --- LoRA projections
@@ -221,7 +221,7 @@ class _RMSNorm(Function):
 
 class _HeadLoss(Function):
     """Sum of the cross entropies of hidden (N, H) through the head's weight (V, H), over
-    `divisor`.
+    `divisor`; `counts` (N,) says how often each counts (None: once).
     """
 
     @staticmethod
@@ -230,6 +230,7 @@ class _HeadLoss(Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         targets: torch.Tensor,
+        counts: torch.Tensor | None,
         divisor: float,
         cap: float,
     ) -> torch.Tensor:
@@ -243,15 +244,14 @@ class _HeadLoss(Function):
             part = slice(first, first + HEAD_ROWS)
             logits = place[: len(targets[part])]
             multiply(Sum(logits, [(hidden[part], weight.t())]))
-            total += (
-                native.cross_entropy_(
-                    logits, targets[part], factor=1.0 / divisor, cap=cap, backward=backward
-                )
-                .double()
-                .sum()
-            )
+            losses = native.cross_entropy_(
+                logits, targets[part], factor=1.0 / divisor, cap=cap, backward=backward
+            ).double()
+            total += (losses if counts is None else losses * counts[part]).sum()
             if grad is not None:
                 multiply(Sum(grad[part], [(logits, weight)]))
+        if grad is not None and counts is not None:
+            grad *= counts[:, None]
         ctx.save_for_backward(*([] if grad is None else [grad]))
         return (total / divisor).float()
 
@@ -260,10 +260,7 @@ class _HeadLoss(Function):
         (grad,) = ctx.saved_tensors
         return (
             (grad if dloss.item() == 1.0 else grad * dloss.to(grad.dtype)),
-            None,
-            None,
-            None,
-            None,
+            *(None,) * 5,
         )
 
 
@@ -288,9 +285,27 @@ def head_loss(
     rows = hidden.reshape(-1, hidden.shape[-1])
     if len(supervised) < len(targets):
         rows = rows.index_select(0, supervised)
-    return _HeadLoss.apply(
-        rows.to(weight.dtype), weight, targets[supervised].contiguous(), float(divisor), cap
-    )  # type: ignore[no-any-return]
+    return _HeadLoss.apply(  # type: ignore[no-any-return]
+        rows.to(weight.dtype), weight, targets[supervised].contiguous(), None, float(divisor), cap
+    )
+
+
+def pair_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    pairs: torch.Tensor,
+    divisor: float,
+    cap: float = 0.0,
+) -> torch.Tensor:
+    """Return the loss (float32 scalar) of hidden (1, T, H) on `pairs` (3, P) of a trie row: index
+    of a state, its target, how many sequences have this pair.
+    """
+    states, targets, counts = pairs
+    rows = hidden[0].index_select(0, states).to(weight.dtype)
+    often = None if bool((counts == 1).all()) else counts
+    return _HeadLoss.apply(  # type: ignore[no-any-return]
+        rows, weight, targets.contiguous(), often, float(divisor), cap
+    )
 
 
 # --- which modules are replaced
@@ -331,6 +346,11 @@ class FusedLayers:
             self.forwards.append((module, forward))
             if whole:
                 inside |= {id(child) for child in module.modules()}
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the loss is among the replaced parts: it takes `trie_pairs` in place of labels."""
+        return any(module is self.owner for module, _ in self.forwards)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -473,13 +493,10 @@ class FusedLayers:
         def forward(
             hidden_states: torch.Tensor, position_embeddings: Any = None, *args: Any, **kwargs: Any
         ) -> Any:
-            boundaries = kwargs.get("cu_seq_lens_q")
+            boundaries, nodes = kwargs.get("cu_seq_lens_q"), kwargs.get("trie_nodes")
             cos, sin = position_embeddings
-            if (
-                boundaries is None
-                or cos.shape[-1] != dim
-                or (limit and self._plan(boundaries).longest > limit)
-            ):
+            plan = None if boundaries is None and nodes is None else self._plan(boundaries, nodes)
+            if plan is None or cos.shape[-1] != dim or (limit and plan.longest > limit):
                 return original(module, hidden_states, position_embeddings, *args, **kwargs)
             rows = _rows(hidden_states, self.dtype)
             q, k, v = _Projections.apply(rows, projections, *_parameters(projections))
@@ -490,17 +507,16 @@ class FusedLayers:
                 if rotates
                 else None
             )
-            out = row_attention(
-                q, k, v, rotary, self._plan(boundaries), dim, module.scaling, window
-            )
+            out = row_attention(q, k, v, rotary, plan, dim, module.scaling, window)
             return module.o_proj(out.view(*hidden_states.shape[:-1], -1)), None
 
         return forward
 
-    def _plan(self, boundaries: Any) -> RowPlan:
+    def _plan(self, boundaries: Any, nodes: torch.Tensor | None) -> RowPlan:
         """The layout of the row at hand, worked out once for all layers."""
-        if self._row is None or self._row[0] is not boundaries:
-            self._row = (boundaries, plan_row(boundaries))
+        key = boundaries if nodes is None else nodes
+        if self._row is None or self._row[0] is not key:
+            self._row = (key, plan_row(boundaries) if nodes is None else plan_nodes(nodes))
         return self._row[1]
 
     def _causal_lm(self, module: Any) -> Callable[..., Any] | None:
@@ -526,8 +542,17 @@ class FusedLayers:
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
         def forward(
-            *args: Any, labels: Any = None, num_items_in_batch: Any = None, **kwargs: Any
+            *args: Any,
+            labels: Any = None,
+            num_items_in_batch: Any = None,
+            trie_pairs: Any = None,
+            **kwargs: Any,
         ) -> Any:
+            if trie_pairs is not None:
+                hidden = inner(*args, **kwargs).last_hidden_state
+                divisor = float(num_items_in_batch)
+                loss = pair_loss(hidden, head.weight, trie_pairs, divisor, cap)
+                return CausalLMOutputWithPast(loss=loss)
             if labels is None or num_items_in_batch is None:
                 given = {"labels": labels, "num_items_in_batch": num_items_in_batch}
                 return original(

@@ -66,7 +66,7 @@ class RowPlan:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return int(self.table[:, 1].max())
+        return int((self.nodes[:, 1] + self.nodes[:, 2]).max())
 
     @property
     def shares(self) -> bool:

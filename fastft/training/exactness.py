@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastft.data.batches import Rows, Segment, supervised_tokens
+from fastft.data import trie
+from fastft.data.batches import Rows, Segment, supervised_tokens, unique_tokens
 from fastft.engines.base import Engine
 from fastft.errors import FastFTError
 from fastft.hardware import Choice
@@ -36,6 +37,7 @@ from fastft.training.step import Stepper, StepPolicy
 MOST_TOKENS, MOST_SEQUENCES = 512, 8
 ERROR, LOSS_ERROR, MARGIN = 1e-3, 1e-2, 4.0
 FLOAT16_SCALE = 1024.0
+NONE_FOUND = ("fit into one row", "share a beginning and fit into one row")
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,62 @@ def _window(config: Any) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
+def choose_sharing(
+    wanted: bool | str,
+    model: Any,
+    engine: Engine,
+    check: Callable[[Rows], RowCheck | None],
+    *,
+    rows: Rows,
+    tested: bool,
+    longest: int,
+) -> tuple[Rows, Choice]:
+    """Return `rows`, or trie rows where beginnings that a step's sequences share are computed once,
+    and the choice to print.
+
+    `rows` are what `choose_rows` returned, the other arguments its own. Raises FastFTError where
+    sharing is asked for and impossible.
+    """
+    if wanted is False:
+        return rows, Choice(False, "asked for")
+    reason, config = _why_not_shared(model, rows), text_config(model)
+    known = is_known_family(model)
+    if not reason and known and tested:
+        return "trie", Choice(True, f"exact for {config.model_type}")
+    if not reason:
+        exact, reason = _checked(check, "trie", None if known else _window(config), longest)
+        engine.forget_check(model)
+        if exact:
+            return "trie", Choice(True, reason)
+    if wanted is True:
+        raise FastFTError(f"train.share_prefixes is on, but {reason}. Set it to auto or false.")
+    return rows, Choice(False, reason)
+
+
+def _why_not_shared(model: Any, rows: Rows) -> str:
+    """Return why no beginning may be computed once here, or an empty string."""
+    if rows == "padded":
+        return "sequences are padded here (see padding_free)"
+    if rows == "packed":
+        return "Unsloth's attention for rows without padding knows no ancestors"
+    config, dropout = text_config(model), _dropout(model)
+    if dropout > 0:
+        return (
+            f"with dropout {dropout:g} each sequence needs a mask of its own; lora.dropout: 0 "
+            "allows it"
+        )
+    if getattr(config, "output_router_logits", False):
+        return "the router's loss counts every sequence's own tokens"
+    return ""
+
+
+def _dropout(model: Any) -> float:
+    """The highest dropout of the model: its layers', or its attention's, which is a function's."""
+    layers = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    attention = getattr(text_config(model), "attention_dropout", 0.0) or 0.0
+    return float(max([*layers, attention]))
+
+
 def _checked(
     check: Callable[[Rows], RowCheck | None], rows: Rows, window: int | None, longest: int
 ) -> tuple[bool, str]:
@@ -154,7 +212,7 @@ def _checked(
             f"{(str(error).splitlines() or [''])[0]}",
         )
     if found is None:
-        return False, "no two sequences of the first step fit into one row"
+        return False, f"no two sequences of the first step {NONE_FOUND[rows == 'trie']}"
     if found.exact and window and longest > window >= found.longest:
         return False, (
             f"the longest of the sequences looked at has {found.longest} tokens, the model's "
@@ -174,7 +232,9 @@ def check_rows(
     `stepper` has the rows to be checked in its policy and is left as it was, gradients empty.
     `context` makes the mixed precision of training.
     """
-    chosen = _choose(segments, stepper.policy.micro_batch_tokens)
+    budget = stepper.policy.micro_batch_tokens
+    shared = stepper.policy.rows == "trie"
+    chosen = _choose_sharing(segments, budget) if shared else _choose(segments, budget)
     if len(chosen) < 2:
         return None
     tokens = sum(len(segment) for segment in chosen)
@@ -216,6 +276,23 @@ def _choose(segments: Sequence[Segment], budget: int) -> list[Segment]:
         return chosen
     shortest = sorted(useful, key=len)[:2]
     return shortest if sum(map(len, shortest)) <= budget else []
+
+
+def _choose_sharing(segments: Sequence[Segment], budget: int) -> list[Segment]:
+    """Return a few sequences around the longest beginning that two of them share; none where their
+    row would be above the budget.
+    """
+    useful = [segment for segment in segments if segment.supervised]
+    order, shared = trie.sort_by_prefix([segment.input_ids for segment in useful])
+    if not len(shared) or shared.max() < trie.SHORTEST:
+        return []
+    at = int(shared.argmax())
+    chosen = [useful[i] for i in order[at - 1 : at + 1]]
+    most = min(budget, max(MOST_TOKENS, unique_tokens(chosen)))
+    for index in [*order[at + 1 :], *order[: at - 1]][: MOST_SEQUENCES - 2]:
+        if unique_tokens([*chosen, useful[index]]) <= most:
+            chosen.append(useful[index])
+    return chosen if unique_tokens(chosen) <= most else []
 
 
 def _join(segments: Sequence[Segment]) -> Segment:

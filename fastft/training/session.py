@@ -229,15 +229,16 @@ class Session:
         return prepared
 
     def _choose_rows(self, loaded: Prepared) -> Prepared:
-        from fastft.training.exactness import choose_rows
+        from fastft.training.exactness import choose_rows, choose_sharing
 
+        settings, check = self.config.train, partial(self.check_rows, loaded)
+        tested, longest = self.hardware.kind == "cpu", self.config.model.max_seq_length
+        model, engine = loaded.model, loaded.engine
         rows, loaded.choices["padding_free"] = choose_rows(
-            self.config.train.padding_free,
-            loaded.model,
-            loaded.engine,
-            partial(self.check_rows, loaded),
-            tested=self.hardware.kind == "cpu",
-            longest=self.config.model.max_seq_length,
+            settings.padding_free, model, engine, check, tested=tested, longest=longest
+        )
+        rows, loaded.choices["share_prefixes"] = choose_sharing(
+            settings.share_prefixes, model, engine, check, rows=rows, tested=tested, longest=longest
         )
         return replace(loaded, rows=rows)
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from trl import SFTConfig, SFTTrainer
@@ -32,7 +32,13 @@ from fastft.data.batches import IGNORE, Rows, Segment, supervised_tokens
 from fastft.engines import get_engine
 from fastft.errors import CouldNotFinishError, FastFTError
 from fastft.kernels.fused import FusedLayers
-from fastft.training.exactness import MOST_TOKENS, RowCheck, check_rows, choose_rows
+from fastft.training.exactness import (
+    MOST_TOKENS,
+    RowCheck,
+    check_rows,
+    choose_rows,
+    choose_sharing,
+)
 from fastft.training.step import Stepper, StepPolicy
 
 CPU_TOKENS = 1024  # enough to keep a CPU's matrix products busy
@@ -44,8 +50,9 @@ class FastSFTTrainer(SFTTrainer):
 
     `micro_batch_tokens`: most tokens of one forward pass (default: 1,024 on a CPU, on a GPU what
     per_device_train_batch_size sequences of max_length would be); after an out-of-memory it is
-    halved within the same step. `fused_layers`: fastft's own CPU layers (on by default). Raises
-    FastFTError for settings that this step would not honour; the message names them all.
+    halved within the same step. `fused_layers`: fastft's own CPU layers (on by default).
+    `share_prefixes`: a beginning that sequences of a step share is computed once ("auto": where
+    that is exact). Raises FastFTError for settings that this step would not honour; the message names them all.
     """
 
     def __init__(
@@ -54,6 +61,7 @@ class FastSFTTrainer(SFTTrainer):
         tokenizer: Any = None,
         micro_batch_tokens: int | None = None,
         fused_layers: bool = True,
+        share_prefixes: bool | Literal["auto"] = "auto",
         **kwargs: Any,
     ) -> None:
         if tokenizer is not None:
@@ -68,6 +76,7 @@ class FastSFTTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         self._refuse_what_would_be_ignored()
         self._stepper = self._make_stepper(micro_batch_tokens, fused_layers)
+        self._share_prefixes = share_prefixes
         self._rows_chosen = False
         self.loss_trace: list[float] = []
 
@@ -136,16 +145,19 @@ class FastSFTTrainer(SFTTrainer):
         """Take rows without padding where they are exact: known for tested families on a CPU,
         looked at with the first step's data for others and on a GPU.
         """
+        engine, check = self._stepper.engine, partial(self._check_rows, segments)
+        tested = self.args.device.type == "cpu"
+        longest = getattr(self.args, "max_length", None) or MOST_TOKENS
         rows, choice = choose_rows(
-            "auto",
-            self.model,
-            self._stepper.engine,
-            partial(self._check_rows, segments),
-            tested=self.args.device.type == "cpu",
-            longest=getattr(self.args, "max_length", None) or MOST_TOKENS,
+            "auto", self.model, engine, check, tested=tested, longest=longest
         )
-        self._stepper.policy.rows = rows
         _say(f"FastSFTTrainer: {'rows without padding: ' if choice.value else ''}{choice.reason}")
+        wanted = self._share_prefixes
+        rows, choice = choose_sharing(
+            wanted, self.model, engine, check, rows=rows, tested=tested, longest=longest
+        )
+        _say(f"FastSFTTrainer: beginnings {'' if choice.value else 'not '}shared: {choice.reason}")
+        self._stepper.policy.rows = rows
 
     def _check_rows(self, segments: list[Segment], rows: Rows) -> RowCheck | None:
         candidate = self._stepper.with_policy(replace(self._stepper.policy, rows=rows))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fastft.data.batches import MicroBatch, Rows, Segment, micro_batches, supervised_tokens
 from fastft.engines.base import Engine
@@ -57,6 +58,8 @@ class Stepper:
             scale,
         )
         self.device, self.on_note = device, on_note
+        self.unique_tokens = 0
+        """Tokens that the last `gradient` computed: one that sequences share counts once."""
 
     def with_policy(self, policy: StepPolicy) -> Stepper:
         """Return a stepper like this one that cuts by `policy`."""
@@ -121,17 +124,29 @@ class Stepper:
         by_sequence = (
             contextlib.nullcontext() if drawn is None else dropout_by_sequence(self.model, *drawn)
         )
+        self.unique_tokens = 0
         with self.layers(), self.engine.loss_mode(self.model), by_sequence as dropout:
             for batch in self.batches(segments):
                 if dropout is not None:
                     dropout(batch.spans)
                 with context():
-                    loss = model(
-                        **batch.inputs, num_items_in_batch=supervised, use_cache=False
-                    ).loss
+                    loss = self._loss_of(model, batch, supervised)
                 backward(loss)
                 loss_sum += loss.detach()
+                self.unique_tokens += batch.unique_tokens
         return loss_sum.item()
+
+    def _loss_of(self, model: Any, batch: MicroBatch, divisor: int) -> torch.Tensor:
+        """The sum of a micro-batch's token losses over `divisor`."""
+        inputs = dict(batch.inputs)
+        if "trie_pairs" not in inputs or (self.fused is not None and self.fused.has_loss):
+            loss: torch.Tensor = model(**inputs, num_items_in_batch=divisor, use_cache=False).loss
+            return loss
+        # transformers' own head on the states that predict something, softcaps and scales included.
+        states, targets, counts = inputs.pop("trie_pairs")
+        logits = model(**inputs, logits_to_keep=states, use_cache=False).logits
+        losses = F.cross_entropy(logits[0].float(), targets, reduction="none")
+        return (losses * counts).sum() / divisor
 
     def loss(self, segments: list[Segment]) -> float:
         """Return the sum of the token losses of `segments`; the caller sets mode, precision and
@@ -150,7 +165,7 @@ class Stepper:
     def _loss(self, segments: list[Segment]) -> float:
         with self.layers():
             return sum(
-                self.model(**batch.inputs, num_items_in_batch=1, use_cache=False).loss.item()
+                self._loss_of(self.model, batch, 1).item()
                 for batch in self.batches(segments)
             )
 
@@ -171,7 +186,7 @@ class Stepper:
         layers, where there are any.
         """
         with contextlib.ExitStack() as stack:
-            if self.policy.rows == "varlen":
+            if self.policy.rows in ("varlen", "trie"):
                 stack.enter_context(padding_free(self.model))
             if self.fused is not None:
                 stack.enter_context(self.fused.active())

@@ -11,7 +11,14 @@ from fastft.data.batches import Segment
 from fastft.engines.stock import ENGINE
 from fastft.errors import CouldNotFinishError, FastFTError
 from fastft.kernels import varlen
-from fastft.training.exactness import RowCheck, check_rows, choose_rows
+from fastft.training.exactness import (
+    RowCheck,
+    _gradient,
+    _without_dropout,
+    check_rows,
+    choose_rows,
+    choose_sharing,
+)
 from fastft.training.step import Stepper, StepPolicy
 from tests.families import FAMILIES, make_checkpoint
 
@@ -61,6 +68,87 @@ def test_exact_rows_are_found_exact(model_of, family, context):
         assert found.error < 1e-9
         assert found.loss_error < 1e-5
     assert found.leak > 0.05
+
+
+def talks(seed=0):
+    """Conversations with common beginnings of several depths, one of them whole in another, one
+    twice, one alone; some of their tokens have a loss that others do not give them.
+    """
+    generator = np.random.default_rng(seed)
+    found = []
+    for start, common, length in [(0, 0, 70), (0, 30, 90), (0, 30, 55), (1, 60, 95), (3, 90, 95), (0, 0, 40), (2, 55, 55)]:  # fmt: skip
+        ids = generator.integers(0, 250, length)
+        if common:
+            ids[:common] = found[start].input_ids[:common]
+        labels = np.where(generator.random(length) < 0.7, ids, -100)
+        labels[0], labels[-1] = -100, ids[-1]
+        found.append(Segment(ids, labels))
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trie_rows_give_the_gradient_of_padded_batches(model_of, family):
+    model = model_of(family)
+    for seed, budget in enumerate([10**6, 150, 1]):
+        segments = talks(seed)
+        with _without_dropout(model):
+            expected, got = (
+                _gradient(stepper(model, "padded"), StepPolicy(tokens, rows, 0), segments, FLOAT32)
+                for tokens, rows in ((1, "padded"), (budget, "trie"))
+            )
+        assert got[0] == pytest.approx(expected[0], rel=1e-5)
+        a, b = (torch.cat([g.flatten() for g in gradients]) for _, gradients in (got, expected))
+        assert float((a - b).norm() / b.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt-oss"])
+def test_shared_beginnings_are_found_exact(model_of, family):
+    found = check_rows(stepper(model_of(family), "trie"), [*sequences(), *talks()], BFLOAT16)
+    assert found.exact, found.reason
+    assert found.sequences > 2
+
+
+def test_a_sibling_that_is_seen_is_found_out(model_of, monkeypatch):
+    honest = varlen.trie_attention
+
+    def faulty(query, key, value, nodes, **kwargs):
+        nodes = nodes.clone()
+        nodes[2:, 3] = torch.arange(1, len(nodes) - 1)  # each node sees the one before it
+        return honest(query, key, value, nodes, **kwargs)
+
+    monkeypatch.setattr(varlen, "trie_attention", faulty)
+    found = check_rows(stepper(model_of("llama"), "trie"), talks(), FLOAT32)
+    assert not found.exact, found.reason
+
+
+def test_sequences_that_share_nothing_cannot_be_checked(model_of):
+    assert check_rows(stepper(model_of("llama"), "trie"), sequences(), FLOAT32) is None
+
+
+def test_sharing_is_off_with_its_reason_or_refused(model_of):
+    model = model_of("llama")  # has dropout
+
+    def choose(wanted, rows, tested=True):
+        return choose_sharing(
+            wanted, model, ENGINE, lambda rows: None, rows=rows, tested=tested, longest=100
+        )
+
+    for given, why in (
+        ("padded", "padded here"),
+        ("packed", "no ancestors"),
+        ("varlen", "dropout 0.1"),
+    ):
+        rows, choice = choose("auto", given)
+        assert (rows, choice.value) == (given, False)
+        assert why in choice.reason
+        with pytest.raises(FastFTError, match=why):
+            choose(True, given)
+    with _without_dropout(model):
+        assert choose("auto", "varlen")[0] == "trie"
+        assert choose(False, "varlen")[0] == "varlen"
+        rows, choice = choose("auto", "varlen", tested=False)
+        assert rows == "varlen"
+        assert "share a beginning" in choice.reason
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])

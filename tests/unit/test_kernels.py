@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from fastft.data import trie
-from fastft.data.batches import Segment, micro_batches, supervised_tokens
+from fastft.data.batches import Segment
+from fastft.engines.stock import ENGINE
 from fastft.kernels import native
-from fastft.kernels.fused import FusedLayers, head_loss
+from fastft.kernels.fused import FusedLayers, head_loss, pair_loss
 from fastft.kernels.row_attention import plan_nodes, plan_row, row_attention
-from fastft.kernels.varlen import padding_free
+from fastft.training.step import Stepper, StepPolicy
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
@@ -390,21 +391,16 @@ def rows(lengths=(300, 40, 17, 129, 64, 2)):
     return result
 
 
-def gradient(model, segments, budget, *, padded=False, fused=None, autocast=False):
+def gradient(model, segments, budget, *, padded=False, fused=None, autocast=False, rows=None):
+    policy = StepPolicy(budget, rows or ("padded" if padded else "varlen"), 0)
+    stepper = Stepper(model, ENGINE, policy, device="cpu", on_note=print, fused=fused)
     model.zero_grad()
-    supervised, total = supervised_tokens(segments), 0.0
-    with contextlib.ExitStack() as stack:
-        if not padded:
-            stack.enter_context(padding_free(model))
-        if fused is not None:
-            stack.enter_context(fused.active())
-        for batch in micro_batches(
-            segments, budget, rows="padded" if padded else "varlen", pad_token_id=0, device="cpu"
-        ):
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss = model(**batch.inputs, num_items_in_batch=supervised, use_cache=False).loss
-            loss.backward()
-            total += loss.item()
+    total = stepper.gradient(
+        model,
+        segments,
+        torch.Tensor.backward,
+        lambda: torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    )
     return total, torch.cat(
         [p.grad.float().flatten() for p in model.parameters() if p.requires_grad]
     )
@@ -435,13 +431,63 @@ def test_the_gradient_is_the_padded_one(kind, compiled, monkeypatch):
         assert relative(got, reference) < 1e-5
 
 
+def talks(lengths=((0, 150), (100, 130), (100, 300), (280, 290), (100, 100), (0, 40))):
+    """Sequences that begin as the one before them does, for as many tokens as the first number."""
+    generator, result = torch.Generator().manual_seed(3), []
+    for common, length in lengths:
+        ids = torch.randint(0, 200, (length,), generator=generator).numpy()
+        ids[:common] = result[-1].input_ids[:common] if common else ids[:common]
+        labels = ids.copy()
+        labels[: 1 + length // 4] = -100
+        result.append(Segment(ids, labels))
+    return result
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "checkpointed"])
+def test_the_gradient_of_a_trie_row_is_the_padded_one(kind):
+    model = make_model(**KINDS.get(kind, {}))
+    reference_loss, reference = gradient(model, talks(), 10**6, padded=True)
+    if kind == "checkpointed":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        model.enable_input_require_grads()
+    fused = FusedLayers(model, torch.float32)
+    for budget in (160, 10**6):
+        loss, got = gradient(model, talks(), budget, fused=fused, rows="trie")
+        assert abs(loss - reference_loss) < 1e-5
+        assert relative(got, reference) < 1e-5
+
+
+def test_what_many_sequences_predict_counts_as_often():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 600, 16, generator=generator, requires_grad=True)
+    weight = torch.randn(50, 16, generator=generator)
+    # The head goes through 512 rows at a time.
+    pairs = torch.stack(
+        [
+            torch.randint(0, 600, (700,), generator=generator),
+            torch.randint(0, 50, (700,), generator=generator),
+            torch.randint(1, 9, (700,), generator=generator),
+        ]
+    )
+    got = pair_loss(hidden, weight, pairs, 7.0)
+    losses = F.cross_entropy((hidden[0] @ weight.t())[pairs[0]], pairs[1], reduction="none")
+    expected = (losses * pairs[2]).sum() / 7
+    torch.testing.assert_close(got, expected)
+    a, b = (torch.autograd.grad(loss * 3, hidden)[0] for loss in (got, expected))
+    assert relative(a, b) < 2e-6
+
+
 def test_bfloat16_is_as_close_to_float32_as_peft_is():
     exact, model = make_model(), make_model(torch.bfloat16)
     with torch.no_grad():  # the same numbers on both sides: the rounded base, the float32 adapter
         for a, b in zip(exact.parameters(), model.parameters(), strict=True):
             a.copy_(b)
     _, reference = gradient(exact, rows(), 10**6, padded=True)
-    _, got = gradient(model, rows(), 500, fused=FusedLayers(model, torch.bfloat16), autocast=True)
+    fused = FusedLayers(model, torch.bfloat16)
+    _, got = gradient(model, rows(), 500, fused=fused, autocast=True)
+    assert float(F.cosine_similarity(got, reference, dim=0)) > 0.999
+    _, reference = gradient(exact, talks(), 10**6, padded=True)
+    _, got = gradient(model, talks(), 500, fused=fused, autocast=True, rows="trie")
     assert float(F.cosine_similarity(got, reference, dim=0)) > 0.999
 
 
