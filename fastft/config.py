@@ -216,6 +216,11 @@ class TrainConfig(Section):
         description="auto: rows without padding where that is exact (CPU: known families, GPU: "
         "checked at the start)",
     )
+    share_prefixes: Literal["auto"] | bool = Field(
+        "auto",
+        description="auto: a beginning that sequences of a step share is computed once, where that "
+        "is exact",
+    )
     fused_layers: Literal["auto"] | bool = Field(
         "auto",
         description="auto: fastft's own LoRA, MLP, attention and loss on a CPU; off: "

@@ -157,20 +157,41 @@ def micro_batches(
 
     Segments without a supervised token are left out: they add nothing to loss or gradient.
     """
-    useful = [segment for segment in segments if segment.supervised]
-    lengths = [len(segment) for segment in useful]
-    if rows == "padded":
-        for indices in cut_padded(lengths, budget):
-            yield _padded([useful[i] for i in indices], pad_token_id, device)
-        return
-    ids = [segment.input_ids for segment in useful]
-    shares = rows == "trie" and bool(ids) and trie.build(ids).shares
-    for indices in trie.cut(ids, budget) if shares else cut(lengths, budget):
-        chosen = [useful[i] for i in indices]
-        if shares and trie.build([segment.input_ids for segment in chosen]).shares:
+    for chosen in _cut(segments, budget, rows):
+        if rows == "padded":
+            yield _padded(chosen, pad_token_id, device)
+        elif rows == "trie" and trie.build([segment.input_ids for segment in chosen]).shares:
             yield _trie_row(chosen, device)
         else:
             yield _padding_free(chosen, device, rows)
+
+
+def row_sizes(segments: Sequence[Segment], budget: int, rows: Rows) -> list[tuple[int, int]]:
+    """Return (tokens that go through the model, tokens of the longest sequence) of each
+    micro-batch that `micro_batches` makes.
+    """
+    sizes = []
+    for chosen in _cut(segments, budget, rows):
+        longest = max(map(len, chosen))
+        if rows == "trie":
+            tokens = unique_tokens(chosen)
+        else:
+            tokens = longest * len(chosen) if rows == "padded" else sum(map(len, chosen))
+        sizes.append((tokens, longest))
+    return sizes
+
+
+def _cut(segments: Sequence[Segment], budget: int, rows: Rows) -> list[list[Segment]]:
+    """The segments of each micro-batch, without those that have no supervised token."""
+    useful = [segment for segment in segments if segment.supervised]
+    lengths, ids = [len(s) for s in useful], [s.input_ids for s in useful]
+    if rows == "padded":
+        found = cut_padded(lengths, budget)
+    elif rows == "trie" and useful and trie.build(ids).shares:
+        found = trie.cut(ids, budget)
+    else:
+        found = cut(lengths, budget)
+    return [[useful[i] for i in indices] for indices in found]
 
 
 def unique_tokens(segments: Sequence[Segment]) -> int:
@@ -223,9 +244,7 @@ def _trie_row(segments: list[Segment], device: Any) -> MicroBatch:
     """
     import torch
 
-    row = trie.row_of(
-        [s.input_ids for s in segments], [s.labels for s in segments], ignore=IGNORE
-    )
+    row = trie.row_of([s.input_ids for s in segments], [s.labels for s in segments], ignore=IGNORE)
     tokens = len(row.input_ids)
     tail = -tokens % CPU_MULTIPLE if torch.device(device).type == "cpu" else 0
     nodes = row.trie.table

@@ -118,7 +118,8 @@ def build(sequences: Sequence[np.ndarray], shortest: int = SHORTEST) -> Trie:
         edges = [low, *(np.flatnonzero(shared[low + 1 : high] <= alike) + low + 1).tolist(), high]
         # The first part is done next, with everything below it: nodes come depth first.
         waiting += [(a, b, begin, parent) for a, b in reversed(list(pairwise(edges)))]
-    return Trie(*np.array(nodes, np.int64).reshape(-1, 4).T, end)
+    start_of, length, position, parents = np.array(nodes, np.int64).reshape(-1, 4).T
+    return Trie(start_of, length, position, parents, end)
 
 
 def row_of(

@@ -548,20 +548,18 @@ class FusedLayers:
             trie_pairs: Any = None,
             **kwargs: Any,
         ) -> Any:
-            if trie_pairs is not None:
-                hidden = inner(*args, **kwargs).last_hidden_state
-                divisor = float(num_items_in_batch)
-                loss = pair_loss(hidden, head.weight, trie_pairs, divisor, cap)
-                return CausalLMOutputWithPast(loss=loss)
-            if labels is None or num_items_in_batch is None:
+            if trie_pairs is None and (labels is None or num_items_in_batch is None):
                 given = {"labels": labels, "num_items_in_batch": num_items_in_batch}
                 return original(
                     *args, **{k: v for k, v in given.items() if v is not None}, **kwargs
                 )
             hidden = inner(*args, **kwargs).last_hidden_state
             hidden = hidden if divisor == 1.0 else hidden / divisor
+            over = float(num_items_in_batch)
             return CausalLMOutputWithPast(
-                loss=head_loss(hidden, head.weight, labels, float(num_items_in_batch), cap)
+                loss=head_loss(hidden, head.weight, labels, over, cap)
+                if trie_pairs is None
+                else pair_loss(hidden, head.weight, trie_pairs, over, cap)
             )
 
         return forward

@@ -88,8 +88,8 @@ def trie_attention(
     sequences, parent (-1: none). Keywords as in `varlen_attention`.
     """
     groups = query.shape[1] // key.shape[1]
-    table = nodes.tolist()
-    outputs = []
+    table: list[list[int]] = nodes.tolist()
+    outputs: list[torch.Tensor] = []
     for start, length, position, _ in table:
         own = slice(start, start + length)
         before = _ancestors(table, len(outputs))

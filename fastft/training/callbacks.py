@@ -15,7 +15,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from fastft.config import RunConfig
-from fastft.data.batches import cut, cut_padded, segments_of
+from fastft.data.batches import row_sizes, segments_of
 from fastft.errors import CouldNotFinishError
 from fastft.hardware import probe
 from fastft.planning import ModelShape, Situation
@@ -193,12 +193,8 @@ class MemoryCheck(TrainerCallback):
             self.sampler.start()
         steps, policy = self.trainer.steps, self.trainer.policy
         segments = ranks.share(segments_of(steps[state.global_step % len(steps)]))
-        lengths = [len(segment) for segment in segments if segment.supervised]
-        padded = policy.rows == "padded"
-        for row in (cut_padded if padded else cut)(lengths, policy.micro_batch_tokens):
-            longest = max(lengths[i] for i in row)
-            tokens = longest * len(row) if padded else sum(lengths[i] for i in row)
-            self.largest, self.longest = max((self.largest, self.longest), (tokens, longest))
+        sizes = row_sizes(segments, policy.micro_batch_tokens, policy.rows)
+        self.largest, self.longest = max([(self.largest, self.longest), *sizes])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """After the second step: say predicted and measured, and whether what is to come fits."""

@@ -135,6 +135,8 @@ class StepTrainer(Trainer):
             raise CouldNotFinishError(self._not_finite(loss))
         seconds, tokens = time.perf_counter() - started, sum(len(segment) for segment in segments)
         self.progress.step = {"loss": loss, "tokens": tokens, "seconds": seconds}
+        if ranks.world().size == 1:  # each of several processes knows only its own share
+            self.progress.step["unique_tokens"] = self.stepper.unique_tokens
         self.progress.tokens += tokens
         self.progress.trained_tokens += supervised_tokens(segments)
         return torch.tensor(loss, device=self.args.device)
@@ -219,6 +221,8 @@ class StepTrainer(Trainer):
                 "grad_norm": logs.get("grad_norm"),
             }
             record |= {"tokens": step["tokens"], "tokens_per_sec": step["tokens"] / step["seconds"]}
+            if "unique_tokens" in step:
+                record["unique_tokens"] = step["unique_tokens"]
             record |= {"seconds": step["seconds"], "peak_memory_bytes": peak_memory_bytes()}
             logs = logs | {
                 "tokens_per_sec": record["tokens_per_sec"],

@@ -165,8 +165,7 @@ class Stepper:
     def _loss(self, segments: list[Segment]) -> float:
         with self.layers():
             return sum(
-                self._loss_of(self.model, batch, 1).item()
-                for batch in self.batches(segments)
+                self._loss_of(self.model, batch, 1).item() for batch in self.batches(segments)
             )
 
     def batches(self, segments: list[Segment]) -> Iterator[MicroBatch]:

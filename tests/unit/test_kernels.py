@@ -1,6 +1,5 @@
 """The CPU's fused layers: compiled kernels against their torch form, and each layer against autograd over the plain one."""
 
-import contextlib
 import itertools
 import subprocess
 import sys
