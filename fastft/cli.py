@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -39,14 +40,17 @@ app = typer.Typer(
     help="Fine-tune language models with LoRA and QLoRA: exact, planned, resumable, with exports "
     "that carry a proof.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 ConfigFile = Annotated[Path, typer.Argument(help="the run's YAML config (fastft init writes one)")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="override a setting: --set lora.r=32 (repeatable)")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="override a setting: --set lora.r=32 (repeatable); lora.r=32 after the config is the same",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
 RunArgument = Annotated[
@@ -77,7 +81,7 @@ def run(arguments: list[str]) -> int:
     error.
     """
     debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    arguments = _settings_as_options([one for one in arguments if one != "--debug"])
     with claimed_stdout() if "--json" in arguments else contextlib.nullcontext():
         # Threads that spin while they wait for a core slow a shared machine down tenfold; must be
         # set before torch loads.
@@ -114,10 +118,30 @@ def run(arguments: list[str]) -> int:
             return 3
 
 
+TAKES_SETTINGS = {"train", "data", "plan", "sweep"}
+SETTING = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=.*", re.DOTALL)
+
+
+def _settings_as_options(arguments: list[str]) -> list[str]:
+    """Return `arguments` with each bare KEY=VALUE after a config as --set KEY=VALUE."""
+    if arguments[:1] and arguments[0] not in TAKES_SETTINGS:
+        return arguments
+    result: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        bare = SETTING.fullmatch(argument) and not before.startswith("-")
+        result += ["--set", argument] if bare else [argument]
+    return result
+
+
+def example(*lines: str) -> str:
+    """Return the end of a command's help: an example of its use, or several."""
+    return "\n\n".join([f"Example: {lines[0]}", *lines[1:]])
+
+
 # --- the main job
 
 
-@app.command()
+@app.command(epilog=example("fastft quickstart"))
 def quickstart(
     out: Annotated[Path, typer.Option("--out", help="where the run goes")] = Path("runs"),
     as_json: Json = False,
@@ -130,7 +154,7 @@ def quickstart(
     print_result(run_quickstart(out), as_json, text="")
 
 
-@app.command()
+@app.command(epilog=example("fastft init --gpu t4 --data data.jsonl -o run.yaml"))
 def init(
     gpu: Annotated[
         str | None,
@@ -140,14 +164,33 @@ def init(
         str | None, typer.Option("--model", help="Hub id or folder of the base model")
     ] = None,
     data: Annotated[str, typer.Option("--data", help="file or Hub id of the data")] = "data.jsonl",
+    project: Annotated[
+        str | None, typer.Option("--project", help="name of the run; default: the data file's")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="write this file; default: print it")
+    ] = None,
 ) -> None:
-    """Print a commented config: fastft init --gpu t4 > run.yaml."""
-    from fastft.planning.init import commented_config
+    """Print a commented config that fits the data and the machine, or write it to a file."""
+    from fastft.data.glance import glance
+    from fastft.hardware import named_gpu, probe
+    from fastft.planning.init import commented_config, suggested_model
 
-    sys.stdout.write(commented_config(gpu=gpu, model=model, data=data))
+    if out is not None and out.exists():
+        raise FastFTError(f"{out} exists and is not replaced. Name another file, or delete it.")
+    base = model or suggested_model(named_gpu(gpu) if gpu else probe())
+    seen = glance(data, base)
+    text = commented_config(
+        gpu=gpu, model=base, data=data, project=project, seen=seen, file=str(out or "run.yaml")
+    )
+    if out is None:
+        return print(text, end="")
+    out.write_text(text, encoding="utf-8")
+    found = f" for {seen}" if seen else f"; {data} is not a file here, so nothing was looked at"
+    print(f"wrote {out}{found}\nnext: fastft plan {out}, then fastft train {out}", file=sys.stderr)
 
 
-@app.command("config-schema")
+@app.command("config-schema", epilog=example("fastft config-schema > schema.json"))
 def config_schema() -> None:
     """Print the JSON Schema of the config."""
     from fastft.config import RunConfig
@@ -155,7 +198,9 @@ def config_schema() -> None:
     print(json.dumps(RunConfig.model_json_schema(), indent=1))
 
 
-@app.command()
+@app.command(
+    epilog=example("fastft train run.yaml", "fastft train run.yaml train.max_steps=100 lora.r=32")
+)
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -185,7 +230,7 @@ def train(
     print_result(result, as_json, text=f"{result.status}: {result.final or result.run}")
 
 
-@app.command()
+@app.command(epilog=example("fastft data run.yaml"))
 def data(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Show what will be trained on: formats, drops, lengths, a preview with the trained tokens in
     colour.
@@ -198,7 +243,11 @@ def data(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
     print_result(report, as_json, text="")
 
 
-@app.command()
+@app.command(
+    epilog=example(
+        "fastft chat runs/my-run", 'fastft chat runs/my-run/export/my-run.Q4_K_M.gguf -p "Hello"'
+    )
+)
 def chat(
     target: Annotated[
         str, typer.Argument(metavar="RUN", help="a run, adapter or model folder, or a .gguf file")
@@ -251,7 +300,7 @@ def chat(
     print_result(result, as_json, text="")
 
 
-@app.command()
+@app.command(epilog=example("fastft export runs/my-run --to gguf:q4_k_m,ollama"))
 def export(
     run: RunArgument,
     to: Annotated[
@@ -291,7 +340,7 @@ def export(
     _fail_unless_verified(result.certificate)
 
 
-@app.command()
+@app.command(epilog=example("fastft verify runs/my-run"))
 def verify(run: RunArgument, out: Out = None, base: Base = None, as_json: Json = False) -> None:
     """Check every exported file against the trained model; exit 1 where one is not it."""
     from fastft import verbs
@@ -301,7 +350,7 @@ def verify(run: RunArgument, out: Out = None, base: Base = None, as_json: Json =
     _fail_unless_verified(checked)
 
 
-@app.command("eval")
+@app.command("eval", epilog=example("fastft eval runs/my-run --data questions.jsonl"))
 def evaluate(
     target: Annotated[
         str, typer.Argument(metavar="RUN", help="a run, adapter or model folder, or a .gguf file")
@@ -377,7 +426,7 @@ def evaluate(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog=example("fastft push runs/my-run --repo user/name"))
 def push(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder or an adapter folder")],
     repo: Annotated[
@@ -402,7 +451,7 @@ def push(
     print_result(result, as_json, text=result.url)
 
 
-@app.command()
+@app.command(epilog=example("fastft serve runs/my-run"))
 def serve(
     target: Annotated[
         str,
@@ -493,7 +542,22 @@ def _serve_with_vllm(target: str, *, only_print: bool, **how: Any) -> None:
 # --- know before you start
 
 
-@app.command()
+@app.command(epilog=example("fastft runs"))
+def runs(
+    folder: Annotated[
+        Path | None, typer.Argument(help="where runs are kept (output_dir; default: runs)")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the runs: status, steps, held-out loss, exports."""
+    from fastft.runs import listing
+
+    folder = folder or listing.DEFAULT_FOLDER
+    found = listing.list_runs(folder)
+    print_result(listing.as_json(found), as_json, text=listing.as_table(found, folder))
+
+
+@app.command(epilog=example("fastft plan run.yaml --gpu t4", "fastft plan --table"))
 def plan(
     config: Annotated[Path | None, typer.Argument(help="the run's YAML config")] = None,
     overrides: Overrides = None,
@@ -526,7 +590,7 @@ def plan(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog=example("fastft doctor"))
 def doctor(
     quick: Annotated[
         bool, typer.Option("--quick", help="skip what takes seconds (importing Unsloth, llama.cpp)")

@@ -377,6 +377,9 @@ class RunConfig(Section):
         return Path(self.output_dir).expanduser() / self.project
 
 
+DATA_SUFFIXES = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".arrow", ".gz"}
+
+
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Return the config in the YAML file `path` with `--set a.b=c` `overrides` applied.
 
@@ -384,9 +387,15 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     wrong types, impossible combinations.
     """
     path = Path(path)
+    if path.suffix.lower() in DATA_SUFFIXES:
+        config = f"{path.stem}.yaml"
+        raise FastFTError(
+            f"{path} is data, not a config. Make one for it, then train with that:\n"
+            f"  fastft init --data {path} -o {config}\n  fastft train {config}"
+        )
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise FastFTError(f"config file {path} {what}. Write one with: fastft init > run.yaml")
+        raise FastFTError(f"config file {path} {what}. Write one with: fastft init -o {path}")
     values = read_yaml(path)
     for override in overrides or []:
         _apply_override(values, override)

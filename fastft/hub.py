@@ -7,13 +7,16 @@ user's (exit code 3, safe to try again): too many requests, the Hub's own errors
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
 import os
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -210,6 +213,83 @@ def bounded_waits() -> Iterator[None]:
         yield
     finally:
         set_client_factory(default_client_factory)
+
+
+MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "tokenizer*", "merges*")
+"""What a base model's folder needs; pickles, GGUF files and pictures stay on the Hub."""
+NOT_MODEL_FILES = ("original/*", "consolidated*", "*/*.safetensors", "onnx/*")
+
+
+def download_model(
+    name: str, revision: str | None = None, *, progress: Callable[[str], Any]
+) -> None:
+    """Bring the base model `name` into the local cache, showing how far it is.
+
+    `progress(what)` is Reporter.bytes: a context that yields a function of (bytes done, bytes
+    total). Does nothing for a folder, offline, and where every file is in the cache. Raises as
+    `hub_errors` does.
+    """
+    if Path(name).expanduser().is_dir() or is_offline() or "/" not in name:
+        return
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.utils import filter_repo_objects
+
+    with hub_errors(f"model {name!r}"):
+        info = HfApi().model_info(name, revision=revision, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        wanted = filter_repo_objects(
+            sizes, allow_patterns=[*MODEL_FILES], ignore_patterns=[*NOT_MODEL_FILES]
+        )
+        missing = [
+            file
+            for file in wanted
+            if not isinstance(try_to_load_from_cache(name, file, revision=info.sha), str)
+        ]
+        if not missing:
+            return
+        total = sum(sizes[file] for file in missing)
+        with watched(name, "models", total, progress):
+            snapshot_download(name, revision=revision, allow_patterns=missing)
+
+
+@contextmanager
+def watched(
+    name: str, kind: str, total: int | None, progress: Callable[[str], Any]
+) -> Iterator[None]:
+    """Within it, show how much of the repository `name` (kind: models, datasets) has arrived.
+
+    What counts is the growth of its folder in the cache: every way of downloading ends there.
+    """
+    from huggingface_hub import constants
+
+    blobs = Path(constants.HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}" / "blobs"
+    before, done = _bytes_in(blobs), threading.Event()
+    size = f" ({total / 1e6:,.0f} MB)" if total else ""
+    with progress(f"downloading {name}{size}") as show:
+
+        def look() -> None:
+            while not done.wait(0.5):
+                show(max(_bytes_in(blobs) - before, 0), total)
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            show(max(_bytes_in(blobs) - before, 0), total)
+
+
+def _bytes_in(folder: Path) -> int:
+    """Return the bytes on disk below `folder`: a file that is being filled counts as it grows."""
+    total = 0
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            with contextlib.suppress(OSError):  # renamed while we look
+                about = entry.stat()
+                total += min(about.st_size, getattr(about, "st_blocks", 1 << 60) * 512)
+    return total
 
 
 def root(error: BaseException) -> BaseException:

@@ -8,6 +8,7 @@ import contextlib
 import io
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -26,6 +27,38 @@ from rich.table import Table
 from fastft.hardware import Choice
 from fastft.secrets import redact
 
+SECONDS_BETWEEN_LINES = 5.0
+"""How often a log file (no terminal) gets a line."""
+
+
+@dataclass
+class Pace:
+    """Where a run stands, and when it will be done at the pace of this process's steps so far."""
+
+    total: int | None
+    first: int | None = None
+    started: float = 0.0
+
+    def place(self, step: int) -> str:
+        """Return "step 12 of 480, 3 min left"; without a total or a pace yet, what is known."""
+        if self.first is None:
+            self.first, self.started = step, time.monotonic()
+        if self.total is None:
+            return f"step {step}"
+        done = step - self.first
+        if not done:
+            return f"step {step} of {self.total}"
+        left = (self.total - step) * (time.monotonic() - self.started) / done
+        return f"step {step} of {self.total}, {spoken(left)} left"
+
+
+def spoken(seconds: float) -> str:
+    """Return a time as people say it: 8.1 s, 12 min, 3.5 h, 2.1 days."""
+    for size, unit, digits in ((86_400, "days", 1), (3600, "h", 1), (60, "min", 0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.{digits}f} {unit}"
+    return f"{seconds:.1f} s"
+
 
 class Reporter:
     """Prints choices, notes, a progress bar; `quiet` keeps only warnings."""
@@ -35,6 +68,7 @@ class Reporter:
         self.quiet = quiet
         self._bar: Progress | None = None
         self._last_line = 0.0
+        self._pace = Pace(None)
 
     def choice(self, name: str, choice: Choice) -> None:
         """Print an automatic choice once, with its reason."""
@@ -83,8 +117,8 @@ class Reporter:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
+        self._pace = Pace(total_steps)
         if self.quiet or not self.console.is_terminal:
-            self._total = total_steps
             yield
             return
         with Progress(*columns, console=self.console) as bar:
@@ -98,7 +132,7 @@ class Reporter:
     def bytes(self, what: str) -> Iterator[Callable[[int, int], None]]:
         """Show the progress of a long write; yields a function of (bytes done, bytes total)."""
         if self.quiet or not self.console.is_terminal:
-            yield lambda done, total: None
+            yield self._byte_lines(what)
             return
         with Progress(
             TextColumn(f"[bold]{what}"),
@@ -109,6 +143,21 @@ class Reporter:
         ) as bar:
             task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
+
+    def _byte_lines(self, what: str) -> Callable[[int, int | None], None]:
+        """Return the function of (bytes done, total) for a log file: a line every few seconds."""
+        last = started = time.monotonic()
+
+        def show(done: int, total: int | None) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last < SECONDS_BETWEEN_LINES:
+                return
+            last, speed = now, done / 1e6 / max(now - started, 1e-3)
+            share = f" of {total / 1e6:,.0f} MB ({done / total:.0%})" if total else " MB"
+            self.note(f"{what}: {done / 1e6:,.0f}{share}, {speed:.1f} MB/s")
+
+        return show
 
     def step(self, record: dict[str, Any]) -> None:
         """Show one line of log.jsonl."""
@@ -126,9 +175,10 @@ class Reporter:
         )
         if self._bar is not None:
             return self._bar.update(self._task, completed=record["step"], numbers=numbers)
-        if time.monotonic() - self._last_line > 5:  # a log file does not need every step
-            self._last_line = time.monotonic()
-            self.note(f"step {record['step']}: {numbers}")
+        place = self._pace.place(record["step"])
+        if time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()  # a log file does not need every step
+            self.note(f"{place}: {numbers}")
 
     def samples(self, record: dict[str, Any]) -> None:
         """Show the sample answers before and after, side by side."""

@@ -28,8 +28,8 @@ REQUIREMENTS = ROOT / "requirements"
 # Megabytes to download on Linux x86-64 with Python 3.11, by the sizes of the files on 28 November
 # 2026; the CUDA build of torch counts its CUDA packages and triton.
 MEGABYTES = {"torch, CPU": 192, "torch, CUDA": 2722, "tested set": 405, "unsloth": 32, "dev": 62}
-BUILD_STEP = re.compile(r"\[(\d+)/(\d+)\]")
-NOTABLE = re.compile(r"(Collecting|Downloading|Building|Installing|Processing|Using cached)\b.*")
+BUILD_STEP = re.compile(r"\[ *(\d+)/(\d+)\]")
+NOTABLE = re.compile(r"(Collecting|Downloading|Building|Processing|Using cached)\b.*")
 SECONDS_BETWEEN_LINES = 15
 
 
@@ -207,8 +207,10 @@ def where(lines: list[str]) -> str:
         if step := BUILD_STEP.search(line):
             done, total = int(step[1]), int(step[2])
             return f"compiling, {done} of {total} ({100 * done // max(total, 1)} %)"
+        if line.startswith("Installing collected packages:"):
+            return f"unpacking {line.count(',') + 1} packages"
         if notable := NOTABLE.search(line):
-            return re.sub(r" \(from .*", "", notable[0])
+            return re.sub(r" \(from .*|\S*/(?=\S+$)", "", notable[0])
     return "starting"
 
 

@@ -46,6 +46,15 @@ def held(path: Path, busy: Callable[[str], FastFTError], *, remove: bool = False
         handle.close()  # releases the lock
 
 
+def is_held(path: Path) -> bool:
+    """Return whether another process holds the lock file `path`; it is not touched."""
+    try:
+        with path.open("r", encoding="utf-8", errors="replace") as handle:
+            return path.is_file() and not _lock(handle, handle.read().strip(), shared=True)
+    except OSError:
+        return False
+
+
 def _now() -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S %Z")
 
@@ -84,7 +93,7 @@ def _write(handle: IO[str], text: str) -> None:
     handle.flush()
 
 
-def _lock(handle: Any, holder: str) -> bool:
+def _lock(handle: Any, holder: str, *, shared: bool = False) -> bool:
     """Take the kernel's lock on an open file; False where another process has it."""
     try:
         if os.name == "nt":
@@ -94,7 +103,7 @@ def _lock(handle: Any, holder: str) -> bool:
         else:
             import fcntl
 
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
     except OSError:

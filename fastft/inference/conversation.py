@@ -9,6 +9,8 @@ from fastft.errors import FastFTError
 from fastft.inference.generate import ChatModel, Messages, ask, messages_of, open_chat
 from fastft.inference.sampling import Sampling
 
+HELP = "/exit (or an empty line) ends it, /reset forgets what was said, /help shows this."
+
 
 def single(
     target: str,
@@ -38,19 +40,27 @@ def single(
 def converse(
     target: str, *, system: str | None, sampling: Sampling, compare: bool, **open_keywords: Any
 ) -> None:
-    """Talk until an empty line or end of input; the conversation so far is part of each prompt."""
+    """Talk until /exit, an empty line or end of input; what was said is part of each prompt."""
     model = open_chat(target, **open_keywords)
     base = _open_base(target, open_keywords) if compare else None
-    history: Messages = [{"role": "system", "content": system}] if system else []
-    print("An empty line ends the conversation.", file=sys.stderr)
+    opening: Messages = [{"role": "system", "content": system}] if system else []
+    history = list(opening)
+    print("Type a message; /help lists the commands, /exit ends it.", file=sys.stderr)
     while True:
         try:
             prompt = input("> ").strip()
         except EOFError:
             print()  # the shell's prompt begins a line of its own
             return
-        if not prompt:
+        if not prompt or prompt == "/exit":
             return
+        if prompt == "/reset":
+            history = list(opening)
+            print("The conversation begins anew.", file=sys.stderr)
+            continue
+        if prompt == "/help":
+            print(HELP, file=sys.stderr)
+            continue
         history.append({"role": "user", "content": prompt})
         if base is not None:
             _show("base", base, history, sampling, show=True)

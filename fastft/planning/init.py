@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import types
-from typing import Any, Literal, Union, get_args, get_origin
+from pathlib import Path
+from typing import Any, Literal, Protocol, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -17,39 +19,74 @@ from fastft.hardware import GIB, Hardware, named_gpu, probe
 SUGGESTED = (
     (38 * GIB, "unsloth/Qwen3-14B-unsloth-bnb-4bit"),
     (21 * GIB, "unsloth/Qwen3-8B-unsloth-bnb-4bit"),
-    (11 * GIB, "unsloth/Qwen3-4B-unsloth-bnb-4bit"),
+    (11 * GIB, "unsloth/Qwen3-4B-Instruct-2507-unsloth-bnb-4bit"),
     (7 * GIB, "unsloth/Qwen3-1.7B-unsloth-bnb-4bit"),
     (0, "Qwen/Qwen3-0.6B"),
 )
 
 
 def commented_config(
-    *, gpu: str | None = None, model: str | None = None, data: str = "data.jsonl"
+    *,
+    gpu: str | None = None,
+    model: str | None = None,
+    data: str = "data.jsonl",
+    project: str | None = None,
+    seen: DataSeen | None = None,
+    file: str = "run.yaml",
 ) -> str:
     """Return YAML text: every setting with its default, its meaning and its choices, for the card
     `gpu` or this machine.
 
-    Raises FastFTError for an unknown card.
+    `seen` is what a look at the data gave: it decides epochs and, up to what the machine is good
+    for, max_seq_length. `project` is by default the data file's name. `file` is what the config
+    will be called in the comments. Raises FastFTError for an unknown card.
     """
     hardware = named_gpu(gpu) if gpu else probe()
     values: dict[tuple[str, ...], Any] = {
-        ("model", "name"): model or _suggested(hardware),
+        ("project",): project or project_of(data),
+        ("model", "name"): model or suggested_model(hardware),
         ("data", "source"): data,
     }
     if hardware.kind != "cuda":
         values["model", "max_seq_length"] = 512
     elif hardware.vram_bytes > 38 * GIB:
         values["model", "max_seq_length"] = 4096
+    if seen is not None:
+        longest = values.get(("model", "max_seq_length"), 2048)
+        values["model", "max_seq_length"] = min(seen.max_seq_length, longest)
+        values["train", "epochs"] = seen.epochs
     head = [
-        f"# A fastft run for {hardware.name}. Check it:  fastft plan run.yaml",
-        "#                                look at the data:  fastft data run.yaml",
-        "#                                train:             fastft train run.yaml",
+        f"# A fastft run for {hardware.name}. Check it:  fastft plan {file}",
+        f"#                                look at the data:  fastft data {file}",
+        f"#                                train:             fastft train {file}",
+        f"# The data: {seen or f'{data} is no file here, so nothing was looked at'}.",
         "# A line that is left out keeps the default shown here.",
     ]
     return "\n".join([*head, "", *_section(RunConfig, (), values)]) + "\n"
 
 
-def _suggested(hardware: Hardware) -> str:
+class DataSeen(Protocol):
+    """What `fastft.data.glance` gives."""
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens that hold nearly all rows."""
+        ...
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the data."""
+        ...
+
+
+def project_of(data: str) -> str:
+    """Return a project name for the data at `data`: its file's name without endings."""
+    name = Path(data).name.split(".")[0] or "my-run"
+    return re.sub(r"[^\w-]+", "-", name).strip("-")[:60] or "my-run"
+
+
+def suggested_model(hardware: Hardware) -> str:
+    """Return the base model that fits a machine with room to spare."""
     vram = hardware.vram_bytes if hardware.kind == "cuda" else 0
     return next(name for least, name in SUGGESTED if vram >= least)
 

@@ -16,7 +16,7 @@ from fastft.hardware import GIB, Hardware, named_gpu
 from fastft.planning.memory import Situation, Term
 from fastft.planning.resolve import train_peak_bytes
 from fastft.planning.shape import ModelShape, known_shape
-from fastft.planning.time import spoken
+from fastft.progress import spoken
 
 if TYPE_CHECKING:
     from fastft.planning import Plan

@@ -209,11 +209,3 @@ def _is_plain_text(line: bytes) -> bool:
     except ValueError:
         return False
     return isinstance(row, dict) and "text" in row
-
-
-def spoken(seconds: float) -> str:
-    """Return a time as people say it: 8.1 s, 12 min, 3.5 h, 2.1 days."""
-    for size, unit, digits in ((86_400, "days", 1), (3600, "h", 1), (60, "min", 0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.{digits}f} {unit}"
-    return f"{seconds:.1f} s"

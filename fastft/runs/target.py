@@ -13,6 +13,7 @@ from fastft.files import sha256
 from fastft.runs.checkpoint import MANIFEST, read_manifest
 from fastft.runs.fingerprint import base_fingerprint, differences
 from fastft.runs.folder import RunFolder
+from fastft.runs.listing import known_runs
 
 LEFT_BY_DATA = {".lock", "data.png"}
 """What `fastft data`, or a `fastft train` that was refused, leaves in a run's folder."""
@@ -66,12 +67,23 @@ def resolve(target: str | Path, *, base: str | None = None) -> Target:
                 "nor a model (config.json). It "
                 f"holds: {found}."
             )
+        if not path.exists() and _looks_like_a_path(str(target)):
+            raise FastFTError(f"{target} does not exist.{known_runs(path)}")
         check_checkpoint(str(target))
         return Target(str(target), None, None, None)
     raise FastFTError(
         f"{path} is a file; give a run folder, an adapter folder or a model folder (or a "
         ".gguf file, to chat with it)."
     )
+
+
+def _looks_like_a_path(name: str) -> bool:
+    """Whether `name` is meant as a folder here: a Hub id has one slash, and no such folder before
+    it.
+    """
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return True
+    return Path(name.split("/")[0]).is_dir()
 
 
 def _run(run: RunFolder, base: str | None) -> Target:

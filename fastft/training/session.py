@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from fastft import hub
 from fastft.config import MOVES_THE_BASE, RunConfig, TrainConfig
 from fastft.engines import get_engine, loading
 from fastft.engines.base import Engine
@@ -162,6 +163,7 @@ class Session:
         """Return the engine, the tokenizer, and which base this is."""
         engine = get_engine(self.choices["engine"].value)
         model = self.config.model
+        hub.download_model(model.name, model.revision, progress=self.report.bytes)
         base = base_fingerprint(model.name, model.revision)
         return Opened(engine, load_tokenizer(model), base)
 

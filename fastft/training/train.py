@@ -207,6 +207,7 @@ def _start(session: Session) -> RunResult:
         dataset={"fingerprint": data.fingerprint, **data.report.model_dump(include=DATASET_KEYS)},
         template={"name": data.template.name, "why": data.template.why},
         processes=ranks.everybodys(machine()),
+        total_steps=session.total_steps(data),
     )
     _keep_samples(run, data)
     loop = session.loop(prepared)

@@ -1,20 +1,55 @@
 """The quickstart as a user runs it: it learns, what it saves loads elsewhere, and its exports carry a proof."""
 
+import importlib.util
 import json
 import struct
+import subprocess
+import sys
+import venv
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import fastft, run_python
+from tests.e2e.conftest import Outcome, fastft, run_python
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def quickstart(tmp_path_factory):
+def installed(tmp_path_factory):
+    """fastft from its wheel, in an environment of its own outside the clone; only the libraries are shared."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT]
+    subprocess.run([*pip, *build], check=True)
+    (wheel,) = folder.glob("fastft-*.whl")
+    venv.create(folder / "env", with_pip=False)
+    inside = folder / "env" / "bin" / "python"
+    subprocess.run([*pip, "--python", inside, "install", "--quiet", "--no-deps", wheel], check=True)
+    (site,) = (folder / "env").glob("lib/python*/site-packages")
+    libraries = Path(importlib.util.find_spec("torch").origin).parents[1]
+    (site / "libraries.pth").write_text(f"{libraries}\n")
+    return folder / "env" / "bin" / "fastft"
+
+
+@pytest.fixture(scope="module")
+def quickstart(installed, tmp_path_factory):
+    """The quickstart as a user of the wheel runs it, in an empty folder."""
     out = tmp_path_factory.mktemp("quickstart")
-    outcome = fastft("quickstart", "--out", out, "--json", timeout=900)
+    done = subprocess.run(
+        [installed, "quickstart", "--out", out, "--json"],
+        cwd=out, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    outcome = Outcome(done.returncode, done.stdout, done.stderr)
     assert outcome.code == 0, outcome.err[-3000:]
     return outcome.json, out / "quickstart"
+
+
+def test_the_wheel_is_what_ran(installed, quickstart):
+    config = json.loads((quickstart[1] / "final" / "adapter_config.json").read_text())
+    base = Path(config["base_model_name_or_path"])
+    assert installed.parents[1] in base.parents
+    assert ROOT not in base.parents
 
 
 def test_it_learns_to_answer_from_what_it_knows_and_only_that(quickstart):

@@ -39,7 +39,7 @@ from fastft.planning.disk import adapter_bytes, gguf_bytes
 from fastft.planning.memory import layer_bytes_per_token, train_terms, trainable, weight_terms
 from fastft.planning.resolve import train_peak_bytes
 from fastft.planning.shape import _known_by_hub_id, with_headers
-from fastft.planning.time import spoken
+from fastft.progress import spoken
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = yaml.safe_load(

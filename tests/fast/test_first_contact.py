@@ -1,0 +1,206 @@
+"""What somebody meets in the first minutes: each command, and what it must say."""
+
+import json
+import os
+import re
+
+import pytest
+import yaml
+
+from fastft import cli
+from fastft.config import load_config
+from fastft.data.glance import Glance, glance
+from fastft.files.locks import held
+from fastft.planning.init import commented_config
+from fastft.progress import Pace
+from fastft.runs import listing
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "qa.jsonl").write_text(
+        '{"question": "富士山の高さは?", "answer": "3776メートルです。"}\n' * 40, encoding="utf-8"
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def say(capsys):
+    """Run a command; returns (exit code, standard output, standard error)."""
+
+    def run(*arguments):
+        code = cli.run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def a_run(folder, *, status=None, steps=0, total=10, held_out=None, exports=()):
+    folder.mkdir(parents=True)
+    (folder / "run.yaml").write_text("model: {name: x}\ndata: {source: y}\n")
+    record = {"started": "now", "dataset": {}, "total_steps": total}
+    if status:
+        record["status"] = status
+    (folder / "run.json").write_text(json.dumps(record))
+    lines = [{"step": step, "loss": 1.0} for step in range(1, steps + 1)]
+    lines += [{"step": steps, "eval_loss": held_out}] if held_out else []
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name in exports:
+        (folder / "export").mkdir(exist_ok=True)
+        (folder / "export" / name).write_text("")
+    return folder
+
+
+# --- a config for one's own data
+
+
+def test_init_looks_at_the_data(here, say):
+    code, out, err = say("init", "--data", "qa.jsonl", "-o", "run.yaml")
+    assert (code, out) == (0, "")
+    assert "wrote run.yaml for 40 rows" in err
+    assert "next: fastft plan run.yaml, then fastft train run.yaml" in err
+    config = load_config(here / "run.yaml")
+    assert (config.project, config.train.epochs, config.model.max_seq_length) == ("qa", 3, 256)
+    code, _, err = say("init", "-o", "run.yaml")
+    assert code == 2
+    assert "run.yaml exists and is not replaced" in err
+
+
+def test_init_prints_where_no_file_is_named(here, say):
+    code, out, _ = say("init", "--data", "elsewhere.jsonl", "--project", "mine")
+    assert code == 0
+    assert yaml.safe_load(out)["project"] == "mine"
+    assert "elsewhere.jsonl is no file here" in out
+
+
+def test_the_t4s_model_is_the_notebooks():
+    from tests.e2e.test_notebooks import ROOT
+
+    model = yaml.safe_load(commented_config(gpu="t4"))["model"]["name"]
+    assert f'BASE_MODEL_ID = "{model}"' in (ROOT / "notebooks" / "quickstart.md").read_text("utf-8")
+
+
+def test_lengths_are_counted_where_the_tokenizer_is_here(here):
+    from fastft.quickstart import base_path
+
+    counted = glance("qa.jsonl", str(base_path()))
+    estimated = glance("qa.jsonl", "some/base")
+    assert counted.counted
+    assert not estimated.counted
+    assert counted.rows == estimated.rows == 40
+    assert 0.3 < estimated.median_tokens / counted.median_tokens < 3
+    assert glance("user/dataset", "some/base") is None
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(30, 256), (257, 512), (4097, 8192)])
+def test_the_length_holds_nearly_all_rows(tokens, length):
+    assert Glance(10, tokens, tokens, counted=True).max_seq_length == length
+
+
+# --- settings and mistakes
+
+
+def test_data_given_as_a_config_says_what_to_do(here, say):
+    code, _, err = say("train", "qa.jsonl")
+    assert code == 2
+    assert "qa.jsonl is data, not a config" in err
+    assert "fastft init --data qa.jsonl -o qa.yaml" in err
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        (["train", "a.yaml", "lora.r=4"], ["train", "a.yaml", "--set", "lora.r=4"]),
+        (
+            ["plan", "a.yaml", "project=x", "--json"],
+            ["plan", "a.yaml", "--set", "project=x", "--json"],
+        ),
+        (["train", "a.yaml", "--set", "lora.r=4"], ["train", "a.yaml", "--set", "lora.r=4"]),
+        (["chat", "run", "-p", "a=b"], ["chat", "run", "-p", "a=b"]),
+        (["train", "my=file.yaml"], ["train", "--set", "my=file.yaml"]),
+        ([], []),
+    ],
+)
+def test_key_value_after_the_config_is_a_setting(given, taken):
+    assert cli._settings_as_options(given) == taken
+
+
+def test_every_command_has_an_example(say):
+    _, out, _ = say("--help")
+    commands = re.findall(r"^│ ([a-z][a-z-]+) ", out, re.MULTILINE)
+    assert {"train", "plan", "runs", "chat"} <= set(commands)
+    for command in commands:
+        if command != "bench":  # its examples stand with its own commands
+            assert f"Example: fastft {command}" in say(command, "--help")[1], command
+
+
+def test_completion_can_be_installed(say):
+    assert "--install-completion" in say("--help")[1]
+
+
+# --- runs
+
+
+def test_runs_are_listed(here, say):
+    a_run(here / "runs" / "done", status="done", steps=10, held_out=0.5, exports=("a.gguf",))
+    a_run(here / "runs" / "killed", steps=4, held_out=0.75)
+    a_run(here / "runs" / "busy", steps=2)
+    (a_run(here / "runs" / "broken") / "run.json").write_text("{")
+    with held(here / "runs" / "busy" / ".lock", RuntimeError):
+        code, out, _ = say("runs")
+        assert code == 0
+        found = {line.split()[0]: line for line in out.splitlines()}
+        assert re.search(r"done +10 of 10 +0\.5000 +a\.gguf", found["runs/done"])
+        assert re.search(r"stopped +4 of 10 +0\.7500", found["runs/killed"])
+        assert "running" in found["runs/busy"]
+        assert "damaged" in found["runs/broken"]
+        assert "runs/broken: " in out
+    values = listing.as_json(listing.list_runs("runs"))["runs"]
+    assert {run["run"]: run["status"] for run in values}["runs/busy"] == "stopped"
+    assert {"run", "status", "step", "total_steps", "eval_loss", "exports"} <= values[0].keys()
+
+
+def test_no_runs(here, say):
+    assert say("runs")[0] == 2
+    (here / "runs").mkdir()
+    assert "no run in runs yet" in say("runs")[1]
+
+
+@pytest.mark.parametrize("command", ["chat", "export", "verify"])
+def test_a_run_that_is_not_there_is_said_with_those_that_are(here, say, command):
+    a_run(here / "runs" / "mine")
+    code, _, err = say(command, "runs/mine2")
+    assert code == 2
+    assert "runs/mine2 does not exist. Runs in runs: runs/mine." in err
+
+
+# --- outside a terminal
+
+
+def test_a_log_file_says_where_a_run_stands(monkeypatch):
+    now = iter([0.0, 10.0, 20.0])
+    monkeypatch.setattr("fastft.progress.time.monotonic", lambda: next(now))
+    pace = Pace(110)
+    assert pace.place(10) == "step 10 of 110"
+    assert pace.place(20) == "step 20 of 110, 90.0 s left"
+    assert Pace(None).place(3) == "step 3"
+
+
+def test_a_download_is_a_line_every_few_seconds(monkeypatch, tmp_path):
+    import io
+
+    from rich.console import Console
+
+    from fastft import hub, progress
+
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    said = io.StringIO()
+    report = progress.Reporter(Console(file=said, width=200))
+    with hub.watched("a/b", "models", 4_000_000, report.bytes):
+        (blobs / "x.incomplete").write_bytes(os.urandom(3_000_000))
+    assert re.search(r"downloading a/b \(4 MB\): 3 of 4 MB \(75%\), [\d.,]+ MB/s", said.getvalue())
