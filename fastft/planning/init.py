@@ -99,7 +99,7 @@ def _section(section: type[BaseModel], path: tuple[str, ...], values: dict[Any, 
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             lines += [
                 "",
-                f"{name}:  # {(inner.__doc__ or '').splitlines()[0]}",
+                f"{name}:  # {' '.join((inner.__doc__ or '').split())}",
                 *_section(inner, here, values),
             ]
             continue
