@@ -75,6 +75,10 @@ class Family:
     """Unsloth's CPU path computes the loss in chunks."""
     omitted: dict[str, Any] = field(default_factory=dict)
     """What the text_config of published multimodal checkpoints leaves out."""
+    wrappers: tuple[str, ...] = ()
+    """Multimodal classes whose language model the family is, where fastft's own writer may take it
+    out of them.
+    """
     gguf: Gguf | None = None
 
     @property
@@ -110,6 +114,7 @@ _ROWS = (
         fused=ALL_FUSED,
         window_in_config=True,
         chunked_loss_on_cpu=True,
+        wrappers=("Mistral3ForConditionalGeneration",),
         omitted=_7B | {"intermediate_size": 14336, "num_key_value_heads": 8},
         gguf=Gguf("llama", _LLAMA_ROPES, permuted=True, ignores_window=True),
     ),
@@ -171,6 +176,7 @@ _ROWS = (
             "intermediate_size": 9216,
             "vocab_size": 262208,
         },
+        wrappers=("Gemma3ForConditionalGeneration",),
         gguf=Gguf("gemma3", activation=_GELU),
     ),
     Family(
@@ -216,6 +222,7 @@ _ROWS = (
         rows="exact",
         fused=ALL_FUSED,
         window_in_config=True,
+        wrappers=("Mistral3ForConditionalGeneration",),
         gguf=Gguf("mistral3", frozenset({"yarn"}), permuted=True, ignores_window=True),
     ),
     # Known to the plan alone.
@@ -229,6 +236,26 @@ FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
 def family_of(model_type: str) -> Family:
     """Return the row of `model_type`; for one that has none, a row that promises nothing."""
     return FAMILIES.get(model_type) or Family(model_type, "")
+
+
+# Where multimodal checkpoints keep their language model (files before and since transformers 5),
+# and what its own CausalLM class calls the same place.
+_TEXT_PARTS = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("lm_head.", "lm_head."),
+)
+
+
+def text_name(name: str) -> str | None:
+    """Return what the language model's own class calls the tensor `name` of a multimodal
+    checkpoint; None for a tensor of another part of it (a vision tower, a projector).
+    """
+    for prefix, own in _TEXT_PARTS:
+        if name.startswith(prefix):
+            return own + name.removeprefix(prefix)
+    return None
 
 
 def gguf_arch(model_type: str) -> str:

@@ -43,6 +43,29 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return tokenizer
 
 
+def tokens_without_row(tokenizer: Any, rows: int) -> dict[str, int]:
+    """Return {token: id} of the tokens above the last of `rows` embedding rows, where the model can
+    do without them.
+
+    Published Gemma 3 1B and 270M have such a token for images. Raises FastFTError where the
+    vocabulary itself, the end of a text or the chat template needs one: then it is another model's
+    tokenizer.
+    """
+    beyond = {text: index for text, index in tokenizer.get_vocab().items() if index >= rows}
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    named = {getattr(tokenizer, f"{kind}_token", None) for kind in ("bos", "eos", "pad", "unk")}
+    template = str(tokenizer.chat_template or "")
+    needed = [t for t in beyond if t not in added or t in named or t in template]
+    if needed:
+        raise FastFTError(
+            f"the tokenizer of {tokenizer.name_or_path} has token ids up to "
+            f"{max(beyond.values())}, the model {rows} embedding rows, and "
+            f"{needed[0]!r} is needed. Give the tokenizer that the model was trained with, or "
+            "resize the embeddings before training."
+        )
+    return beyond
+
+
 def check_checkpoint(name: str, *, revision: str | None = None, token: str | None = None) -> None:
     """Raise FastFTError unless `name` is a model with safetensors weights: a folder, or a Hub id
     that can be reached.

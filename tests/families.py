@@ -317,6 +317,50 @@ def make_checkpoint(
     return folder
 
 
+def make_multimodal(folder: Path | str, *, seed: int = 0) -> Path:
+    """Write a small Gemma3ForConditionalGeneration, the class of gemma-3-4b and larger."""
+    import torch
+    from transformers import (
+        Gemma3Config,
+        Gemma3ForConditionalGeneration,
+        GenerationConfig,
+        SiglipVisionConfig,
+    )
+
+    spec, folder = FAMILIES["gemma3"], Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tok = make_tokenizer(spec, folder, spec.tokenizer)
+    text = make_config(spec, tok, {"vocab_size": len(tok) + 8})
+    vision = SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    config = Gemma3Config(
+        text_config=text,
+        vision_config=vision,
+        mm_tokens_per_image=1,
+        boi_token_index=len(tok),
+        eoi_token_index=len(tok) + 1,
+        image_token_index=len(tok) + 2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Gemma3ForConditionalGeneration(config)
+        _randomise(model)
+    end = tok.convert_tokens_to_ids("<end_of_turn>")
+    model.generation_config = GenerationConfig(
+        bos_token_id=tok.bos_token_id,
+        eos_token_id=[tok.eos_token_id, end],
+        pad_token_id=tok.pad_token_id,
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
 def make_config(spec: Family, tokenizer: Any, overrides: dict[str, Any]) -> Any:
     """Return the transformers config: two layers, hidden 64, four heads over two key-value heads."""
     from transformers import AutoConfig

@@ -8,6 +8,10 @@ calls and check what came back.
 
 from __future__ import annotations
 
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from fastft.config import MOVES_THE_BASE, LoraConfig, ModelConfig, RunConfig
@@ -51,12 +55,20 @@ class FastLanguageModel:
         """Return `model` with LoRA attached; every keyword of Unsloth's `get_peft_model` is passed
         on.
 
-        Raises FastFTError for target modules that the model does not have; the message lists those
+        Names of target modules that the model does not have are left aside with a note where
+        others match, as Unsloth does. Raises FastFTError where none does; the message lists those
         it has.
         """
-        check_target_modules(
-            model, kwargs.get("target_modules", args[1] if len(args) > 1 else None)
-        )
+        targets = kwargs.get("target_modules", args[1] if len(args) > 1 else None)
+        missing = unknown_target_modules(model, targets)
+        if targets is not None and 0 < len(missing) < len(targets):
+            print(
+                f"fastft: the model has no {', '.join(missing)}; LoRA goes on the others that "
+                "target_modules names",
+                file=sys.stderr,
+            )
+        else:
+            check_target_modules(model, targets)
         engine = _engine_of(model)
         peft_model = engine.get_peft_model(model, *args, **kwargs)
         peft_model._fastft_engine = engine.name
@@ -124,12 +136,15 @@ def _checkpointing(wanted: bool, engine: Engine, device: str) -> bool | str:
     return "unsloth" if wanted and engine.name == "unsloth" and device == "cuda" else wanted
 
 
-def tokens_to_train(config: LoraConfig, tokenizer: Any, template: Any) -> list[int]:
-    """Return ids of the tokens whose embedding rows are trained: those named, or those an added
-    template needs.
+def tokens_to_train(
+    config: LoraConfig, tokenizer: Any, template: Any, untrained: Sequence[int] = ()
+) -> list[int]:
+    """Return ids of the tokens whose embedding rows are trained: those named, or (auto) those an
+    added template needs and those that the base never learnt (`untrained`, see
+    `engines.rows.untrained_rows`).
 
     A base model whose vocabulary has the template's special tokens but never saw them in training
-    answers with noise unless these rows are learnt.
+    answers with noise, without an end, unless these rows are learnt.
     """
     needed = template.needs_tokens if template is not None else []
     names = list(needed if config.train_tokens == "auto" else config.train_tokens)
@@ -140,7 +155,8 @@ def tokens_to_train(config: LoraConfig, tokenizer: Any, template: Any) -> list[i
             f"lora.train_tokens: the tokenizer has no {', '.join(map(repr, unknown))}. Name "
             "tokens of its vocabulary."
         )
-    return sorted({vocabulary[name] for name in names})
+    found = untrained if config.train_tokens == "auto" else ()
+    return sorted({*(vocabulary[name] for name in names), *found})
 
 
 def choose_loading(config: RunConfig, hardware: Hardware) -> dict[str, Choice]:
@@ -177,6 +193,7 @@ def attach_lora(
     section 4.1), DoRA `out` more; each trained token row has the embedding's width.
     """
     check_target_modules(model, config.target_modules)
+    _refuse_whole_embeddings(engine, config.target_modules)
     if config.init in MOVES_THE_BASE and train_token_ids:
         raise FastFTError(
             f"lora.init {config.init} cannot be combined with trained token rows "
@@ -187,7 +204,7 @@ def attach_lora(
     expected = count_lora_parameters(model, config, len(train_token_ids))
     keywords: dict[str, Any] = {
         "r": config.r,
-        "target_modules": config.target_modules,
+        "target_modules": within_the_language_model(model, config.target_modules),
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "bias": "none",
@@ -212,11 +229,65 @@ def attach_lora(
     if trainable != expected:
         raise FastFTError(
             f"the model has {trainable:,} trainable parameters, but LoRA r={config.r} on "
-            f"{config.target_modules!r} "
-            f"should have {expected:,}. This model's layers are not understood; name "
-            "lora.target_modules explicitly."
+            f"{config.target_modules!r} should have {expected:,}. The {engine.name} engine trains "
+            f"{_what_is_trained(peft_model)}. Name the wanted layers in lora.target_modules, or set "
+            "model.engine: stock."
         )
     return peft_model, trainable
+
+
+def _refuse_whole_embeddings(engine: Engine, target_modules: Any) -> None:
+    """Raise FastFTError where Unsloth would train a whole matrix instead of a LoRA on it."""
+    whole = {"lm_head", "embed_tokens"} & set(
+        [target_modules] if isinstance(target_modules, str) else target_modules
+    )
+    if engine.name == "unsloth" and whole:
+        name = min(whole)
+        raise FastFTError(
+            f"lora.target_modules names {name}: Unsloth trains that in full (it puts it into "
+            "modules_to_save), instead of a LoRA on it. Set model.engine: stock for LoRA on "
+            f"{name}, or leave it out."
+        )
+
+
+def _what_is_trained(peft_model: Any) -> str:
+    """Say which kinds of parameters are trained, with their numbers."""
+    sizes: Counter[str] = Counter()
+    for name, parameter in peft_model.named_parameters():
+        if parameter.requires_grad:
+            kind = "in full" if ".modules_to_save." in name else "as LoRA"
+            layer = re.sub(r"\.(lora_\w+|modules_to_save|base_layer)\..*", "", name)
+            sizes[f"{layer.rsplit('.', 1)[-1]} {kind}"] += parameter.numel()
+    return ", ".join(f"{count:,} of {what}" for what, count in sizes.most_common(8))
+
+
+def language_model_path(model: Any) -> str:
+    """Return where the language model lies in a multimodal checkpoint's class; "" for a plain one."""
+    if model.config.get_text_config() is model.config:
+        return ""
+    decoder = model.get_decoder()
+    return next((name for name, module in model.named_modules() if module is decoder), "")
+
+
+def within_the_language_model(model: Any, target_modules: Any) -> Any:
+    """Return `target_modules` as peft takes them, kept to the language model.
+
+    Text never reaches a vision tower, so an adapter there would only cost memory. A regular
+    expression or a dotted name is meant as it stands.
+    """
+    path = language_model_path(model)
+    if not path or not _plain_names(target_modules):
+        return target_modules
+    names = [name for name, _ in _targeted(model, target_modules)]
+    inside = sorted({n.rsplit(".", 1)[-1] for n in names if n.startswith(f"{path}.")})
+    outside = [re.escape(n) for n in names if not n.startswith(f"{path}.")]  # the head
+    return "|".join([rf"{re.escape(path)}\..*\.(?:{'|'.join(inside)})", *outside])
+
+
+def _plain_names(target_modules: Any) -> bool:
+    """Whether these are names of layers, without a path or a pattern."""
+    names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    return all(name == "all-linear" or name.isidentifier() for name in names)
 
 
 def count_lora_parameters(model: Any, config: LoraConfig, train_tokens: int = 0) -> int:
@@ -236,11 +307,26 @@ def check_target_modules(model: Any, target_modules: Any) -> None:
     """Raise FastFTError for target modules that match nothing; the message lists the model's
     linear layers.
     """
+    missing = unknown_target_modules(model, target_modules)
+    empty = not target_modules and target_modules is not None
+    if missing or empty:
+        valid = sorted({name.rsplit(".", 1)[-1] for name, _ in _targeted(model, "all-linear")})
+        what = (
+            ", ".join(f"{name!r}{did_you_mean(name, valid)}" for name in missing) or "an empty list"
+        )
+        raise FastFTError(
+            f"lora.target_modules: the model has no {what}. It has: {', '.join(valid)}; or "
+            "use all-linear."
+        )
+
+
+def unknown_target_modules(model: Any, target_modules: Any) -> list[str]:
+    """Return the names of `target_modules` that no layer of the model has."""
     if target_modules is None or target_modules == "all-linear":
-        return
+        return []
     names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     if isinstance(target_modules, str) and not target_modules.isidentifier():
-        return  # a regular expression, which is peft's to judge
+        return []  # a regular expression, which is peft's to judge
     have = {
         name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()
@@ -250,18 +336,9 @@ def check_target_modules(model: Any, target_modules: Any) -> None:
     # Phi-3 and others fuse what Llama splits; Unsloth and fastft map the split names onto the fused
     # ones.
     have |= {split for split, fused in FUSED.items() if fused in have}
-    missing = [
+    return [
         n for n in names if n not in have and not any(p == n or p.endswith("." + n) for p in paths)
     ]
-    if missing or not names:
-        valid = sorted({name.rsplit(".", 1)[-1] for name, _ in _targeted(model, "all-linear")})
-        what = (
-            ", ".join(f"{name!r}{did_you_mean(name, valid)}" for name in missing) or "an empty list"
-        )
-        raise FastFTError(
-            f"lora.target_modules: the model has no {what}. It has: {', '.join(valid)}; or "
-            "use all-linear."
-        )
 
 
 FUSED = {
@@ -275,16 +352,21 @@ FUSED = {
 
 def _targeted(model: Any, target_modules: Any) -> list[tuple[str, Any]]:
     """Return (name, linear layer) of every layer that LoRA is put on; the head is not part of
-    all-linear.
+    all-linear, and of a multimodal model only the language model is.
     """
+    path = language_model_path(model) if _plain_names(target_modules) else ""
+    head = model.get_output_embeddings()
     linear = [
         (n, m)
         for n, m in model.named_modules()
-        if hasattr(m, "in_features") and hasattr(m, "out_features")
+        if hasattr(m, "in_features")
+        and hasattr(m, "out_features")
+        and (n.startswith(f"{path}." if path else "") or m is head)
     ]
-    head = model.get_output_embeddings()
     if target_modules == "all-linear":
         return [(n, m) for n, m in linear if m is not head]
+    if isinstance(target_modules, str) and not _plain_names(target_modules):
+        return [(n, m) for n, m in linear if re.fullmatch(target_modules, n)]
     leaves = {name.rsplit(".", 1)[-1] for name, _ in linear}
     wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     wanted += [FUSED[n] for n in wanted if n in FUSED and n not in leaves and FUSED[n] in leaves]

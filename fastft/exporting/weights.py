@@ -35,6 +35,8 @@ DTYPES = {
 PREFIX = "base_model.model."
 EMBEDDING = "embed_tokens.weight"
 HEAD = "lm_head.weight"
+ROWS = 4096
+"""Rows of the embedding that are compared with the head's at a time."""
 # Parts of the same model whose modules and checkpoint tensors are named differently by
 # transformers.
 RENAMES = (
@@ -43,6 +45,10 @@ RENAMES = (
     ("model.", "model.language_model."),
     ("model.", "language_model.model."),
     ("", "language_model."),
+    ("model.vision_tower.", "vision_tower.vision_model."),
+    ("model.vision_tower.", "model.vision_tower.vision_model."),
+    ("model.vision_tower.", "vision_tower."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
 )
 # These initialisations move part of the base weights into A and B, so W + s B A needs the moved
 # base as well.
@@ -187,7 +193,7 @@ class Weights:
         self._lock = threading.Lock()
         self.changed: dict[str, Change] = {}
         self._names = [n for n in self._checkpoint.names if not _is_quantization_state(n)]
-        self._drop_duplicate_head()
+        self._settle_stored_head()
         self._base_tied = self._is_tied()
         if self.adapter:
             self.adapter_config = read_json(self.adapter, "adapter_config.json")
@@ -327,11 +333,36 @@ class Weights:
         has_head = any(n.endswith(HEAD) for n in self._checkpoint.names)
         return not has_head if said is None else bool(said)
 
-    def _drop_duplicate_head(self) -> None:
-        # Some checkpoints also store the head that transformers ties away; what runs is the
-        # embedding.
-        if self._is_tied() and any(n.endswith(EMBEDDING) for n in self._names):
-            self._names = [n for n in self._names if not n.endswith(HEAD)]
+    def _settle_stored_head(self) -> None:
+        """Drop the head that some tied checkpoints also store, where it is the embedding's copy.
+
+        Where the two differ (a trained head, merged and saved), transformers keeps them apart
+        whatever the config says (`PreTrainedModel.tie_weights`), and so do we.
+        """
+        head = next((n for n in self._names if n.endswith(HEAD)), None)
+        if (
+            head is None
+            or not self._is_tied()
+            or not any(n.endswith(EMBEDDING) for n in self._names)
+        ):
+            return
+        if self._equal(head, self._embedding_name()):
+            self._names.remove(head)
+            return
+        for holder in (self.config, self.config.get("text_config", {})):
+            if "tie_word_embeddings" in holder or holder is self.config:
+                holder["tie_word_embeddings"] = False
+
+    def _equal(self, one: str, other: str) -> bool:
+        """Whether two tensors of the base are the same, read some rows at a time."""
+        import torch
+
+        shape = self._checkpoint.shape(one)
+        if shape != self._checkpoint.shape(other):
+            return False
+        parts = (slice(first, first + ROWS) for first in range(0, shape[0], ROWS))
+        read = self._checkpoint.read
+        return all(torch.equal(read(one, part), read(other, part)) for part in parts)
 
     def _read_changes(self) -> dict[str, Change]:
         """Sort the adapter's tensors by the base tensor that they change; every problem is

@@ -31,6 +31,7 @@ from fastft import hub
 from fastft.config import MOVES_THE_BASE, RunConfig, TrainConfig
 from fastft.engines import get_engine, loading
 from fastft.engines.base import Engine
+from fastft.errors import FastFTError
 from fastft.hardware import Choice, Hardware
 from fastft.models import load_tokenizer
 from fastft.progress import Reporter
@@ -185,6 +186,7 @@ class Session:
                 rows=self.rows,
             )
         ranks.refuse_unlike("their data", data.fingerprint[:12])
+        self._refuse_tokens_without_row(opened.tokenizer, data)
         # What was trained with is what every later program renders with.
         data.template.save(opened.tokenizer)
         self.report.data(data.report)
@@ -194,6 +196,25 @@ class Session:
                 "best checkpoint"
             )
         return data
+
+    def _refuse_tokens_without_row(self, tokenizer: Any, data: PreparedData) -> None:
+        """Raise FastFTError where a text has a token for which the model has no embedding row."""
+        from fastft.models import tokens_without_row
+        from fastft.planning import load_shape
+
+        rows = load_shape(self.config.model.name, self.config.model.revision).vocab
+        beyond = tokens_without_row(tokenizer, rows)
+        if not beyond:
+            return
+        parts = [data.train] if data.eval is None else [data.train, data.eval]
+        for part in parts:
+            for number, sample in enumerate(part):
+                found = [text for text, i in beyond.items() if i in sample.input_ids]
+                if found:
+                    raise FastFTError(
+                        f"sequence {number + 1} of the data spells {found[0]!r}, a token for which "
+                        f"the model has no embedding row (it has {rows:,}). Remove it from the data."
+                    )
 
     def prepare(self, opened: Opened, data: Sequences) -> Prepared:
         """Load the base, attach LoRA, and choose how rows and layers are computed."""
@@ -208,7 +229,7 @@ class Session:
             config.lora,
             seed=config.train.seed,
             gradient_checkpointing=checkpointing,
-            train_token_ids=loading.tokens_to_train(config.lora, opened.tokenizer, data.template),
+            train_token_ids=self._token_rows(base, opened.tokenizer, data),
         )
         ranks.start_alike(model.parameters())
         initial = self.run.path / INITIAL_ADAPTER if config.lora.init in MOVES_THE_BASE else None
@@ -229,6 +250,29 @@ class Session:
         prepared = self._choose_layers(self._choose_rows(loaded))
         self._report(prepared)
         return prepared
+
+    def _token_rows(self, base: Any, tokenizer: Any, data: Sequences) -> list[int]:
+        """The tokens whose embedding rows are trained, too; says which the base never learnt."""
+        from fastft.engines.rows import special_tokens_of, untrained_rows
+
+        untrained: list[int] = []
+        if data.template is not None and self.config.lora.train_tokens == "auto":
+            special = special_tokens_of(data.train, tokenizer)
+            untrained = untrained_rows(base.get_input_embeddings().weight, special)
+        if untrained:
+            names = ", ".join(tokenizer.convert_ids_to_tokens(untrained))
+            moved = self.config.lora.init in MOVES_THE_BASE
+            self.report.warn(
+                f"the base never learnt {names}: their embedding rows are those of unused tokens. "
+                + (
+                    f"They are not trained with lora.init {self.config.lora.init}: answers may "
+                    "never end. Set lora.init: default."
+                    if moved
+                    else "They are trained, too, so that answers end (lora.train_tokens: auto)."
+                )
+            )
+            untrained = [] if moved else untrained
+        return loading.tokens_to_train(self.config.lora, tokenizer, data.template, untrained)
 
     def _choose_rows(self, loaded: Prepared) -> Prepared:
         from fastft.training.exactness import choose_rows, choose_sharing

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastft.families import text_name
+
 HARD_TEXTS = [
     "Hello, world! It's 12:30, isn't it? 3.14159 1000000 007",
     "吾輩は猫である。名前はまだ無い。カタカナ、ひらがな、漢字、ｶﾞ！？「」",
@@ -80,7 +82,7 @@ def write_reference(
     encoded = [encode_sample(sample, tokenizer) for sample in samples]
     if not encoded:
         encoded = [encode_sample(text, tokenizer) for text in HARD_TEXTS]
-    encoded = within_budget(encoded, model.config.vocab_size)
+    encoded = within_budget(encoded, model.config.get_text_config().vocab_size)
     facts = tokenizer_facts(tokenizer, model, encoded, samples)
     facts["greedy"] = [
         greedy(model, prompt, facts["stop_ids"], max_new_tokens)
@@ -90,7 +92,7 @@ def write_reference(
     write_logits(model, encoded, out / "logits.npy")
     merged = model.merge_and_unload() if adapter else model
     facts["tensors"] = write_weights(merged, out / "weights.npz")
-    facts["config"] = json.loads(merged.config.to_json_string(use_diff=False))
+    facts["config"] = json.loads(merged.config.get_text_config().to_json_string(use_diff=False))
     (out / "reference.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
@@ -193,7 +195,12 @@ def tokenizer_facts(
     tokenizer: Any, model: Any, encoded: list[dict[str, list[int]]], samples: list[Any]
 ) -> Any:
     """Return the ids, rendered conversations, and stop tokens that a file must agree with."""
-    specials = [str(t) for t in tokenizer.all_special_tokens]
+    rows = model.get_input_embeddings().weight.shape[0]
+    specials = [
+        str(t)
+        for t, i in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+        if i < rows
+    ]
     texts = [("hard", text) for text in HARD_TEXTS]
     texts += [("special tokens", f"{token}Hello{token} {token}\nx") for token in specials[:6]]
     texts += [("data", tokenizer.decode(s["ids"], skip_special_tokens=False)) for s in encoded[:64]]
@@ -344,14 +351,19 @@ def write_weights(model: Any, path: Path) -> dict[str, list[int]]:
     """Write evenly spread rows of every trained weight as float32 and return {name: shape} of all
     of them.
 
+    Of a multimodal model they are those of its language model, named as its own class names them.
     Of each tensor at most about 2**18 numbers are kept. For q and k projections the rows are kept
     in both orders that a GGUF file may have them in (see `rotary_rows`).
     """
     import numpy as np
 
-    config, kept, shapes = model.config, {}, {}
+    config, kept, shapes = model.config.get_text_config(), {}, {}
+    wrapped = config is not model.config
     seen: dict[int, str] = {}
-    for name, weight in model.state_dict().items():
+    for full_name, weight in model.state_dict().items():
+        name = text_name(full_name) if wrapped else full_name
+        if name is None:
+            continue
         if weight.data_ptr() in seen and weight.ndim == 2:
             continue  # tied to one that was written
         seen[weight.data_ptr()] = name

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from fastft.config import LoraConfig, ModelConfig
 from fastft.engines import loading
@@ -27,6 +28,7 @@ class Recorder:
         made = torch.nn.Module()
         made.q_proj = torch.nn.Linear(4, 4)
         made.device, made.get_output_embeddings = torch.device(self.device), lambda: None
+        made.config = PreTrainedConfig()
         for mark, value in self.marks.items():
             setattr(made, mark, value)
         return made

@@ -28,7 +28,7 @@ from fastft.exporting.gguf.quantize import (
     check_types,
     plan_types,
 )
-from fastft.exporting.gguf.tokenizer import tokenizer_metadata
+from fastft.exporting.gguf.tokenizer import read_tokenizer, tokenizer_metadata
 from fastft.exporting.gguf.writer import (
     Output,
     header_bytes,
@@ -40,6 +40,7 @@ from fastft.exporting.gguf.writer import (
 from fastft.exporting.place import check_disk
 from fastft.exporting.weights import Weights
 from fastft.files.scratch import scratch
+from fastft.models import tokens_without_row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -146,6 +147,11 @@ def _fields(
     """Return all metadata but the file's type."""
     rows = next(t.shape[0] for t in model.tensors if t.name == "token_embd.weight")
     tokens = tokenizer_metadata(vocabulary, rows, model.arch, weights.base)
+    if left_out := tokens_without_row(read_tokenizer(vocabulary), rows):
+        model.notes.append(
+            f"{', '.join(left_out)} left out: the model has no embedding row for it (ids from "
+            f"{rows} on)"
+        )
     return {
         "general.type": ("model", "STRING"),
         "general.name": (_safe_name(name, vocabulary), "STRING"),
@@ -161,8 +167,6 @@ def _safe_name(name: str, vocabulary: Path) -> str:
     It strips the whitespace after special tokens where the model's name contains phi-3 or phi3,
     and only there.
     """
-    from fastft.exporting.gguf.tokenizer import read_tokenizer
-
     added = read_tokenizer(vocabulary).added_tokens_decoder.values()
     strips = any(token.rstrip for token in added if token.special)
     is_named = re.search(r"phi-?3", name, re.IGNORECASE)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastft.errors import FastFTError
 from fastft.exporting.weights import Weights
-from fastft.families import FAMILIES, Family, Gguf, gguf_arch
+from fastft.families import FAMILIES, Family, Gguf, gguf_arch, text_name
 
 if TYPE_CHECKING:
     import torch
@@ -265,7 +265,7 @@ def describe(weights: Weights) -> Model:
     metadata = _metadata(family, config)
     EXTRA.get(gguf_arch(family.model_type), lambda config, metadata: None)(config, metadata)
     tensors = [*_rope_tensors(family, config), *_tensors(family, config, weights)]
-    return Model(gguf_arch(family.model_type), tensors, metadata, _notes(family, config))
+    return Model(gguf_arch(family.model_type), tensors, metadata, _notes(family, config, weights))
 
 
 def _read_config(weights: Weights) -> tuple[Family, dict[str, Any]]:
@@ -274,8 +274,14 @@ def _read_config(weights: Weights) -> tuple[Family, dict[str, Any]]:
 
     raw = weights.config
     name = (raw.get("architectures") or ["?"])[0]
-    family = WRITTEN.get(name)
-    if family is None or raw.get("model_type") != family.model_type:
+    if isinstance(raw.get("text_config"), dict):
+        raw = raw["text_config"]
+        family = FAMILIES.get(str(raw.get("model_type")))
+        known = family is not None and family.gguf is not None and name in family.wrappers
+    else:
+        family = WRITTEN.get(name)
+        known = family is not None and raw.get("model_type") == family.model_type
+    if family is None or not known:
         raise Unsupported(
             f"architecture {name} (model_type {raw.get('model_type')}); known: {', '.join(WRITTEN)}"
         )
@@ -435,11 +441,11 @@ def _tensors(family: Family, config: dict[str, Any], weights: Weights) -> list[T
         for module, name in layer.items():
             if name in _gguf(family).biases:
                 allowed[f"model.layers.{i}.{module}.bias"] = f"blk.{i}.{name}.bias"
-    names = [
-        n
-        for n in weights.names
+    names = {
+        own: n
+        for own, n in _own_names(weights).items()
         if not n.endswith((".rotary_emb.inv_freq", ".attention.masked_bias"))
-    ]
+    }
     strange = [n for n in names if n not in wanted and n not in allowed]
     missing = [n for n in wanted if n not in names]
     if strange or missing:
@@ -453,7 +459,15 @@ def _tensors(family: Family, config: dict[str, Any], weights: Weights) -> list[T
             "always uses the embedding as its head. Train with ensure_weight_tying, or "
             "export `merged`."
         )
-    return [_tensor(family, config, weights, name, (wanted | allowed)[name]) for name in names]
+    known = wanted | allowed
+    return [_tensor(family, config, weights, n, known[own]) for own, n in names.items()]
+
+
+def _own_names(weights: Weights) -> dict[str, str]:
+    """Return {name in the language model's own class: name in the checkpoint}, in its order."""
+    if "text_config" not in weights.config:
+        return {name: name for name in weights.names}
+    return {own: name for name in weights.names if (own := text_name(name))}
 
 
 def _tensor(
@@ -468,8 +482,14 @@ def _tensor(
     return Tensor(name, weights.shape(source), source=source, heads=heads, shift=shift)
 
 
-def _notes(family: Family, config: dict[str, Any]) -> list[str]:
+def _notes(family: Family, config: dict[str, Any], weights: Weights) -> list[str]:
     notes = []
+    left_out = len(weights.names) - len(_own_names(weights))
+    if left_out:
+        notes.append(
+            f"the language model alone: {left_out} tensors of the checkpoint's other parts "
+            "(images) are not in this file"
+        )
     window = config.get("sliding_window")
     if _gguf(family).ignores_window and window and window < config["max_position_embeddings"]:
         notes.append(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastft.errors import FastFTError
-from fastft.families import gguf_arch
+from fastft.families import gguf_arch, text_name
 from fastft.files import written_aside
 
 if TYPE_CHECKING:
@@ -107,7 +107,9 @@ def gguf_names(model: Any, names: list[str]) -> dict[str, str]:
     """
     import gguf
 
-    model_type = model.config.model_type
+    config = model.config.get_text_config()
+    wrapped = config is not model.config
+    model_type = config.model_type
     arch = gguf_arch(model_type)
     enum = next((member for member, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), None)
     if enum is None:
@@ -115,8 +117,11 @@ def gguf_names(model: Any, names: list[str]) -> dict[str, str]:
             f"an importance matrix cannot be collected for {model_type}: llama.cpp's names "
             "are not known."
         )
-    table = gguf.get_tensor_name_map(enum, model.config.num_hidden_layers)
-    found = {name: table.get_name(name, try_suffixes=(".weight",)) for name in names}
+    table = gguf.get_tensor_name_map(enum, config.num_hidden_layers)
+    own = {name: text_name(name) if wrapped else name for name in names}
+    found = {
+        name: table.get_name(text, try_suffixes=(".weight",)) for name, text in own.items() if text
+    }
     tied = model.config.tie_word_embeddings
     return {
         name: "token_embd.weight" if tied and new == "output.weight" else new

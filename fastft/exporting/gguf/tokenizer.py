@@ -16,6 +16,7 @@ from fastft.errors import FastFTError
 from fastft.exporting.gguf.architectures import Unsupported
 from fastft.exporting.gguf.isolated import run_isolated
 from fastft.files.scratch import scratch
+from fastft.models import tokens_without_row
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
 # One name for each splitting rule of llama.cpp, common ones first.
@@ -64,7 +65,8 @@ def tokenizer_metadata(
 
     `base`: the base model's folder, for what a trained tokenizer's folder lacks (tokenizer.model,
     which transformers does not save, and generation_config.json). `vocab_size` is the number of
-    embedding rows; rows without a token become unused ones. Raises Unsupported where the tokenizer
+    embedding rows; rows without a token become unused ones, and added tokens without a row that
+    the model can do without are left out. Raises Unsupported where the tokenizer
     is neither a byte-level BPE nor a SentencePiece BPE, or where llama.cpp has no splitting rule
     that gives the same ids; FastFTError where there are more tokens than embedding rows.
     """
@@ -73,13 +75,9 @@ def tokenizer_metadata(
     if backend is None:
         raise Unsupported(f"a {type(tokenizer).__name__} without a tokenizers backend")
     spec = json.loads(backend.to_str())
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= vocab_size:
-        raise FastFTError(
-            f"the tokenizer of {folder} has token ids up to {highest}, the model {vocab_size} "
-            "embedding rows. Give the "
-            "tokenizer that the model was trained with, or resize the embeddings before training."
-        )
+    if tokens_without_row(tokenizer, vocab_size):
+        added = spec.get("added_tokens", [])
+        spec["added_tokens"] = [token for token in added if token["id"] < vocab_size]
     model = spec["model"]
     if model.get("type") != "BPE":
         raise Unsupported(f"a {model.get('type')} tokenizer")

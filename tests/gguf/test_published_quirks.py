@@ -1,0 +1,182 @@
+"""Checkpoints as they are really published: a token without a row, a language model inside a
+multimodal class, a tied head that was trained apart. Each is a case that users met.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastft.config import LoraConfig
+from fastft.engines import loading
+from fastft.engines.rows import untrained_rows
+from fastft.engines.stock import ENGINE
+from fastft.errors import FastFTError
+from fastft.exporting.gguf import export_gguf
+from fastft.exporting.gguf.imatrix import gguf_names
+from fastft.exporting.merged import export_merged
+from fastft.exporting.weights import Weights
+from tests.families import make_checkpoint, make_multimodal
+from tests.gguf.oracle import hf_logits, kl, llama_cpp_logits
+from tests.unit.test_export_weights import load, train_adapter
+
+IDS = [i % 440 for i in range(3, 500, 9)]
+
+
+def add_token(base: Path, text: str, special: bool = True) -> int:
+    """Give the tokenizer one added token above the last embedding row; return its id."""
+    rows = json.loads((base / "config.json").read_text())["vocab_size"]
+    path = base / "tokenizer.json"
+    spec = json.loads(path.read_text(encoding="utf-8"))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    spec["added_tokens"].append({"id": rows, "content": text, "special": special, **flags})
+    path.write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
+    return rows
+
+
+def test_a_token_above_the_last_row_is_left_out(tmp_path):
+    base = make_checkpoint("gemma3", tmp_path / "base")
+    rows = add_token(base, "<image_soft_token>")
+    (record,) = export_gguf(base, tmp_path / "out", ["f32"])
+    assert any("<image_soft_token> left out" in note for note in record["notes"])
+    found = llama_cpp_logits(Path(record["path"]), IDS)
+    assert found.shape[1] == rows
+    assert kl(hf_logits(load(base), IDS), found) < 1e-5
+
+
+@pytest.mark.parametrize("text", ["<start_of_turn>", "<eos>"])
+def test_a_needed_token_without_a_row_is_refused(tmp_path, text):
+    base = make_checkpoint("gemma3", tmp_path / "base")
+    rows = json.loads((base / "config.json").read_text())["vocab_size"]
+    path = base / "tokenizer.json"
+    spec = path.read_text(encoding="utf-8")
+    index = next(t["id"] for t in json.loads(spec)["added_tokens"] if t["content"] == text)
+    spec = spec.replace(f'"id": {index},', f'"id": {rows},')
+    spec = re.sub(rf'("{re.escape(text)}"): {index}\b', rf"\1: {rows}", spec)
+    path.write_text(spec, encoding="utf-8")
+    with pytest.raises(FastFTError, match=rf"{re.escape(text)}.* is needed"):
+        export_gguf(base, tmp_path / "out", ["f32"])
+
+
+@pytest.fixture(scope="module")
+def multimodal(tmp_path_factory):
+    """A gemma-3-4b in small, and an adapter that was attached as `fastft train` does it."""
+    home = tmp_path_factory.mktemp("multimodal")
+    base = make_multimodal(home / "base")
+    model, _ = ENGINE.from_pretrained(str(base), dtype=torch.float32)
+    trained, count = loading.attach_lora(
+        model, ENGINE, LoraConfig(r=2), seed=1, gradient_checkpointing=False, train_token_ids=[]
+    )
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    trained.save_pretrained(home / "adapter")
+    return home, trained.eval(), count
+
+
+def test_lora_goes_on_the_language_model_alone(multimodal):
+    home, _, count = multimodal
+    names = load_file(home / "adapter" / "adapter_model.safetensors")
+    assert all(".language_model.layers." in name for name in names)
+    assert len(names) == 2 * 2 * 7
+    assert count == sum(tensor.numel() for tensor in names.values())
+
+
+@pytest.mark.parametrize(
+    ("targets", "path", "layers"),
+    [
+        (["q_proj", "v_proj"], "language_model", 4),
+        (["q_proj", "lm_head"], "language_model", 3),
+        (r".*vision_tower.*\.q_proj", "vision_tower", 1),
+    ],
+)
+def test_names_mean_the_language_model_and_patterns_what_they_say(
+    multimodal, targets, path, layers
+):
+    home, _, _ = multimodal
+    model, _ = ENGINE.from_pretrained(str(home / "base"), dtype=torch.float32)
+    peft_model, _ = loading.attach_lora(
+        model,
+        ENGINE,
+        LoraConfig(r=2, target_modules=targets),
+        seed=1,
+        gradient_checkpointing=False,
+        train_token_ids=[],
+    )
+    found = [n for n, _ in peft_model.named_parameters() if n.endswith("lora_A.default.weight")]
+    assert len(found) == layers
+    assert all(f".{path}." in name or ".lm_head." in name for name in found)
+
+
+def test_a_multimodal_model_is_merged_and_its_language_model_written(multimodal, tmp_path):
+    home, trained, _ = multimodal
+    expected = hf_logits(trained, IDS)
+    export_merged(home / "base", home / "adapter", tmp_path / "merged", dtype="float32")
+    assert kl(expected, hf_logits(load(tmp_path / "merged"), IDS)) < 1e-9
+    (record,) = export_gguf(home / "base", tmp_path, ["f32"], adapter=home / "adapter")
+    assert record["writer"] == "streaming"
+    assert any("language model alone" in note for note in record["notes"])
+    assert kl(expected, llama_cpp_logits(Path(record["path"]), IDS)) < 1e-5
+    linear = [n for n in Weights(home / "base").names if n.endswith("proj.weight")]
+    names = gguf_names(load(home / "base"), linear)
+    assert "blk.1.attn_q.weight" in names.values()
+
+
+@pytest.mark.parametrize("layout", ["vision_tower.vision_model.", "vision_tower."])
+def test_an_adapter_with_vision_keys_is_merged_where_the_base_has_them(
+    multimodal, tmp_path, layout
+):
+    home, _, _ = multimodal
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in (home / "base").iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    weights = load_file(base / "model.safetensors")
+    renamed = {n.replace("vision_tower.", layout, 1): t for n, t in weights.items()}
+    save_file(renamed, base / "model.safetensors", metadata={"format": "pt"})
+    train_adapter(base, tmp_path / "adapter", target_modules="all-linear")
+    changed = Weights(base, tmp_path / "adapter").changed
+    assert any(name.startswith(f"{layout}encoder.layers.0.self_attn.q_proj") for name in changed)
+
+
+def test_a_tied_head_that_was_trained_apart_stays_apart(tmp_path):
+    base = make_checkpoint("qwen3", tmp_path / "base")
+    path = base / "model.safetensors"
+    weights = load_file(path)
+    embedding = weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"] = embedding.clone()
+    save_file(weights, path, metadata={"format": "pt"})
+    assert "lm_head.weight" not in Weights(base).names
+    noise = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(7))
+    weights["lm_head.weight"] = embedding + 0.1 * noise
+    save_file(weights, path, metadata={"format": "pt"})
+    expected = hf_logits(load(base), IDS)
+    (record,) = export_gguf(base, tmp_path, ["f32"])
+    assert kl(expected, llama_cpp_logits(Path(record["path"]), IDS)) < 1e-6
+    trained = train_adapter(base, tmp_path / "adapter", target_modules="all-linear")
+    export_merged(base, tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+    merged = load(tmp_path / "merged")
+    assert merged.config.tie_word_embeddings is False
+    assert kl(hf_logits(trained, IDS), hf_logits(merged, IDS)) < 1e-9
+
+
+def test_rows_that_were_never_trained_are_found():
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn(20_000, 32, generator=generator)
+    embedding[7] = embedding[19_000]  # a copy of an unused one
+    embedding[8] = 0.001 * embedding[8]  # never moved from near zero
+    embedding[9] = 1.5 * embedding[3]  # the same direction
+    assert untrained_rows(embedding, [5, 6, 7, 8, 9, 10]) == [7, 8, 9]
+    assert untrained_rows(embedding, []) == []
+
+
+def test_unsloth_would_train_a_named_head_in_full():
+    class Unsloth:
+        name = "unsloth"
+
+    with pytest.raises(FastFTError, match=r"modules_to_save.*engine: stock"):
+        loading._refuse_whole_embeddings(Unsloth(), ["q_proj", "lm_head"])
