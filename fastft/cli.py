@@ -49,7 +49,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="override a setting: --set lora.r=32 (repeatable); lora.r=32 after the config is the same",
+        help="override a setting: --set lora.r=32 (repeatable), or lora.r=32 after the config",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
@@ -111,7 +111,8 @@ def run(arguments: list[str]) -> int:
                 return _end_with(known, debug)
             if ranks.tells_why():
                 say_error(
-                    f"unexpected {type(error).__name__}: {str(error)[:LONGEST_MESSAGE]}. This is a bug of fastft; "
+                    f"unexpected {type(error).__name__}: {str(error)[:LONGEST_MESSAGE]}. "
+                    "This is a bug of fastft; "
                     "--debug shows where.",
                     debug,
                 )

@@ -1,6 +1,6 @@
 """How wrong is `fastft plan`? Predicted against measured peaks, one process a measurement.
 
-    python tools/plan_error.py               # all cases not measured yet (a GPU's where there is one),
+    python tools/plan_error.py               # all cases not measured yet (a GPU's on one),
                                              # then the table and the plot
     python tools/plan_error.py --case NAME   # one case again
     python tools/plan_error.py --report      # the table and the plot, from the committed results

@@ -121,7 +121,7 @@ class Setup:
         if not is_cpu and not card:
             print(
                 "note: no NVIDIA card is here, and pip's sources hold only the CUDA build of "
-                f"torch ({megabytes / 1000:.1f} GB instead of {MEGABYTES['torch, CPU'] / 1000:.1f}). It "
+                f"torch ({megabytes / 1000:.1f} GB, not {MEGABYTES['torch, CPU'] / 1000:.1f}). It "
                 "works. For the CPU build stop this, and set TORCH_INDEX to the address that "
                 "PyTorch's 'Get Started' page shows for Linux, Pip, CPU: make quickstart "
                 "TORCH_INDEX=..."

@@ -349,7 +349,7 @@ class FusedLayers:
 
     @property
     def has_loss(self) -> bool:
-        """Whether the loss is among the replaced parts: it takes `trie_pairs` in place of labels."""
+        """Whether the loss is among the replaced parts, and takes `trie_pairs` for labels."""
         return any(module is self.owner for module, _ in self.forwards)
 
     @contextlib.contextmanager

@@ -450,7 +450,7 @@ def unpack_heads(
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """Return (-second half, first half) of the last dimension: what sin multiplies in a rotation."""
+    """Return (-second half, first half) of the last dimension: what sin multiplies."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
 

@@ -70,7 +70,7 @@ def as_table(summaries: list[RunSummary], folder: Path) -> str:
 
 
 def known_runs(near: Path) -> str:
-    """Return the runs beside the path `near`, for the message that it does not exist; "" for none."""
+    """Return the runs beside the path `near`, for the message that it is not there; "" for none."""
     folder = near.parent if near.parent != Path() else DEFAULT_FOLDER
     if not folder.is_dir():
         return ""

@@ -52,7 +52,8 @@ class FastSFTTrainer(SFTTrainer):
     per_device_train_batch_size sequences of max_length would be); after an out-of-memory it is
     halved within the same step. `fused_layers`: fastft's own CPU layers (on by default).
     `share_prefixes`: a beginning that sequences of a step share is computed once ("auto": where
-    that is exact). Raises FastFTError for settings that this step would not honour; the message names them all.
+    that is exact). Raises FastFTError for settings that this step would not honour; the message
+    names them all.
     """
 
     def __init__(
