@@ -230,7 +230,8 @@ def attach_lora(
         raise FastFTError(
             f"the model has {trainable:,} trainable parameters, but LoRA r={config.r} on "
             f"{config.target_modules!r} should have {expected:,}. The {engine.name} engine trains "
-            f"{_what_is_trained(peft_model)}. Name the wanted layers in lora.target_modules, or set "
+            f"{_what_is_trained(peft_model)}. Name the wanted layers in lora.target_modules, "
+            "or set "
             "model.engine: stock."
         )
     return peft_model, trainable
@@ -262,7 +263,7 @@ def _what_is_trained(peft_model: Any) -> str:
 
 
 def language_model_path(model: Any) -> str:
-    """Return where the language model lies in a multimodal checkpoint's class; "" for a plain one."""
+    """Return where the language model lies in a multimodal class; "" for a plain one."""
     if model.config.get_text_config() is model.config:
         return ""
     decoder = model.get_decoder()

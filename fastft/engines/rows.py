@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 ALIKE = 0.999
-"""Cosine from which two rows of an embedding count as the same: two trained rows are far from it."""
+"""Cosine from which two rows of an embedding count as the same: two trained rows are far from it.
+"""
 FAINT = 0.01
 """A row shorter than this share of the mean length was never moved by training."""
 SAMPLES = 64

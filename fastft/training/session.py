@@ -213,7 +213,8 @@ class Session:
                 if found:
                     raise FastFTError(
                         f"sequence {number + 1} of the data spells {found[0]!r}, a token for which "
-                        f"the model has no embedding row (it has {rows:,}). Remove it from the data."
+                        f"the model has no embedding row (it has {rows:,}). Remove it from "
+                        "the data."
                     )
 
     def prepare(self, opened: Opened, data: Sequences) -> Prepared:
