@@ -86,6 +86,7 @@ def run(arguments: list[str]) -> int:
         # Threads that spin while they wait for a core slow a shared machine down tenfold; must be
         # set before torch loads.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         if not debug:
             quiet_libraries()
         try:
@@ -110,11 +111,9 @@ def run(arguments: list[str]) -> int:
             if known := explained(error):
                 return _end_with(known, debug)
             if ranks.tells_why():
+                what = f"{type(error).__name__}: {str(error)[:LONGEST_MESSAGE]}"
                 say_error(
-                    f"unexpected {type(error).__name__}: {str(error)[:LONGEST_MESSAGE]}. "
-                    "This is a bug of fastft; "
-                    "--debug shows where.",
-                    debug,
+                    f"unexpected {what}. This is a bug of fastft; --debug shows where.", debug
                 )
             return 3
 

@@ -7,6 +7,7 @@ with the gguf-py that it came with.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -21,11 +22,16 @@ from fastft.exporting.gguf.quantize import UNQUANTIZED, cache_folder
 from fastft.exporting.merged import export_merged
 from fastft.exporting.place import check_disk
 from fastft.exporting.weights import Weights
+from fastft.files import sha256
 from fastft.files.scratch import scratch
 
 if TYPE_CHECKING:
     import numpy as np
 
+SDIST_SHA256 = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
+"""Hashes of the source archives whose converter was tried; another version's must be given in
+FASTFT_CONVERTER_SHA256.
+"""
 PARTS = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/", "LICENSE")
 
 
@@ -127,7 +133,9 @@ def upstream_folder() -> Path:
     home.parent.mkdir(parents=True, exist_ok=True)
     with scratch(".llama.cpp-", home.parent) as work:
         unpacked = work / "converter"
-        _unpack(_download(version, work), unpacked)
+        archive = _download(version, work)
+        check_archive(archive, version)
+        _unpack(archive, unpacked)
         shutil.rmtree(home, ignore_errors=True)
         unpacked.rename(home)
     return home
@@ -136,6 +144,7 @@ def upstream_folder() -> Path:
 def _download(version: str, folder: Path) -> Path:
     command = [
         sys.executable,
+        "-P",
         "-m",
         "pip",
         "download",
@@ -159,6 +168,23 @@ def _download(version: str, folder: Path) -> Path:
             "write itself."
         )
     return found
+
+
+def check_archive(archive: Path, version: str) -> None:
+    """Raise FastFTError unless the archive is the known one: a program out of it will run here."""
+    expected = os.environ.get("FASTFT_CONVERTER_SHA256") or SDIST_SHA256.get(version)
+    found = sha256(archive)
+    if expected is None:
+        raise FastFTError(
+            f"the converter in llama-cpp-python {version} is not one that fastft knows (known: "
+            f"{', '.join(SDIST_SHA256)}). Install a known version, or, where you trust this one, "
+            f"set FASTFT_CONVERTER_SHA256={found}."
+        )
+    if found != expected.lower():
+        raise FastFTError(
+            f"{archive.name} is not the archive it should be: its sha256 is {found}, not "
+            f"{expected}. Nothing of it was run; check the package index that pip uses."
+        )
 
 
 def _unpack(archive: Path, out: Path) -> None:
