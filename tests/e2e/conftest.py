@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,3 +111,59 @@ def losses(run):
     """Return {step: loss} of a run's log."""
     lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def start(config, *arguments):
+    """Start `fastft train` and do not wait for it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastft", "train", str(config), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def wait_for_step(run, step, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if (run / "log.jsonl").exists() and f'"step": {step},' in (run / "log.jsonl").read_text():
+            return
+        if process.poll() is not None:
+            raise AssertionError(process.stdout.read().decode()[-2000:])
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached in {seconds} s")
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory, checkpoint_of, rows_file):
+    """A run of 12 steps with dropout 0.1 that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    values = {
+        "project": "t",
+        "output_dir": str(folder / "runs"),
+        "model": {
+            "name": str(checkpoint_of("qwen3")),
+            "max_seq_length": 128,
+            "engine": "stock",
+            "dtype": "float32",
+        },
+        "data": {"source": str(rows_file)},
+        "lora": {"dropout": 0.1},
+        "train": {"max_steps": 24, "save_steps": 4, "eval_steps": 6, "learning_rate": 3e-3},
+    }
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump(values))
+    outcome = fastft("train", config, "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["status"] == "done"
+    trace = losses(folder / "runs" / "t")
+    assert sorted(trace) == list(range(1, 25))
+    return config, folder / "runs" / "t", trace
+
+
+@pytest.fixture
+def fresh(uninterrupted, tmp_path):
+    """The same config in another folder."""
+    config, _, trace = uninterrupted
+    path = tmp_path / "run.yaml"
+    path.write_text(config.read_text().replace(str(config.parent / "runs"), str(tmp_path / "runs")))
+    return path, tmp_path / "runs" / "t", trace

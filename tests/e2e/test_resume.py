@@ -4,70 +4,10 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
-from tests.e2e.conftest import fastft, losses
-
-
-def start(config):
-    return subprocess.Popen(
-        [sys.executable, "-m", "fastft", "train", str(config)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
-def wait_for_step(run, step, process, seconds=120):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if (run / "log.jsonl").exists() and f'"step": {step},' in (run / "log.jsonl").read_text():
-            return
-        if process.poll() is not None:
-            raise AssertionError(process.stdout.read().decode()[-2000:])
-        time.sleep(0.01)
-    raise AssertionError(f"step {step} was not reached in {seconds} s")
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, checkpoint_of, rows_file):
-    """A run of 12 steps with dropout 0.1 that nobody disturbed."""
-    import yaml
-
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    values = {
-        "project": "t",
-        "output_dir": str(folder / "runs"),
-        "model": {
-            "name": str(checkpoint_of("qwen3")),
-            "max_seq_length": 128,
-            "engine": "stock",
-            "dtype": "float32",
-        },
-        "data": {"source": str(rows_file)},
-        "lora": {"dropout": 0.1},
-        "train": {"max_steps": 24, "save_steps": 4, "eval_steps": 6, "learning_rate": 3e-3},
-    }
-    config = folder / "run.yaml"
-    config.write_text(yaml.safe_dump(values))
-    outcome = fastft("train", config, "--json")
-    assert outcome.code == 0, outcome.err
-    assert outcome.json["status"] == "done"
-    trace = losses(folder / "runs" / "t")
-    assert sorted(trace) == list(range(1, 25))
-    return config, folder / "runs" / "t", trace
-
-
-@pytest.fixture
-def fresh(uninterrupted, tmp_path):
-    """The same config in another folder."""
-    config, _, trace = uninterrupted
-    path = tmp_path / "run.yaml"
-    path.write_text(config.read_text().replace(str(config.parent / "runs"), str(tmp_path / "runs")))
-    return path, tmp_path / "runs" / "t", trace
+from tests.e2e.conftest import fastft, losses, start, wait_for_step
 
 
 def test_kill_slice_and_terminate_leave_the_same_trace(fresh):
