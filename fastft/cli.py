@@ -230,6 +230,51 @@ def train(
     print_result(result, as_json, text=f"{result.status}: {result.final or result.run}")
 
 
+@app.command(epilog=example("fastft sweep run.yaml --vary lora.r=8,16"))
+def sweep(
+    config: ConfigFile,
+    vary: Annotated[
+        list[str],
+        typer.Option("--vary", help="--vary lora.r=8,16, or a range 1e-5..1e-3 (repeatable)"),
+    ],
+    overrides: Overrides = None,
+    trials: Annotated[
+        int | None, typer.Option("--trials", help="draw so many at random (train.seed)")
+    ] = None,
+    keep: Annotated[
+        str, typer.Option("--keep", help="half: drop the worse half at each rung; all: none")
+    ] = "half",
+    processes: Annotated[
+        int | None, typer.Option("--processes", help="spread the trials over so many processes")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Try several settings on one loaded base; each trial is a run of its own."""
+    if keep not in ("half", "all"):
+        raise one_of("--keep", keep, ("half", "all"))
+    if processes is not None and processes != 1:
+        given = [("--vary", v) for v in vary] + [("--set", o) for o in overrides or []]
+        given += [("--keep", keep)] + ([("--trials", str(trials))] if trials is not None else [])
+        command = ["sweep", str(config), *(part for pair in given for part in pair)]
+        raise typer.Exit(_in_processes(processes, command, as_json))
+    from fastft.config import load_config
+    from fastft.progress import Reporter
+    from fastft.training.sweep import sweep as run_sweep
+    from fastft.training.sweep_views import table
+
+    found = run_sweep(config, overrides or [], vary=vary, trials=trials, keep_all=keep == "all")
+    if not ranks.first():
+        return
+    Reporter().console.print(table(found))
+    targets = load_config(config, overrides).export.to
+    if found.best is not None and targets != ["adapter"]:
+        from fastft.exporting import export as run_export
+
+        run_export(str(found.best.run.path), targets)
+    best = str(found.best.run.path) if found.best else "none has a held-out loss"
+    print_result(found.as_dict(), as_json, text=f"best: {best}")
+
+
 @app.command(epilog=example("fastft data run.yaml"))
 def data(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Show what will be trained on: formats, drops, lengths, a preview with the trained tokens in
@@ -564,6 +609,9 @@ def plan(
     gpu: Annotated[
         str | None, typer.Option("--gpu", help="plan for this card instead of this machine")
     ] = None,
+    gpus: Annotated[
+        int, typer.Option("--gpus", help="plan for so many of them, a process each")
+    ] = 1,
     apply: Annotated[
         Path | None,
         typer.Option("--apply", help="write the config with the changes that make it fit"),
@@ -584,7 +632,9 @@ def plan(
         return print_result(rows, as_json, text=command.table_text(rows))
     if config is None:
         raise FastFTError("give a config (fastft plan run.yaml), or --table.")
-    result = command.run(config, overrides, gpu=gpu, apply=apply, plot=plot, show=not as_json)
+    result = command.run(
+        config, overrides, gpu=gpu, gpus=gpus, apply=apply, plot=plot, show=not as_json
+    )
     print_result(result, as_json, text="")
     if result.verdict == "does_not_fit":
         raise typer.Exit(1)

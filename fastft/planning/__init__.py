@@ -8,6 +8,7 @@ loaded.
     time.py     seconds of a step
     advise.py   what to change where it does not fit
     calibrate.py  the plan against the first real steps
+    several.py  more than one card
     show.py     tables, bars, the README's table of models and cards
 
 Nothing here imports torch; a plan takes milliseconds.
@@ -16,13 +17,16 @@ Nothing here imports torch; a plan takes milliseconds.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
 from fastft.config import RunConfig
+from fastft.errors import FastFTError
 from fastft.hardware import GIB, Hardware
+from fastft.planning import several
 from fastft.planning.advise import Change, apply_changes, cheapest_changes
 from fastft.planning.calibrate import Calibration
 from fastft.planning.disk import adapter_bytes, checkpoint_term, export_term, tokenizer_bytes
@@ -147,8 +151,10 @@ def plan(
     shape: ModelShape | None = None,
     *,
     mean_length: float | None = None,
+    gpus: int = 1,
 ) -> Plan:
-    """Return whether `config` fits `hardware`, with every term of every peak.
+    """Return whether `config` fits `hardware`, or `gpus` of them with a process each, with every
+    term of every peak.
 
     `shape` is read from the model's config.json and headers where it is not given. Memory is
     planned for the longest sequences the config allows; `mean_length` (tokens; default: those too)
@@ -156,23 +162,35 @@ def plan(
     unknown target modules.
     """
     shape = shape or load_shape(config.model.name, config.model.revision)
-    result = _measure(config, hardware, shape, mean_length)
+    if gpus < 1:
+        raise FastFTError(f"--gpus is {gpus}; it must be at least 1.")
+    if gpus > 1 and hardware.kind != "cuda":
+        raise FastFTError(f"--gpus {gpus}: {hardware.name} has no NVIDIA GPU. Name one with --gpu.")
+    result = _measure(config, hardware, shape, mean_length, gpus)
     if result.verdict == "does_not_fit":
-        result.changes = cheapest_changes(config, hardware, shape, _verdict_of)
+        result.changes = cheapest_changes(config, hardware, shape, partial(_verdict_of, gpus=gpus))
     return result
 
 
-def _verdict_of(config: RunConfig, hardware: Hardware, shape: ModelShape) -> tuple[Verdict, int]:
-    result = _measure(config, hardware, shape, None)
+def _verdict_of(
+    config: RunConfig, hardware: Hardware, shape: ModelShape, gpus: int = 1
+) -> tuple[Verdict, int]:
+    result = _measure(config, hardware, shape, None, gpus)
     return result.verdict, max(phase.disk_bytes for phase in result.phases.values())
 
 
 def _measure(
-    config: RunConfig, hardware: Hardware, shape: ModelShape, mean_length: float | None
+    config: RunConfig,
+    hardware: Hardware,
+    shape: ModelShape,
+    mean_length: float | None,
+    gpus: int,
 ) -> Plan:
-    resolved = resolve_choices(config, hardware, shape)
+    resolved = resolve_choices(several.share_of(config, gpus), hardware, shape)
     s = resolved.situation
     phases = _phases(config, shape, s)
+    if gpus > 1:
+        phases = _on_each_card(phases, shape, s, gpus)
     available = {
         "vram": hardware.vram_free_bytes,
         "ram": hardware.ram_free_bytes,
@@ -180,9 +198,7 @@ def _measure(
     }
     verdict, reason = _judge(phases, available, s)
     length = mean_length or config.model.max_seq_length
-    timing: StepTime = step_time(
-        shape, s, hardware, sequences=config.train.effective_batch_size, mean_length=length
-    )
+    timing = _timing(config, shape, s, hardware, length, gpus)
     steps, steps_basis = steps_of_run(config, timing.seconds)
     seconds = None if timing.seconds is None or steps is None else timing.seconds * steps
     return Plan(
@@ -203,8 +219,56 @@ def _measure(
         time_basis=timing.basis,
         choices={name: (choice.value, choice.reason) for name, choice in resolved.choices.items()},
         changes=[],
-        notes=[*shape.notes, *hardware.notes, *_notes(config, shape, s, mean_length)],
+        notes=[
+            *shape.notes,
+            *hardware.notes,
+            *_notes(config, shape, s, mean_length),
+            *(several.notes(config, gpus) if gpus > 1 else []),
+        ],
     )
+
+
+def _timing(
+    config: RunConfig, shape: ModelShape, s: Situation, hardware: Hardware, length: float, gpus: int
+) -> StepTime:
+    """The time of a step: of the largest share of its sequences, and of the sum over the cards."""
+    sequences = config.train.effective_batch_size
+    share = several.share_of(config, gpus).train.effective_batch_size
+    one = step_time(shape, s, hardware, sequences=share, mean_length=length)
+    if gpus == 1 or one.seconds is None:
+        return one
+    sending = several.communication_seconds(shape, s, gpus)
+    seconds, tokens = one.seconds + sending, sequences * length
+    return one.model_copy(
+        update={
+            "tokens": int(tokens),
+            "seconds": seconds,
+            "tokens_per_sec": tokens / seconds,
+            "basis": f"{one.basis}; {share} of {sequences} sequences a card, and {sending:.2f} s "
+            "to sum the gradients",
+        }
+    )
+
+
+def _on_each_card(
+    phases: dict[str, Phase], shape: ModelShape, s: Situation, gpus: int
+) -> dict[str, Phase]:
+    """The phases of one card among several: the first process alone merges and exports."""
+    buffer = several.buffer_term(shape, s)
+    changed = dict(phases)
+    for name in ("load", "train", "eval"):
+        phase = phases[name]
+        vram = [*phase.vram_terms, buffer] if name == "train" else phase.vram_terms
+        ram = [*phase.ram_terms, *several.other_processes(phase.ram_terms, gpus)]
+        changed[name] = phase.model_copy(
+            update={
+                "vram_terms": vram,
+                "vram_bytes": sum(t.bytes for t in vram),
+                "ram_terms": ram,
+                "ram_bytes": sum(t.bytes for t in ram),
+            }
+        )
+    return changed
 
 
 def _notes(

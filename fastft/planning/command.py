@@ -9,7 +9,7 @@ from fastft.config import dump_config, load_config, make_config
 from fastft.errors import AnswerIsNoError, FastFTError
 from fastft.files import write_atomically
 from fastft.hardware import named_gpu, probe
-from fastft.planning import Plan, apply_changes, plan, plan_table
+from fastft.planning import Plan, apply_changes, plan, plan_table, several
 
 
 def run(
@@ -17,6 +17,7 @@ def run(
     overrides: list[str] | None = None,
     *,
     gpu: str | None = None,
+    gpus: int = 1,
     apply: Path | None = None,
     plot: Path | None = None,
     show: bool = True,
@@ -26,7 +27,8 @@ def run(
     """
     _check_outputs(apply, plot)
     settings = load_config(config, overrides)
-    result = plan(settings, named_gpu(gpu) if gpu is not None else probe(settings.output_dir))
+    hardware = named_gpu(gpu) if gpu is not None else probe(settings.output_dir)
+    result = plan(settings, several.machine_with(hardware, gpus), gpus=gpus)
     if show:
         result.print()
     if plot is not None:

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from fastft import child
 from fastft.errors import FastFTError
 from fastft.hardware import usable_cores
 from fastft.training.ranks import LOST, OWN_LAUNCHER
@@ -47,7 +48,8 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         monitor_interval=0.2,
     )
     try:
-        elastic_launch(agent, sys.executable)("-m", "fastft", *arguments)
+        program, *words = child.command("fastft", *arguments)
+        elastic_launch(agent, program)(*words)
     except SignalException:  # the agent has passed it on, and waited
         return 130
     except ChildFailedError as error:

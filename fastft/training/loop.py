@@ -166,7 +166,8 @@ class StepTrainer(Trainer):
         """
         if self.held_out is None:
             return {}
-        metrics = {"eval_loss": self.mean_loss(self.held_out), **self.judge()}
+        judged = ranks.from_the_first(self.judge() if ranks.first() else None)
+        metrics = {"eval_loss": self.mean_loss(self.held_out), **judged}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics

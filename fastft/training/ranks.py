@@ -16,6 +16,7 @@ flat all-reduce (a sum) of the LoRA gradients, the loss and the flags that stop 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import re
@@ -339,6 +340,32 @@ def wait() -> None:
     """Wait until every process is here."""
     if _world.size > 1:
         total(0.0)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process is one of its own again: it trains by itself (a trial of a sweep)."""
+    global _world
+    joined, _world = _world, World()
+    try:
+        yield
+    finally:
+        _world = joined
+
+
+def gather_when_ready(value: Any) -> list[Any]:
+    """Return what each process gave as `value` (anything that JSON holds), by rank, however long
+    the slowest takes.
+    """
+    global _turns
+    if _world.size == 1:
+        return [value]
+    _turns += 1
+    keys = [f"fastft/{_turns}/{rank}" for rank in range(_world.size)]
+    with _talking("waiting for the others' trials"):
+        _store.set(keys[_world.rank], json.dumps(value))
+        _store.wait(keys, timedelta(minutes=START_MINUTES))
+        return [json.loads(_store.get(key)) for key in keys]
 
 
 @contextlib.contextmanager

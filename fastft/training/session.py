@@ -40,6 +40,7 @@ from fastft.runs.fingerprint import base_fingerprint
 from fastft.runs.folder import INITIAL_ADAPTER, RunFolder
 from fastft.runs.mirror import Mirror
 from fastft.training import ranks
+from fastft.training.kept import Kept
 
 if TYPE_CHECKING:
     from fastft.data import Prepared as PreparedData
@@ -142,13 +143,14 @@ class Session:
         shuffle: bool = True,
         limit_bytes: Callable[[], int] | None = None,
         rows: Any = None,
+        kept: Kept | None = None,
     ) -> None:
         """`choices`: those of `loading.choose_loading`, where they were made already.
 
         `started` is the time.monotonic() that train.max_minutes counts from. `shuffle=False` takes
         the sequences in their own order. `limit_bytes` says how much memory this process may have
         in all; by default, what the driver or the system says is free. `rows` are read instead of
-        the config's data source.
+        the config's data source. `kept` holds what other sessions of this process have loaded.
         """
         self.config, self.hardware = config, hardware
         self.choices = choices or loading.choose_loading(config, hardware)
@@ -157,6 +159,7 @@ class Session:
         self.stop_after = stop_after
         self.started = time.monotonic() if started is None else started
         self.mirror, self.shuffle, self.limit_bytes, self.rows = mirror, shuffle, limit_bytes, rows
+        self.kept = kept or Kept()
         self.history: list[dict[str, Any]] = []
         """The lines of log.jsonl up to the present step."""
 
@@ -164,9 +167,15 @@ class Session:
         """Return the engine, the tokenizer, and which base this is."""
         engine = get_engine(self.choices["engine"].value)
         model = self.config.model
-        hub.download_model(model.name, model.revision, progress=self.report.bytes)
-        base = base_fingerprint(model.name, model.revision)
-        return Opened(engine, load_tokenizer(model), base)
+
+        def opened() -> Opened:
+            hub.download_model(model.name, model.revision, progress=self.report.bytes)
+            base = base_fingerprint(model.name, model.revision)
+            return Opened(engine, load_tokenizer(model), base)
+
+        # By the data's settings too: the chat template is written into the tokenizer.
+        made_of = [model.model_dump(), self.config.data.model_dump()]
+        return self.kept.once("opened", made_of, opened)
 
     def read_data(self, opened: Opened) -> PreparedData:
         """Return the config's data, tokenised and split; `opened` proves that the engine came
@@ -177,14 +186,17 @@ class Session:
         from fastft.data import prepare
 
         config = self.config
+        tokenise = partial(
+            prepare,
+            config.data,
+            opened.tokenizer,
+            max_seq_length=config.model.max_seq_length,
+            seed=config.train.seed,
+            rows=self.rows,
+        )
+        made_of = [config.data.model_dump(), config.model.model_dump(), config.train.seed]
         with ranks.first_before_the_others("tokenising the data"):
-            data: PreparedData = prepare(
-                config.data,
-                opened.tokenizer,
-                max_seq_length=config.model.max_seq_length,
-                seed=config.train.seed,
-                rows=self.rows,
-            )
+            data: PreparedData = self.kept.once("data", made_of, tokenise)
         ranks.refuse_unlike("their data", data.fingerprint[:12])
         self._refuse_tokens_without_row(opened.tokenizer, data)
         # What was trained with is what every later program renders with.
@@ -221,9 +233,16 @@ class Session:
         """Load the base, attach LoRA, and choose how rows and layers are computed."""
         config, choices = self.config, dict(self.choices)
         checkpointing = choices["gradient_checkpointing"].value
-        base, _, engine = loading.load_for_training(
-            config.model, self.hardware, gradient_checkpointing=checkpointing, choices=choices
+        load = partial(
+            loading.load_for_training,
+            config.model,
+            self.hardware,
+            gradient_checkpointing=checkpointing,
+            choices=choices,
         )
+        chosen = [choices[name].value for name in ("engine", "quantization", "dtype")]
+        made_of = [config.model.model_dump(), checkpointing, chosen]
+        base, _, engine = self.kept.base(made_of, load)
         model, trainable = loading.attach_lora(
             base,
             engine,
@@ -232,6 +251,7 @@ class Session:
             gradient_checkpointing=checkpointing,
             train_token_ids=self._token_rows(base, opened.tokenizer, data),
         )
+        self.kept.adapted(model, moves_the_base=config.lora.init in MOVES_THE_BASE)
         ranks.start_alike(model.parameters())
         initial = self.run.path / INITIAL_ADAPTER if config.lora.init in MOVES_THE_BASE else None
         if initial is not None and self.run.writes:

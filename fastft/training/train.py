@@ -26,6 +26,7 @@ from fastft.errors import CouldNotFinishError, FastFTError, InterruptedRunError
 from fastft.files import write_atomically
 from fastft.hardware import Choice, Hardware, probe
 from fastft.models import location
+from fastft.planning import several
 from fastft.progress import Reporter, silent
 from fastft.runs import checkpoint
 from fastft.runs.adapter import write_adapter
@@ -33,6 +34,7 @@ from fastft.runs.fingerprint import differences
 from fastft.runs.folder import RunFolder, best_step, machine, now, out_of_patience, versions
 from fastft.runs.mirror import FLUSH_SECONDS, INTERRUPTED_FLUSH_SECONDS, Mirror
 from fastft.training import ranks
+from fastft.training.kept import Kept
 from fastft.training.session import Loop, Opened, Prepared, Session
 
 if TYPE_CHECKING:
@@ -79,6 +81,7 @@ def train(
     data: Any = None,
     stop_after: int | None = None,
     reporter: Reporter | None = None,
+    kept: Kept | None = None,
 ) -> RunResult:
     """Train as `config` says, or go on where an earlier call of the same run stopped; returns how
     it ended.
@@ -86,7 +89,8 @@ def train(
     `data` (a list of rows, or a `datasets.Dataset`) is trained on instead of the config's source; a
     later call with the same rows goes on. `stop_after` ends after so many more steps and leaves the
     schedule as it is. Raises FastFTError (input), CouldNotFinishError (out of memory, NaN, disk),
-    InterruptedRunError (Ctrl-C, SIGTERM); state is saved.
+    InterruptedRunError (Ctrl-C, SIGTERM); state is saved. `kept` holds what earlier runs of this
+    process have loaded (a sweep).
     """
     started = time.monotonic()
     ranks.join(config.train.lost_after_minutes)
@@ -102,7 +106,8 @@ def train(
         config = config.model_copy(update={"data": source})
     _refuse_what_is_not_there(config)
     hardware = _part_of(probe(config.output_dir))
-    choices = loading.choose_loading(config, hardware)
+    share = several.share_of(config, ranks.world().size)
+    choices = loading.choose_loading(share, hardware)
     _refuse_unlike_choices(choices)
     _note_other_cards(hardware, report)
     run = RunFolder(config.run_dir, writes=ranks.first())
@@ -119,6 +124,7 @@ def train(
             started=started,
             mirror=mirror,
             rows=data,
+            kept=kept,
         )
         if not started_before:
             return _start(session)

@@ -1,0 +1,345 @@
+"""`fastft sweep`: several settings on one loaded base, the worse half dropped on the way.
+
+    trials of 40 steps, four of them     step 10      step 20      step 40
+      lora.r=8   learning_rate=1e-4      1.31         dropped
+      lora.r=8   learning_rate=3e-4      1.19         1.02         0.98    the best
+      lora.r=16  learning_rate=1e-4      1.28         dropped
+      lora.r=16  learning_rate=3e-4      1.21         1.04         dropped
+
+Each trial is an ordinary run: its own folder, which `fastft train` continues and `fastft export`
+exports. It is trained to a rung, saved, and goes on from there in its turn, so a trial's losses
+are those of the same settings alone, and a sweep that was killed goes on where it was. Loading,
+tokenising and planning happen once, and in memory there is one base and one adapter at a time.
+
+Rungs: successive halving (Jamieson and Talwalkar 2016, "Non-stochastic best arm identification
+and hyperparameter optimization", AISTATS), by the held-out loss of the trial's own evaluations.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastft.config import RunConfig, load_config
+from fastft.errors import CouldNotFinishError, FastFTError, InterruptedRunError
+from fastft.files import write_atomically
+from fastft.progress import Reporter
+from fastft.runs import checkpoint
+from fastft.runs.folder import RunFolder
+from fastft.training import ranks
+from fastft.training.kept import Kept
+from fastft.training.train import train
+
+RANGE = re.compile(r"(?P<low>[-+.\deE]+)\.\.(?P<high>[-+.\deE]+)")
+
+
+@dataclass
+class Trial:
+    """One combination of the varied settings."""
+
+    settings: dict[str, str]
+    config: RunConfig
+    status: str = "waiting"
+    """waiting, paused (at a rung), dropped, done or failed."""
+    eval_loss: float | None = None
+    """The held-out loss of its last evaluation; once it is done, the best one."""
+    problem: str | None = None
+    """Why it failed."""
+
+    @property
+    def run(self) -> RunFolder:
+        """Its run folder."""
+        return RunFolder(self.config.run_dir)
+
+    @property
+    def name(self) -> str:
+        """What sets it apart, for a person."""
+        return " ".join(f"{key}={value}" for key, value in self.settings.items())
+
+
+@dataclass
+class Sweep:
+    """A sweep's trials and where it writes."""
+
+    folder: Path
+    trials: list[Trial]
+    rungs: list[int]
+    """Steps at which the worse half of the trials that are left is dropped."""
+    seconds: float = 0.0
+    best: Trial | None = field(default=None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        trials = [
+            {
+                "run": str(trial.run.path),
+                "settings": trial.settings,
+                "eval_loss": trial.eval_loss,
+                "status": trial.status,
+            }
+            | ({"problem": trial.problem} if trial.problem else {})
+            for trial in self.trials
+        ]
+        best = str(self.best.run.path) if self.best else None
+        return {"trials": trials, "best": best, "rungs": self.rungs, "seconds": self.seconds}
+
+
+def sweep(
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    vary: Sequence[str],
+    trials: int | None = None,
+    keep_all: bool = False,
+    reporter: Reporter | None = None,
+    run_trials: Callable[[list[Trial], int | None], None] | None = None,
+) -> Sweep:
+    """Train the combinations of `vary` ("lora.r=8,16"), and return them with the best one.
+
+    `trials` draws so many of them at random, with the config's train.seed; ranges
+    ("train.learning_rate=1e-5..1e-3", on a logarithmic scale) need it. `keep_all` drops none.
+    `run_trials` trains a list of them to a step (None: to the end); by default here, one after
+    the other, or spread over the processes of a launcher. The same call goes on where an earlier
+    one was stopped. Raises FastFTError (settings), CouldNotFinishError where every trial failed,
+    InterruptedRunError.
+    """
+    started, report = time.monotonic(), reporter or Reporter()
+    base = load_config(config, list(overrides))
+    ranks.join(base.train.lost_after_minutes)
+    folder = Path(base.output_dir) / f"{base.project}-sweep"
+    drawn = draw(base, vary, trials)
+    made = [_trial(config, overrides, base, folder, settings) for settings in drawn]
+    result = Sweep(folder, made, [])
+    kept = Kept()
+    run_all = run_trials or (lambda these, step: _train_here(these, step, kept, report))
+    if ranks.first():
+        _refuse_another_sweep(result)
+    result.rungs = [] if keep_all else _rungs(base, made, kept)
+    _say(report, f"{len(made)} trials in {folder}; rungs at steps {result.rungs or '(none)'}")
+    for step in [*result.rungs, None]:
+        left = [trial for trial in made if trial.status not in ("dropped", "failed")]
+        run_all(left, step)
+        if step is not None:
+            _drop_the_worse_half(left, step, report)
+        _write(result)
+    finished = [t for t in made if t.status == "done" and t.eval_loss is not None]
+    result.best = min(finished, key=lambda t: (t.eval_loss, t.name), default=None)
+    result.seconds = round(time.monotonic() - started, 1)
+    _write(result)
+    if all(trial.status == "failed" for trial in made):
+        raise CouldNotFinishError(f"every trial failed; the first: {made[0].problem}")
+    return result
+
+
+# --- which trials
+
+
+def draw(base: RunConfig, vary: Sequence[str], trials: int | None) -> list[dict[str, str]]:
+    """Return the settings of each trial: the whole grid, or `trials` drawn from it.
+
+    Raises FastFTError for settings that are written wrongly, and for ranges without `trials`.
+    """
+    axes = dict(_axis(text) for text in vary)
+    if not axes:
+        raise FastFTError("nothing varies. Give for example --vary train.learning_rate=1e-4,3e-4.")
+    if len(axes) < len(vary):
+        raise FastFTError("a setting is varied twice; give all its values in one --vary.")
+    if trials is not None and trials < 1:
+        raise FastFTError(f"--trials is {trials}; it must be at least 1.")
+    ranges = [key for key, values in axes.items() if isinstance(values, tuple)]
+    if ranges and trials is None:
+        raise FastFTError(f"{ranges[0]} has a range; say with --trials N how many to draw.")
+    generator = np.random.default_rng([base.train.seed, 23])
+    if ranges:
+        assert trials is not None
+        return [
+            {key: _one(generator, values) for key, values in axes.items()} for _ in range(trials)
+        ]
+    lists = [values for values in axes.values() if isinstance(values, list)]
+    grid = [dict(zip(axes, values, strict=True)) for values in itertools.product(*lists)]
+    if trials is None or trials >= len(grid):
+        return grid
+    chosen = generator.choice(len(grid), trials, replace=False)
+    return [grid[int(index)] for index in sorted(chosen)]
+
+
+def _axis(text: str) -> tuple[str, list[str] | tuple[float, float]]:
+    """Return the setting and its values, or the two ends of its range."""
+    key, separator, values = (part.strip() for part in text.partition("="))
+    if not separator or not key or not values:
+        raise FastFTError(f"--vary {text!r}: write it as --vary lora.r=8,16")
+    if key.partition(".")[0] in ("project", "output_dir", "mirror", "export"):
+        raise FastFTError(f"--vary {text!r}: this changes nothing of what is trained.")
+    found = RANGE.fullmatch(values)
+    if found is None:
+        listed = [value.strip() for value in values.split(",") if value.strip()]
+        return key, list(dict.fromkeys(listed))
+    try:
+        low, high = float(found["low"]), float(found["high"])
+    except ValueError as error:
+        raise FastFTError(f"--vary {text!r}: {error}") from error
+    if not 0 < low < high:
+        raise FastFTError(
+            f"--vary {text!r}: a range needs two positive numbers, the smaller first."
+        )
+    return key, (low, high)
+
+
+def _one(generator: np.random.Generator, values: list[str] | tuple[float, float]) -> str:
+    if isinstance(values, list):
+        return values[int(generator.integers(len(values)))]
+    low, high = (math.log(end) for end in values)
+    return f"{math.exp(generator.uniform(low, high)):.3g}"
+
+
+def _trial(
+    config: str | Path,
+    overrides: Sequence[str],
+    base: RunConfig,
+    folder: Path,
+    settings: dict[str, str],
+) -> Trial:
+    name = re.sub(
+        r"[^\w.+-]+", "-", "_".join(f"{k.split('.')[-1]}-{v}" for k, v in settings.items())
+    )
+    varied = [f"{key}={value}" for key, value in settings.items()]
+    made = load_config(
+        config,
+        [
+            *overrides,
+            *varied,
+            f"project={json.dumps(name)}",
+            f"output_dir={json.dumps(str(folder))}",
+        ],
+    )
+    # An export a trial would fill the disk: the best one's is the command's business.
+    return Trial(settings, made.model_copy(update={"mirror": None}))
+
+
+def _refuse_another_sweep(result: Sweep) -> None:
+    """Raise FastFTError where the folder holds the trials of other settings."""
+    path = result.folder / "sweep.json"
+    if not path.is_file():
+        return
+    before = [trial["settings"] for trial in json.loads(path.read_text())["trials"]]
+    now = [trial.settings for trial in result.trials]
+    if before != now:
+        raise FastFTError(
+            f"{result.folder} holds a sweep over other settings ({len(before)} trials, of which the "
+            f"first is {before[0]}; now {len(now)}, the first {now[0]}). Use another project name."
+        )
+
+
+# --- how far
+
+
+def _rungs(base: RunConfig, trials: list[Trial], kept: Kept) -> list[int]:
+    """Return the steps of the rungs: a half, a quarter ... of the run, one for each halving.
+
+    Each is one of the trials' own evaluations, so that no trial does anything that it would not
+    do alone.
+    """
+    total = min(_total_steps(trial.config, kept) for trial in trials)
+    every = max(trial.config.train.eval_steps for trial in trials)
+    halvings = math.ceil(math.log2(len(trials)))
+    wanted = [math.ceil(total / 2**k / every) * every for k in range(halvings, 0, -1)]
+    return sorted({step for step in wanted if step < total})
+
+
+def _total_steps(config: RunConfig, kept: Kept) -> int:
+    """Return the optimizer steps of a run; the data is read for it where they count epochs."""
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    from fastft.hardware import probe
+    from fastft.progress import silent
+    from fastft.training.session import Session
+
+    session = Session(config, probe(config.output_dir), report=silent(), kept=kept)
+    return session.total_steps(session.read_data(session.open()))
+
+
+def _drop_the_worse_half(trials: list[Trial], step: int, report: Reporter) -> None:
+    """Drop those with the larger held-out loss at `step`; of an odd number one more stays."""
+    alive = [trial for trial in trials if trial.status != "failed"]
+    ranked = sorted(alive, key=lambda t: (loss_at(t, step), t.name))
+    for trial in ranked[math.ceil(len(ranked) / 2) :]:
+        trial.status = "dropped"
+        _say(report, f"step {step}: {trial.name} is dropped ({loss_at(trial, step):.4f})")
+
+
+def loss_at(trial: Trial, step: int) -> float:
+    """Return the trial's held-out loss at `step`, or the last one before it; infinite without."""
+    found = [
+        record["eval_loss"]
+        for record in trial.run.read_log()
+        if "eval_loss" in record and record["step"] <= step
+    ]
+    return found[-1] if found else math.inf
+
+
+# --- training them
+
+
+def _train_here(trials: list[Trial], step: int | None, kept: Kept, report: Reporter) -> None:
+    """Train this process's part of the trials to `step`; every process then knows how all went."""
+    here = ranks.world()
+    for trial in trials[here.rank :: here.size]:
+        with ranks.alone():
+            train_to(trial, step, kept, report)
+    mine = {trial.name: (trial.status, trial.eval_loss, trial.problem) for trial in trials}
+    for rank, states in enumerate(ranks.gather_when_ready(mine)):
+        for trial in trials[rank :: here.size]:
+            trial.status, trial.eval_loss, trial.problem = states[trial.name]
+
+
+def train_to(trial: Trial, step: int | None, kept: Kept, report: Reporter) -> None:
+    """Train one trial to `step`, or to its end; a trial that cannot finish has failed, and the
+    others go on.
+    """
+    newest, _ = checkpoint.newest_whole(trial.run.checkpoints)
+    at = checkpoint.step_of(newest) if newest else 0
+    if step is not None and at >= step:
+        trial.status = "paused"
+    else:
+        report.note(f"{trial.name}: from step {at} to {step or 'the end'}")
+        slice_of = None if step is None else step - at
+        try:
+            quiet = Reporter(report.console, quiet=True)
+            result = train(trial.config, stop_after=slice_of, reporter=quiet, kept=kept)
+            trial.status = result.status
+            if result.status == "paused" and step is None:
+                trial.problem = "train.max_minutes ended it"
+        except InterruptedRunError:
+            raise
+        except CouldNotFinishError as error:
+            trial.status, trial.problem = "failed", str(error)
+            report.warn(f"{trial.name} failed: {error}")
+    losses = [r["eval_loss"] for r in trial.run.read_log() if "eval_loss" in r]
+    if losses:
+        trial.eval_loss = min(losses) if trial.status == "done" else losses[-1]
+        report.note(f"{trial.name}: held-out loss {trial.eval_loss:.4f}")
+
+
+def _write(result: Sweep) -> None:
+    """Write sweep.json and sweep.png; the first process does."""
+    if not ranks.first():
+        return
+    from fastft.training.sweep_views import plot
+
+    result.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(result.folder / "sweep.json", json.dumps(result.as_dict(), indent=1))
+    plot(result, result.folder / "sweep.png")
+
+
+def _say(report: Reporter, text: str) -> None:
+    if ranks.first():
+        report.note(text)
