@@ -29,6 +29,7 @@ _PUBLIC = {
     "plan": "fastft.planning",
     "probe": "fastft.hardware",
     "push": "fastft.verbs",
+    "sweep": "fastft.verbs",
     "train": "fastft.verbs",
     "verify": "fastft.verbs",
 }
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from fastft.planning import plan
     from fastft.training.sft import FastSFTTrainer
     from fastft.training.train import RunResult
-    from fastft.verbs import Chat, export, push, train, verify
+    from fastft.verbs import Chat, export, push, sweep, train, verify
     from fastft.verification.evaluation import evaluate
 
 
@@ -53,6 +54,7 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'fastft' has no attribute {name!r}")
     if name in {"FastLanguageModel", "FastSFTTrainer"}:
+        _join_other_processes()
         _import_unsloth_first()
     value = getattr(importlib.import_module(_PUBLIC[name]), name)
     setattr(sys.modules[__name__], name, value)
@@ -61,6 +63,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+def _join_other_processes() -> None:
+    """Join what torchrun started, where it did, before any library reads its variables."""
+    from fastft.config import TrainConfig
+    from fastft.training import ranks
+
+    ranks.join(TrainConfig().lost_after_minutes)
 
 
 def _import_unsloth_first() -> None:

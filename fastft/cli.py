@@ -257,20 +257,14 @@ def sweep(
         given += [("--keep", keep)] + ([("--trials", str(trials))] if trials is not None else [])
         command = ["sweep", str(config), *(part for pair in given for part in pair)]
         raise typer.Exit(_in_processes(processes, command, as_json))
-    from fastft.config import load_config
+    from fastft import verbs
     from fastft.progress import Reporter
-    from fastft.training.sweep import sweep as run_sweep
     from fastft.training.sweep_views import table
 
-    found = run_sweep(config, overrides or [], vary=vary, trials=trials, keep_all=keep == "all")
+    found = verbs.sweep(config, overrides or [], vary=vary, trials=trials, keep_all=keep == "all")
     if not ranks.first():
         return
     Reporter().console.print(table(found))
-    targets = load_config(config, overrides).export.to
-    if found.best is not None and targets != ["adapter"]:
-        from fastft.exporting import export as run_export
-
-        run_export(str(found.best.run.path), targets)
     best = str(found.best.run.path) if found.best else "none has a held-out loss"
     print_result(found.as_dict(), as_json, text=f"best: {best}")
 

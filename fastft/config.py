@@ -229,6 +229,11 @@ class TrainConfig(Section):
     gradient_checkpointing: Literal["auto"] | bool = Field(
         "auto", description="auto: off where memory allows"
     )
+    shard_base: bool = Field(
+        False,
+        description="several processes: spread the frozen base over them (FSDP2), where one card "
+        "cannot hold it",
+    )
     lost_after_minutes: float = Field(
         10,
         gt=0,

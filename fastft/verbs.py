@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastft.inference.generate import Answer
     from fastft.inference.sampling import Sampling
     from fastft.progress import Reporter
+    from fastft.training.sweep import Sweep
     from fastft.training.train import RunResult
 
 MAX_KL = 0.01
@@ -148,6 +149,32 @@ def train(
     if result.status == "done" and config.export.to != ["adapter"] and ranks.first():
         exporting.export(result.run, config.export.to, reporter=reporter)
     return result
+
+
+def sweep(
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    vary: Sequence[str],
+    trials: int | None = None,
+    keep_all: bool = False,
+    reporter: Reporter | None = None,
+) -> Sweep:
+    """Train the combinations of `vary` (see `fastft.training.sweep.sweep`), then write what
+    `export.to` names from the best one.
+    """
+    from fastft import exporting
+    from fastft.config import load_config
+    from fastft.training import ranks
+    from fastft.training.sweep import sweep as train_all
+
+    found = train_all(
+        config, overrides, vary=vary, trials=trials, keep_all=keep_all, reporter=reporter
+    )
+    targets = load_config(config, list(overrides)).export.to
+    if found.best is not None and targets != ["adapter"] and ranks.first():
+        exporting.export(found.best.run.path, targets, reporter=reporter)
+    return found
 
 
 def export(

@@ -41,7 +41,7 @@ REQUIRED = (
     "trainer_state.json",
 )
 MAY_CHANGE = {
-    "train": {"epochs", "max_steps", "max_minutes", "report_to", "lost_after_minutes"}
+    "train": {"epochs", "max_steps", "max_minutes", "report_to", "lost_after_minutes", "shard_base"}
     | {"logging_steps", "save_steps", "save_total_limit", "eval_steps", "eval_metrics"},
 }
 # Compared by their content: the base's fingerprint, the data's.

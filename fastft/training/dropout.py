@@ -43,8 +43,9 @@ class _Masks:
         """
         if not layer.training or layer.p == 0.0:
             return x
-        rows, tokens = max(s[0] for s in self.spans) + 1, max(s[1] + s[2] for s in self.spans)
-        if x.dim() != 3 or x.shape[0] != rows or x.shape[1] < tokens:
+        rows = max((row for row, *_ in self.spans), default=0) + 1
+        tokens = max((start + length for _, start, length, _ in self.spans), default=0)
+        if not self.spans or x.dim() != 3 or x.shape[0] != rows or x.shape[1] < tokens:
             return F.dropout(x, layer.p, training=True)
         generator = self.generators.setdefault(x.device, torch.Generator(x.device))
         # Where no sequence lies (padding, a row's tail) nothing is dropped: it carries no loss.

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from fastft.data.batches import StepBatches, segments_of, supervised_tokens
+from fastft.data.batches import Segment, StepBatches, segments_of, supervised_tokens
 from fastft.engines.base import Engine
 from fastft.errors import CouldNotFinishError
 from fastft.files import disk_error
@@ -33,7 +33,8 @@ from fastft.hardware import peak_resident_bytes
 from fastft.kernels.fused import FusedLayers
 from fastft.runs import checkpoint
 from fastft.training import ranks
-from fastft.training.step import Stepper, StepPolicy
+from fastft.training.sharded import is_sharded, passes_needed
+from fastft.training.step import Filler, Stepper, StepPolicy
 
 
 @dataclass
@@ -129,6 +130,7 @@ class StepTrainer(Trainer):
             self.compute_loss_context_manager,
             supervised=supervised_tokens(segments),
             drawn=(self.args.seed, self.state.global_step) if self._keys_dropout else None,
+            filler=self._filler(segments),
         )
         loss, self.agreed = ranks.add_up(self.model.parameters(), mine, self.asks_to_stop())
         if not math.isfinite(loss):
@@ -140,6 +142,14 @@ class StepTrainer(Trainer):
         self.progress.tokens += tokens
         self.progress.trained_tokens += supervised_tokens(segments)
         return torch.tensor(loss, device=self.args.device)
+
+    def _filler(self, segments: list[Segment]) -> Filler | None:
+        """The passes that a sharded base needs of every process; None for a base that is whole."""
+        useful = [segment for segment in segments if segment.supervised]
+        if not is_sharded(self.model) or not useful:
+            return None
+        budget, rows = self.policy.micro_batch_tokens, self.policy.rows
+        return Filler(passes_needed(segments, budget, rows), min(useful, key=len))
 
     def _not_finite(self, loss: float) -> str:
         step, rate = self.state.global_step + 1, self._get_learning_rate()
@@ -182,7 +192,9 @@ class StepTrainer(Trainer):
         was_training = self.model.training
         self.model.eval()
         total, supervised = 0.0, 0.0
-        world = ranks.world()
+        # A sharded base needs all processes in each pass: each then measures everything.
+        alone = is_sharded(self.model)
+        world = ranks.World() if alone else ranks.world()
         for first in range(32 * world.rank, len(dataset), 32 * world.size):
             segments = segments_of(
                 [dataset[i] for i in range(first, min(first + 32, len(dataset)))]
@@ -191,7 +203,8 @@ class StepTrainer(Trainer):
                 total += self.stepper.loss(segments)
             supervised += supervised_tokens(segments)
         self.model.train(was_training)
-        total, supervised = ranks.total(total, supervised)
+        if not alone:
+            total, supervised = ranks.total(total, supervised)
         return total / max(supervised, 1)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:

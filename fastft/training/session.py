@@ -41,6 +41,7 @@ from fastft.runs.folder import INITIAL_ADAPTER, RunFolder
 from fastft.runs.mirror import Mirror
 from fastft.training import ranks
 from fastft.training.kept import Kept
+from fastft.training.sharded import is_sharded, local_bytes, shard
 
 if TYPE_CHECKING:
     from fastft.data import Prepared as PreparedData
@@ -233,16 +234,17 @@ class Session:
         """Load the base, attach LoRA, and choose how rows and layers are computed."""
         config, choices = self.config, dict(self.choices)
         checkpointing = choices["gradient_checkpointing"].value
-        load = partial(
-            loading.load_for_training,
-            config.model,
-            self.hardware,
-            gradient_checkpointing=checkpointing,
-            choices=choices,
-        )
+        _refuse_to_shard(config, choices)
+
+        def load() -> tuple[Any, Engine, Choice]:
+            base, _, engine = loading.load_for_training(
+                config.model, self.hardware, gradient_checkpointing=checkpointing, choices=choices
+            )
+            return base, engine, choices["dtype"]  # which loading may have changed
+
         chosen = [choices[name].value for name in ("engine", "quantization", "dtype")]
         made_of = [config.model.model_dump(), checkpointing, chosen]
-        base, _, engine = self.kept.base(made_of, load)
+        base, engine, choices["dtype"] = self.kept.base(made_of, load)
         model, trainable = loading.attach_lora(
             base,
             engine,
@@ -253,6 +255,12 @@ class Session:
         )
         self.kept.adapted(model, moves_the_base=config.lora.init in MOVES_THE_BASE)
         ranks.start_alike(model.parameters())
+        if config.train.shard_base:
+            shard(model)
+            held = local_bytes(model) / 2**20
+            self.report.note(
+                f"base spread over {ranks.world().size} processes, {held:,.0f} MiB in each"
+            )
         initial = self.run.path / INITIAL_ADAPTER if config.lora.init in MOVES_THE_BASE else None
         if initial is not None and self.run.writes:
             initial = keep_initial(model, initial)
@@ -346,8 +354,9 @@ class Session:
         from fastft.kernels.fused import FusedLayers
 
         choices, wanted = loaded.choices, self.config.train.fused_layers
-        if wanted is False or self.hardware.kind != "cpu":
-            choices["fused_layers"] = Choice(False, "asked for" if wanted is False else "CPU only")
+        if wanted is False or self.hardware.kind != "cpu" or is_sharded(loaded.model):
+            why = "CPU only" if self.hardware.kind != "cpu" else "the base is sharded"
+            choices["fused_layers"] = Choice(False, "asked for" if wanted is False else why)
             return loaded
         fused = FusedLayers(loaded.model, getattr(torch, choices["dtype"].value))
         kernels = native.why_not()
@@ -466,7 +475,8 @@ class Session:
             trainer,
             shape,
             resolve(self.config, self.hardware, shape).situation,
-            adjustable=self.config.train.micro_batch_tokens == "auto",
+            adjustable=self.config.train.micro_batch_tokens == "auto"
+            and not is_sharded(trainer.model),
             report=self.report,
             record=self.run.update_record,
             limit_bytes=self.limit_bytes or free_for_this_process,
@@ -481,6 +491,31 @@ class Session:
         self.run.append_log(record)
         self.history.append(record)
         self.report.step(record)
+
+
+def _refuse_to_shard(config: RunConfig, choices: dict[str, Choice]) -> None:
+    """Raise FastFTError where train.shard_base cannot do what it says."""
+    if not config.train.shard_base:
+        return
+    if ranks.world().size == 1:
+        raise FastFTError(
+            "train.shard_base spreads the base over several processes, and this is one. Start "
+            "with --processes N or torchrun, or set train.shard_base: false."
+        )
+    if config.train.eval_metrics:
+        raise FastFTError(
+            "train.shard_base cannot be combined with train.eval_metrics: an answer needs every "
+            "process in every token. Use `fastft eval` after training."
+        )
+    if choices["engine"].value != "stock":
+        raise FastFTError(
+            f"train.shard_base needs model.engine: stock, and it is {choices['engine'].value}: "
+            "Unsloth's kernels read the weights of a whole base."
+        )
+    ranks.refuse_unlike(
+        "their token budget, which train.shard_base needs alike; set train.micro_batch_tokens",
+        choices["micro_batch_tokens"].value,
+    )
 
 
 def total_steps(settings: TrainConfig, sequences: int) -> int:

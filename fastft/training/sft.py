@@ -15,6 +15,10 @@ sequences of a step, across gradient accumulation, become rows of at most `micro
 tokens; the loss is the same sum over the same tokens. trl's entropy and token accuracy need a pass
 over the vocabulary and are not measured while training.
 
+Under torchrun each process draws the same batches and computes its share of them, so losses and
+steps are those of one process; the first one logs and saves. `per_device_train_batch_size` times
+`gradient_accumulation_steps` is the whole step, whatever the number of processes.
+
 Import this after the engine (`fastft.FastSFTTrainer` sees to it): Unsloth must come before trl.
 """
 
@@ -32,6 +36,7 @@ from fastft.data.batches import IGNORE, Rows, Segment, supervised_tokens
 from fastft.engines import get_engine
 from fastft.errors import CouldNotFinishError, FastFTError
 from fastft.kernels.fused import FusedLayers
+from fastft.training import ranks
 from fastft.training.exactness import (
     MOST_TOKENS,
     RowCheck,
@@ -99,7 +104,10 @@ class FastSFTTrainer(SFTTrainer):
             "the router loss of a mixture of experts": bool(
                 getattr(self, "aux_loss_enabled", False)
             ),
-            "more than one process or GPU": settings.world_size > 1 or settings.n_gpu > 1,
+            "more than one GPU in a process (start one process a GPU with torchrun)": settings.n_gpu
+            > 1,
+            "processes that accelerate joined (read fastft.FastSFTTrainer before making an "
+            "SFTConfig)": settings.world_size > 1,
             "deepspeed or fsdp": self.is_deepspeed_enabled or self.is_fsdp_enabled,
         }
         found = [name for name, present in problems.items() if present]
@@ -176,7 +184,8 @@ class FastSFTTrainer(SFTTrainer):
         step.
         """
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        segments = [segment for batch in batches for segment in _segments(batch)]
+        found = [segment for batch in batches for segment in _segments(batch)]
+        segments = [replace(segment, place=place) for place, segment in enumerate(found)]
         return [[] for _ in batches[1:]] + ([segments] if batches else []), items
 
     def training_step(
@@ -191,9 +200,16 @@ class FastSFTTrainer(SFTTrainer):
             self._choose_rows(inputs)
             self._rows_chosen = True
         model.train()
-        loss = self._stepper.gradient(
-            model, inputs, self.accelerator.backward, self.compute_loss_context_manager
+        by_sequence = self.args.device.type == "cpu" or ranks.world().size > 1
+        mine = self._stepper.gradient(
+            model,
+            ranks.share(inputs),
+            self.accelerator.backward,
+            self.compute_loss_context_manager,
+            supervised=supervised_tokens(inputs),
+            drawn=(self.args.seed, self.state.global_step) if by_sequence else None,
         )
+        loss, _ = ranks.add_up(self.model.parameters(), mine)
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise CouldNotFinishError(
                 f"the loss is {loss} at step {self.state.global_step + 1}; nothing of this "
@@ -204,6 +220,24 @@ class FastSFTTrainer(SFTTrainer):
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         self.loss_trace.append(loss)
         return torch.tensor(loss, device=self.args.device)
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this process is the one that reports (callbacks read it from the state too)."""
+        return ranks.first()
+
+    def is_local_process_zero(self) -> bool:
+        """The same: only the first process of all prints."""
+        return ranks.first()
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save as trl does; of several processes the first."""
+        if ranks.first():
+            super().save_model(*args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if ranks.first():
+            super()._save_checkpoint(model, trial)
+        ranks.wait()
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Return 0: transformers' estimate does not know rows."""

@@ -20,6 +20,7 @@ from fastft.errors import CouldNotFinishError, is_out_of_memory
 from fastft.kernels.fused import FusedLayers
 from fastft.kernels.varlen import padding_free
 from fastft.training.dropout import dropout_by_sequence
+from fastft.training.sharded import is_sharded
 
 
 @dataclass
@@ -31,6 +32,16 @@ class StepPolicy:
     micro_batch_tokens: int
     rows: Rows
     pad_token_id: int
+
+
+@dataclass(frozen=True)
+class Filler:
+    """So many passes every process makes in a step; those without sequences of their own compute
+    `segment` again, times zero.
+    """
+
+    passes: int
+    segment: Segment
 
 
 class Stepper:
@@ -82,12 +93,14 @@ class Stepper:
         *,
         supervised: int | None = None,
         drawn: tuple[int, int] | None = None,
+        filler: Filler | None = None,
     ) -> float:
         """Add the gradient of `segments` to the parameters; returns their loss: the sum of their
         token losses over `supervised`, the supervised tokens of the whole step (of which
         `segments` may be one process's share; by default all).
 
-        `drawn` is the (seed, step) that dropout is keyed by, or None for torch's own dropout.
+        `drawn` is the (seed, step) that dropout is keyed by, or None for torch's own dropout;
+        `filler` makes up the passes that a sharded base needs (sharded.py).
         `model` is what is called (accelerate's wrapper), `context` makes what a forward pass runs
         in. After an out-of-memory the same step starts again with half the budget, so gradients
         must be empty on entry. Raises CouldNotFinishError where a single sequence does not fit.
@@ -96,10 +109,11 @@ class Stepper:
         of = supervised_tokens(segments) if supervised is None else supervised
         while True:
             try:
-                return self._accumulate(model, segments, backward, context, of, drawn)
+                return self._accumulate(model, segments, backward, context, of, drawn, filler)
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+                self._refuse_to_retry(error)
             # Outside the except block: the traceback would keep the activations alive.
             self._shrink(segments)
             model.zero_grad(set_to_none=True)
@@ -115,6 +129,7 @@ class Stepper:
         context: Callable[[], Any],
         supervised: int,
         drawn: tuple[int, int] | None,
+        filler: Filler | None,
     ) -> float:
         self.engine.announce_scale(self.model, self.scale)
         wide = (
@@ -126,13 +141,13 @@ class Stepper:
         )
         self.unique_tokens = 0
         with self.layers(), self.engine.loss_mode(self.model), by_sequence as dropout:
-            for batch in self.batches(segments):
+            for batch, factor in self._passes(segments, filler):
                 if dropout is not None:
                     dropout(batch.spans)
                 with context():
                     loss = self._loss_of(model, batch, supervised)
-                backward(loss)
-                loss_sum += loss.detach()
+                backward(loss * factor if factor != 1.0 else loss)
+                loss_sum += loss.detach() * factor
                 self.unique_tokens += batch.unique_tokens
         return loss_sum.item()
 
@@ -148,6 +163,30 @@ class Stepper:
         losses = F.cross_entropy(logits[0].float(), targets, reduction="none")
         return (losses * counts).sum() / divisor
 
+    def _passes(
+        self, segments: list[Segment], filler: Filler | None
+    ) -> Iterator[tuple[MicroBatch, float]]:
+        """Yield the micro-batches, each with what its loss counts: 1, or 0 for what is made up."""
+        made = 0
+        for batch in self.batches(segments):
+            made += 1
+            yield batch, 1.0
+        if filler is not None:
+            for _ in range(filler.passes - made):
+                yield next(self.batches([filler.segment])), 0.0
+
+    def _refuse_to_retry(self, error: BaseException) -> None:
+        """Raise CouldNotFinishError where the base is sharded: the others would wait for passes
+        that a smaller budget does not make.
+        """
+        if is_sharded(self.model):
+            raise CouldNotFinishError(
+                f"out of memory with {self.policy.micro_batch_tokens} tokens a micro-batch"
+                f"{_memory_numbers()}, and with train.shard_base no process can go on by itself. "
+                f"Set train.micro_batch_tokens to {max(self.policy.micro_batch_tokens // 2, 1)} "
+                "in a new run."
+            ) from error
+
     def loss(self, segments: list[Segment]) -> float:
         """Return the sum of the token losses of `segments`; the caller sets mode, precision and
         no_grad.
@@ -160,6 +199,7 @@ class Stepper:
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+                self._refuse_to_retry(error)
             self._shrink(segments)
 
     def _loss(self, segments: list[Segment]) -> float:

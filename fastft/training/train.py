@@ -36,6 +36,7 @@ from fastft.runs.mirror import FLUSH_SECONDS, INTERRUPTED_FLUSH_SECONDS, Mirror
 from fastft.training import ranks
 from fastft.training.kept import Kept
 from fastft.training.session import Loop, Opened, Prepared, Session
+from fastft.training.sharded import is_sharded
 
 if TYPE_CHECKING:
     from fastft.data import Prepared as PreparedData
@@ -463,6 +464,8 @@ def _sample_answers(prepared: Prepared, count: int = 3) -> list[dict[str, Any]]:
     """Greedy answers to held-out prompts, as the model is now."""
     from fastft.inference.generate import answer
 
+    if is_sharded(prepared.model):
+        return []  # an answer needs every process in every token
     data, samples = prepared.data, []
     for conversation in data.eval_conversations(count):
         text = answer(

@@ -1,0 +1,65 @@
+"""A frozen base spread over the processes of a run: torch's FSDP2, for what one card cannot hold.
+
+Each process keeps its part of every layer's weights, and puts a layer together for as long as it
+computes with it. The adapter is whole in every process (`ignored_params`): its gradients are
+ordinary tensors, summed by `ranks.add_up` as always, so there is no averaging to undo, and
+optimizer, clipping, checkpoints and final/ do not know of it.
+
+Putting a layer together needs every process at the same moment. So all make equally many forward
+passes (`passes_needed`), evaluate the same sequences, and none retries by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastft.data.batches import Rows, Segment, cut, cut_padded
+from fastft.training import ranks
+
+MARK = "_fastft_sharded"
+
+
+def shard(model: Any) -> None:
+    """Spread the frozen weights of the peft model `model` over the processes, layer by layer."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(model.device.type, (ranks.world().size,))
+    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh, ignored_params=trained)
+    fully_shard(model, mesh=mesh, ignored_params=trained)
+    setattr(model, MARK, True)
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether `shard` was given this model."""
+    return bool(getattr(model, MARK, False))
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """Return the layers of a decoder: the longest list of modules in it."""
+    import torch
+
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+    return list(max(lists, key=len)) if lists else []
+
+
+def passes_needed(segments: Sequence[Segment], budget: int, rows: Rows) -> int:
+    """Return how many forward passes the process with the most of them makes in a step.
+
+    Every process works it out from the whole step, so nothing is sent.
+    """
+    way = cut_padded if rows == "padded" else cut
+    shares = ranks.split(segments, ranks.world().size)
+    return max(len(way([len(s) for s in share if s.supervised], budget)) for share in shares)
+
+
+def local_bytes(model: Any) -> int:
+    """Return the bytes of weights that lie in this process between two passes."""
+    found = 0
+    for parameter in model.parameters():
+        part = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        found += part.numel() * part.element_size()
+    return found
