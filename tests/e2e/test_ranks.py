@@ -1,5 +1,6 @@
 """Several processes train what one does, and end together when one of them ends."""
 
+import json
 import os
 import random
 import signal
@@ -230,3 +231,49 @@ def test_ctrl_c_at_the_launcher(number, fresh):
     assert done.code == 0
     assert "resuming after step" in done.err
     assert losses(run) == pytest.approx(trace, abs=SLACK)
+
+
+@pytest.mark.long
+def test_the_drop_in_trainer_does_the_same(tmp_path, checkpoint_of):
+    script, base = WORKER.with_name("sft_worker.py"), checkpoint_of("llama")
+    traces = []
+    for processes in (1, 2, 3):
+        folder = tmp_path / f"of{processes}"
+        done = subprocess.run(
+            [*TORCHRUN, str(processes), str(script), str(base), str(folder)],
+            capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = [
+            json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"losses"')
+        ]
+        assert [f["processes"] for f in found] == [processes]
+        assert (folder / "checkpoint-9" / "adapter_model.safetensors").is_file()
+        traces.append(found[0]["losses"])
+    assert len(traces[0]) == 9
+    for trace in traces[1:]:
+        assert trace == pytest.approx(traces[0], abs=SLACK)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_base_spread_over_two_processes(quantization, dtype, run_of, checkpoint_of):
+    base = checkpoint_of("llama")
+    change = ["--set", f"model.quantization={quantization}", "--set", f"model.dtype={dtype}",
+              "--set", "train.micro_batch_tokens=90", "--set", "train.fused_layers=false"]  # fmt: skip
+    config, one = run_of(base, "one")
+    assert fastft("train", config, *change).code == 0
+    config, run = run_of(base, "spread")
+    shard = [*change, "--set", "train.shard_base=true", "--processes", 2]
+    done = fastft("train", config, *shard)
+    assert done.code == 0, done.err
+    assert "base spread over 2 processes" in done.err
+    trace, reference = losses(run), losses(one)
+    worst = max(abs(trace[step] - reference[step]) for step in reference)
+    print(
+        f"{quantization} {dtype}: loss {worst:.1e}, adapter {distance(adapter(run), adapter(one)):.1e}"
+    )
+    assert worst <= 1e-4
+    assert adapter(run).keys() == adapter(one).keys()
+    assert not [name for name in adapter(run) if "base_layer" in name]
