@@ -181,7 +181,7 @@ class UnslothArm:
 class FastftArm:
     """fastft's own training session, with pre-tokenised rows in place of its data layer."""
 
-    known = frozenset({"train", "engine"})
+    known = frozenset({"train", "engine", "processes"})
 
     def load(self, job: Job) -> Any:
         """Make the choices that `fastft train` makes, then load and attach as it does."""

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from fastft.bench.record import Step
 from fastft.bench.workload import plain_name
+from fastft.training import ranks
 
 
 class Witness(TrainerCallback):
@@ -86,14 +87,15 @@ class Witness(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
-        tokens = int(sum(int(count) for count in self._counts))
+        # Of all processes, where an arm trains in several.
+        tokens, size = ranks.total(sum(int(count) for count in self._counts), self._sizes)
         self.steps.append(
             Step(
                 seconds=now - self._started,
                 loss=None,
                 grad_norm=None,
-                tokens=tokens,
-                padded_tokens=self._sizes,
+                tokens=int(tokens),
+                padded_tokens=int(size),
             )
         )
         if self.first_step_seconds is None:

@@ -87,7 +87,7 @@ def _train(job: dict[str, Any], case: Case, record: Record) -> None:
         case=case, workload=workload, work=Path(job["work"]), **{name: job[name] for name in names}
     )
     started = time.perf_counter()
-    _import_libraries(arm)
+    _import_libraries(arm, job["settings"].get("processes", 1))
     imported = time.perf_counter()
     record.import_seconds = imported - started
     if case.device == "cuda" and not case.flash_attention_2:
@@ -115,7 +115,7 @@ def _train(job: dict[str, Any], case: Case, record: Record) -> None:
     record.patches = _patches(arm)
 
 
-def _import_libraries(arm: Any) -> None:
+def _import_libraries(arm: Any, processes: int) -> None:
     """Import what the arm needs before its clock for loading starts; Unsloth before everything
     else.
 
@@ -132,6 +132,10 @@ def _import_libraries(arm: Any) -> None:
     elif isinstance(arm, FastftArm):
         import fastft
 
+        if processes > 1:
+            from fastft.bench.sibling import gather
+
+            gather(processes)
         _ = fastft.FastLanguageModel
     elif not isinstance(arm, PeftArm):
         return
