@@ -125,7 +125,7 @@ class StepTrainer(Trainer):
         model.train()
         mine = self.stepper.gradient(
             model,
-            ranks.share(segments),
+            ranks.share(segments, trie=self.policy.rows == "trie"),
             self.accelerator.backward,
             self.compute_loss_context_manager,
             supervised=supervised_tokens(segments),

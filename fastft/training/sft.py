@@ -203,7 +203,7 @@ class FastSFTTrainer(SFTTrainer):
         by_sequence = self.args.device.type == "cpu" or ranks.world().size > 1
         mine = self._stepper.gradient(
             model,
-            ranks.share(inputs),
+            ranks.share(inputs, trie=self._stepper.policy.rows == "trie"),
             self.accelerator.backward,
             self.compute_loss_context_manager,
             supervised=supervised_tokens(inputs),

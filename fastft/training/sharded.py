@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastft.data.batches import Rows, Segment, cut, cut_padded
+from fastft.data.batches import Rows, Segment, row_sizes
 from fastft.training import ranks
 
 MARK = "_fastft_sharded"
@@ -51,9 +51,8 @@ def passes_needed(segments: Sequence[Segment], budget: int, rows: Rows) -> int:
 
     Every process works it out from the whole step, so nothing is sent.
     """
-    way = cut_padded if rows == "padded" else cut
-    shares = ranks.split(segments, ranks.world().size)
-    return max(len(way([len(s) for s in share if s.supervised], budget)) for share in shares)
+    shares = ranks.split(segments, ranks.world().size, trie=rows == "trie")
+    return max(len(row_sizes(share, budget, rows)) for share in shares)
 
 
 def local_bytes(model: Any) -> int:

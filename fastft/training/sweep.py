@@ -234,8 +234,8 @@ def _refuse_another_sweep(result: Sweep) -> None:
     now = [trial.settings for trial in result.trials]
     if before != now:
         raise FastFTError(
-            f"{result.folder} holds a sweep over other settings ({len(before)} trials, of which the "
-            f"first is {before[0]}; now {len(now)}, the first {now[0]}). Use another project name."
+            f"{result.folder} holds a sweep over other settings ({len(before)} trials, the first "
+            f"{before[0]}; now {len(now)}, the first {now[0]}). Use another project name."
         )
 
 

@@ -72,6 +72,18 @@ def test_a_step_is_split_by_tokens_and_nothing_is_lost():
     assert [len(share) for share in ranks.split(step[:2], 3)] == [1, 1, 0]
 
 
+def test_sequences_with_a_common_beginning_stay_together():
+    prefix = [np.full(200, 7), np.full(200, 8)]
+    step = [
+        Segment(ids := np.concatenate([prefix[k % 2], np.full(10 + k, 20 + k)]), ids)
+        for k in range(8)
+    ]
+    for share in ranks.split(step, 2, trie=True):
+        assert len({int(s.input_ids[0]) for s in share}) == 1
+        assert len(share) == 4
+    assert any(len({int(s.input_ids[0]) for s in share}) == 2 for share in ranks.split(step, 3))
+
+
 @pytest.mark.parametrize(
     ("codes", "expected", "words"),
     [
