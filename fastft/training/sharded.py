@@ -42,8 +42,8 @@ def decoder_layers(model: Any) -> list[Any]:
     """Return the layers of a decoder: the longest list of modules in it."""
     import torch
 
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
-    return list(max(lists, key=len)) if lists else []
+    lists = [list(m) for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+    return max(lists, key=len, default=[])
 
 
 def passes_needed(segments: Sequence[Segment], budget: int, rows: Rows) -> int:
