@@ -7,6 +7,7 @@ is an error that names the nearest known one; all problems are collected and rep
 from __future__ import annotations
 
 import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -38,8 +39,20 @@ class Section(BaseModel):
     """A part of the config: unknown keys are errors, numbers may not be strings, nothing is NaN."""
 
     model_config = ConfigDict(
-        extra="forbid", validate_default=True, validate_assignment=True, protected_namespaces=()
+        extra="forbid",
+        validate_default=True,
+        validate_assignment=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _countable(cls, value: Any) -> Any:
+        """Refuse whole numbers that nothing here can count to: they overflow far from their key."""
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError(f"is {_short(value)}; nothing here counts beyond 2**63")
+        return value
 
 
 class ModelConfig(Section):
@@ -170,7 +183,7 @@ class TrainConfig(Section):
     """
 
     effective_batch_size: int = Field(8, ge=1, description="sequences an optimizer step")
-    epochs: float = Field(1, gt=0, description="passes over the data")
+    epochs: float = Field(1, gt=0, le=1e6, description="passes over the data")
     max_steps: MaybeSteps = Field(
         None, description="stop after so many optimizer steps; overrides epochs"
     )
@@ -407,23 +420,61 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     return make_config(values, where=str(path))
 
 
-class _NoDuplicates(yaml.SafeLoader):
+MOST_ALIASES = 50
+MOST_CHARACTERS = 1_000_000
+MOST_PROBLEMS = 50
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+
+
+class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses a key that stands twice, of which YAML would keep the last without a
-    word.
+    word, and more references to other places (`*name`) than a config has any use for: each can
+    double what the file means.
     """
 
+    aliases = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            self.aliases += 1
+            if self.aliases > MOST_ALIASES:
+                mark = self.peek_event().start_mark
+                problem = f"it has more than {MOST_ALIASES} aliases (*name)"
+                raise yaml.composer.ComposerError(None, None, problem, mark)
+        return super().compose_node(parent, index)
+
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, int] = {}
+        seen: dict[str, int] = {}
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                problem = "a key is a list or a mapping; keys are names"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             first = seen.setdefault(key.value, key.start_mark.line + 1)
             if first != key.start_mark.line + 1:
-                raise yaml.constructor.ConstructorError(
-                    None,
-                    None,
-                    f"the key {key.value!r} stands twice, first on line {first}",
-                    key.start_mark,
-                )
+                problem = f"the key {_short(key.value)} stands twice, first on line {first}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
         return super().construct_mapping(node, deep)
+
+
+def _parse(text: str, where: str) -> Any:
+    """Return what YAML `text` means; raises FastFTError where it is none, or absurdly large."""
+    if len(text) > MOST_CHARACTERS:
+        raise FastFTError(
+            f"{where} has {len(text):,} characters; a config has at most {MOST_CHARACTERS:,}."
+        )
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = str(getattr(error, "problem", None) or error).splitlines()[0]
+        raise FastFTError(f"{where}{place}: not valid YAML: {problem}.") from error
+    except RecursionError as error:
+        raise FastFTError(f"{where}: not valid YAML: it is nested too deep.") from error
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        # What PyYAML's own constructors say of a date that is none, or a number of 5,000 digits.
+        raise FastFTError(f"{where}: not valid YAML: {_short(str(error))}.") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -431,17 +482,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     a mapping.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_NoDuplicates)
+        with path.open("rb") as file:
+            text = file.read(4 * MOST_CHARACTERS).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise FastFTError(
             f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8."
         ) from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise FastFTError(
-            f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}."
-        ) from error
+    values = _parse(text, str(path))
     if not isinstance(values, dict):
         raise FastFTError(
             f"{path} is empty or not a mapping. Write a config with: fastft init > {path}"
@@ -449,12 +496,40 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def _refuse_unwritable(value: Any, where: str, seen: set[int]) -> None:
+    """Raise FastFTError for a text that no file name and no file can hold (NUL, half a character),
+    and for a value that holds itself.
+    """
+    if isinstance(value, str):
+        if "\0" in value or (not value.isascii() and any(0xD800 <= ord(c) < 0xE000 for c in value)):
+            raise FastFTError(
+                f"{where}: {_short(value)} holds a NUL or half a character; no file is called so."
+            )
+    elif isinstance(value, dict | list):
+        if id(value) in seen:
+            raise FastFTError(f"{where}: it holds itself.")
+        inner = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in inner:
+            _refuse_unwritable(
+                item, f"{where}: {key}" if not seen else f"{where}.{key}", seen | {id(value)}
+            )
+
+
+def _short(value: Any) -> str:
+    """Return how a value is written, cut: a file may hold anything, a message only so much."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= 300 else f"{text[:300]} ..."
+
+
 def make_config(values: dict[str, Any], where: str = "config") -> RunConfig:
     """Return the RunConfig of nested `values`; raises one FastFTError with all problems."""
+    _refuse_unwritable(values, where, set())
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         lines = [line for item in error.errors() for line in _explain(item)]
+        if len(lines) > MOST_PROBLEMS:
+            lines = [*lines[:MOST_PROBLEMS], f"and {len(lines) - MOST_PROBLEMS:,} more"]
         head = f"{where}: {len(lines)} problem{'s' if len(lines) > 1 else ''}"
         raise FastFTError(redact(head + "".join(f"\n  - {line}" for line in lines))) from error
 
@@ -470,10 +545,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise FastFTError(
             f"--set {override!r}: write it as --set section.key=value, for example --set lora.r=32"
         )
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise FastFTError(f"--set {override!r}: the value is not valid YAML: {error}") from error
+    value = _parse(text, f"--set {_short(override)}")
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         value = float(value)  # YAML 1.1 reads 1e-4 as text; people mean the number
     *parents, last = key.strip().split(".")
@@ -507,7 +579,7 @@ def _explain(item: Any) -> list[str]:
     if item["type"] == "value_error":
         text = str(item["ctx"]["error"])
         return [f"{dotted}: {line}" if dotted else line for line in text.splitlines()]
-    return [f"{dotted}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"]
+    return [f"{dotted}: {item['msg'][0].lower()}{item['msg'][1:]}, got {_short(item['input'])}"]
 
 
 def _known_keys(path: list[str]) -> list[str]:
