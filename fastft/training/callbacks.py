@@ -62,19 +62,8 @@ class Steering(TrainerCallback):
         """Stop before a gradient that is not finite reaches the weights (in float16 the loss
         scaler skips such a step).
         """
-        import torch
-
-        gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
-        if (
-            not args.fp16
-            and gradients
-            and not math.isfinite(torch.nn.utils.get_total_norm(gradients).item())
-        ):
-            raise CouldNotFinishError(
-                f"the gradient is not finite at step {state.global_step + 1}; nothing of this "
-                "step was kept. Try a smaller "
-                "train.learning_rate, a longer warm-up, or model.dtype: float32."
-            )
+        if not args.fp16:
+            refuse_what_is_not_finite(self.trainer.model, state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Decide on stopping, evaluating and saving."""
@@ -153,6 +142,18 @@ class Steering(TrainerCallback):
     def _saving_seconds(self) -> float:
         """The slowest checkpoint so far: the next must be in time too."""
         return max(self.trainer.progress.saving_seconds, default=0.0)
+
+
+def refuse_what_is_not_finite(model: Any, step: int) -> None:
+    """Raise CouldNotFinishError where the gradient on `model` holds infinity or NaN."""
+    import torch
+
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if gradients and not math.isfinite(torch.nn.utils.get_total_norm(gradients).item()):
+        raise CouldNotFinishError(
+            f"the gradient is not finite at step {step}; nothing of this step was kept. Try a "
+            "smaller train.learning_rate, a longer warm-up, or model.dtype: float32."
+        )
 
 
 class MemoryCheck(TrainerCallback):

@@ -218,9 +218,9 @@ class StepTrainer(Trainer):
         """Hand every step to `on_log`, and every `report_every`-th on to the trackers."""
         if "train_runtime" in logs:
             return
-        record: dict[str, Any] = {"step": self.state.global_step}
+        number, skipped = self.state.global_step, self.accelerator.optimizer_step_was_skipped
         if "eval_loss" in logs:
-            record |= logs
+            record = {"step": number} | logs
             # Trackers take numbers; transformers shows a name with this prefix among evaluations.
             logs = {
                 f"eval_{name.removeprefix('eval_')}": value
@@ -228,29 +228,15 @@ class StepTrainer(Trainer):
                 if isinstance(value, float)
             }
         else:
-            step = self.progress.step
-            record |= {
-                "loss": step["loss"],
-                "lr": logs["learning_rate"],
-                "grad_norm": logs.get("grad_norm"),
-            }
-            record |= {"tokens": step["tokens"], "tokens_per_sec": step["tokens"] / step["seconds"]}
-            if "unique_tokens" in step:
-                record["unique_tokens"] = step["unique_tokens"]
-            record |= {"seconds": step["seconds"], "peak_memory_bytes": peak_memory_bytes()}
+            record = step_record(number, self.progress.step, logs, skipped=skipped)
             logs = logs | {
                 "tokens_per_sec": record["tokens_per_sec"],
                 "peak_memory_gib": record["peak_memory_bytes"] / 2**30,
             }
-            if self.accelerator.optimizer_step_was_skipped:
-                record["grad_norm"] = None  # infinity or NaN, which JSON does not have
-                self.stepper.on_note(
-                    f"step {self.state.global_step}: the gradient overflowed in float16, so "
-                    "the weights stay as they were and "
-                    "the loss scale is halved (usual in the first steps)"
-                )
+            if skipped:
+                self.stepper.on_note(skipped_step(number))
         self.on_log(record)
-        if "eval_loss" in logs or self.state.global_step % self.report_every == 0:
+        if "eval_loss" in logs or number % self.report_every == 0:
             super().log(logs, start_time)
 
     # --- checkpoints
@@ -310,6 +296,34 @@ def _the_step(steps: list[Any]) -> Any:
     """Collate function: the loader's "batch" is exactly one step."""
     (step,) = steps
     return step
+
+
+def step_record(
+    number: int, step: dict[str, Any], logs: dict[str, float], *, skipped: bool
+) -> dict[str, Any]:
+    """Return the line of log.jsonl for one optimizer step, from what the loop (`Progress.step`) and
+    transformers (`logs`) know of it. `skipped`: its gradient overflowed in float16, which makes its
+    norm infinity or NaN, and JSON has neither.
+    """
+    record = {
+        "step": number,
+        "loss": step["loss"],
+        "lr": logs["learning_rate"],
+        "grad_norm": None if skipped else logs.get("grad_norm"),
+        "tokens": step["tokens"],
+        "tokens_per_sec": step["tokens"] / step["seconds"],
+    }
+    if "unique_tokens" in step:
+        record["unique_tokens"] = step["unique_tokens"]
+    return record | {"seconds": step["seconds"], "peak_memory_bytes": peak_memory_bytes()}
+
+
+def skipped_step(number: int) -> str:
+    """Return what is said of a step that the loss scaler skipped."""
+    return (
+        f"step {number}: the gradient overflowed in float16, so the weights stay as they were and "
+        "the loss scale is halved (usual in the first steps)"
+    )
 
 
 def peak_memory_bytes() -> int:

@@ -252,23 +252,16 @@ def test_a_step_whose_loss_is_not_a_number_leaves_nothing(moved, attempt, tmp_pa
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
-    from types import SimpleNamespace
-
     from fastft.errors import CouldNotFinishError
-    from fastft.training.callbacks import Steering
+    from fastft.training.callbacks import refuse_what_is_not_finite
 
     layer = torch.nn.Linear(2, 2)
-    steering = Steering.__new__(Steering)
-    steering.trainer = SimpleNamespace(model=layer)
-    state, control = SimpleNamespace(global_step=4), SimpleNamespace()
+    refuse_what_is_not_finite(layer, 4)  # no gradient yet
     layer(torch.ones(1, 2)).sum().backward()
-    steering.on_pre_optimizer_step(SimpleNamespace(fp16=False), state, control)
+    refuse_what_is_not_finite(layer, 4)
     layer.weight.grad[0, 0] = float("inf")
-    steering.on_pre_optimizer_step(
-        SimpleNamespace(fp16=True), state, control
-    )  # the loss scaler's business
     with pytest.raises(CouldNotFinishError, match="gradient is not finite at step 5"):
-        steering.on_pre_optimizer_step(SimpleNamespace(fp16=False), state, control)
+        refuse_what_is_not_finite(layer, 5)
 
 
 def test_the_lock_names_its_holder_and_ends_with_it(tmp_path):
