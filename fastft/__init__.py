@@ -8,6 +8,7 @@ or transformers.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,31 @@ _PUBLIC = {
     "verify": "fastft.verbs",
 }
 
+# Unsloth's public names that fastft has no own of, on a GPU or a CPU: `from fastft import X` works
+# for each, so that a notebook changes one line. A list, because asking Unsloth imports it.
+# fmt: off
+_UNSLOTH = frozenset({
+    "DEVICE_COUNT", "DEVICE_TYPE", "DEVICE_TYPE_TORCH", "DIFFUSION_MODEL_TYPES",
+    "DSparkTrainingArguments", "DecisionTrainer", "DiffusionConfig", "DiffusionTrainer",
+    "FastDecisionModel", "FastDiffusionModel", "FastFalconH1Model", "FastGraniteModel",
+    "FastLlamaModel", "FastMistralModel", "FastModel", "FastQwen2Model", "FastQwen3Model",
+    "FastQwen3MoeModel", "FastSentenceTransformer", "FastTextModel", "FastVisionModel",
+    "MTPTrainingArguments", "PatchDPOTrainer", "PatchFastRL", "PatchKTOTrainer", "QGaloreConfig",
+    "Qwen3DSparkDrafter", "RawTextDataLoader", "TextPreprocessor", "UnslothDSparkTrainer",
+    "UnslothMTPTrainer", "UnslothTrainer", "UnslothTrainingArguments",
+    "UnslothVisionDataCollator", "add_new_tokens", "apply_chat_template",
+    "check_dataset_for_missing_videos", "check_tokenizer", "clear_gpu_memory",
+    "create_huggingface_repo", "fix_sentencepiece_gguf", "fix_sentencepiece_tokenizer",
+    "get_chat_template", "get_gpu_memory_stats", "get_mtp_head", "get_tokenizer_info",
+    "is_bfloat16_supported", "is_diffusion_model", "is_diffusion_model_type", "is_vLLM_available",
+    "load_correct_tokenizer", "patch_saving_functions", "print_quantization_methods",
+    "remove_special_tokens", "save_to_gguf", "standardize_data_formats", "standardize_sharegpt",
+    "to_sharegpt", "train_on_responses_only", "unsloth_push_to_hub_openvino",
+    "unsloth_save_model", "unsloth_save_pretrained_openvino", "unsloth_train",
+    "vLLMSamplingParams",
+})
+# fmt: on
+
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
 if TYPE_CHECKING:
@@ -51,14 +77,37 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name in _UNSLOTH:
+        value = _of_unsloth(name)
+    elif name in _PUBLIC:
+        if name in {"FastLanguageModel", "FastSFTTrainer"}:
+            _join_other_processes()
+            _import_unsloth_first()
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    else:
         raise AttributeError(f"module 'fastft' has no attribute {name!r}")
-    if name in {"FastLanguageModel", "FastSFTTrainer"}:
-        _join_other_processes()
-        _import_unsloth_first()
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
     setattr(sys.modules[__name__], name, value)
     return value
+
+
+def _of_unsloth(name: str) -> Any:
+    """Return Unsloth's `name`. Raises ImportError where it is not there on this machine."""
+    if "fastft.engines.stock" in sys.modules:
+        raise ImportError(
+            f"{name} is Unsloth's, and this process already runs the stock engine, which Unsloth's "
+            "patches would change. Import it first, in a new process."
+        )
+    if importlib.util.find_spec("unsloth") is None:
+        raise ImportError(f"{name} is Unsloth's, which is not installed: pip install unsloth")
+    _join_other_processes()
+    importlib.import_module("fastft.engines.unsloth")
+    unsloth = importlib.import_module("unsloth")
+    if not hasattr(unsloth, name):
+        device = getattr(unsloth, "DEVICE_TYPE", "this machine")
+        raise ImportError(
+            f"Unsloth {unsloth.__version__} has no {name} on {device}: it belongs to its GPU path."
+        )
+    return getattr(unsloth, name)
 
 
 def __dir__() -> list[str]:

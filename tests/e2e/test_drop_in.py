@@ -151,3 +151,51 @@ def test_nf4_trains_on_the_cpu_and_merges_onto_the_16_bit_base(
     dtype, finite, plain = run_python(code, run / "export" / "merged")
     assert (finite, plain) == (True, True)
     assert dtype in {"torch.bfloat16", "torch.float32"}
+
+
+EVERY_NAME = """
+import json, types
+import fastft
+names = sorted(fastft._UNSLOTH)
+first = fastft.FastLanguageModel
+import unsloth
+here = [n for n in dir(unsloth) if not n.startswith("_") and not isinstance(getattr(unsloth, n), types.ModuleType)]
+wrong, missing = [], {}
+for name in sorted({*here, *names}):
+    try:
+        found = getattr(fastft, name)
+    except ImportError as error:
+        missing[name] = str(error)
+        continue
+    if name not in fastft._PUBLIC and found is not getattr(unsloth, name):
+        wrong.append(name)
+try:
+    from fastft import PatchDPOTrainer
+    said = ""
+except ImportError as error:
+    said = str(error)
+print(json.dumps({"wrong": wrong, "missing": missing, "here": here, "said": said}))
+"""
+
+
+def test_every_public_name_of_unsloth_is_fastfts_too():
+    found = run_python(EVERY_NAME)
+    assert found["wrong"] == []
+    assert not set(found["missing"]) & set(found["here"])
+    assert {"FastModel", "UnslothTrainer", "is_bfloat16_supported"} <= set(found["here"])
+    assert all("GPU path" in reason for reason in found["missing"].values())
+    assert "PatchDPOTrainer on cpu" in found["said"]
+
+
+BESIDE_STOCK = """
+import json
+import fastft.engines.stock
+try:
+    from fastft import FastModel
+except ImportError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+def test_unsloths_names_are_refused_beside_the_stock_engine():
+    assert "this process already runs the stock engine" in run_python(BESIDE_STOCK)
