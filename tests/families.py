@@ -224,6 +224,36 @@ FAMILIES: dict[str, Family] = {
 """The families that fastft promises to train, export and hold in tests."""
 
 NEWEST: dict[str, Family] = {
+    "qwen3-moe": Family(
+        "qwen3_moe",
+        "qwen2",
+        CHATML,
+        None,
+        "<|im_end|>",
+        "<|endoftext|>",
+        config={
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        },
+    ),
+    "glm4": Family(
+        "glm4",
+        "llama3",
+        CHATML,
+        None,
+        "<|im_end|>",
+        "<|endoftext|>",
+        config={
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            }
+        },
+    ),
     "olmo2": Family("olmo2", "llama3", CHATML, None, "<|im_end|>", "<|endoftext|>"),
     "olmo3": Family(
         "olmo3",

@@ -111,11 +111,22 @@ def _modelfile(target: Target, folder: Path, gguf: Path, report: Reporter) -> di
     from transformers import AutoTokenizer
 
     from fastft.data.template import choose_template
-    from fastft.exporting.ollama import create_line, write_modelfile
+    from fastft.exporting.ollama import create_line, has_template, write_modelfile
 
     tokenizer = AutoTokenizer.from_pretrained(str(target.adapter or target.base))
     template = choose_template(tokenizer, None)
     stops = tokenizer.convert_ids_to_tokens(list(template.end_token_ids))
-    path = write_modelfile(folder, gguf, tokenizer, stops=stops, name=target.name)
+    bos = tokenizer.bos_token or ""
+
+    def render(messages: list[dict[str, str]]) -> str:
+        return template.render(messages, prompt=True).removeprefix(bos)
+
+    path = write_modelfile(folder, gguf, tokenizer, stops=stops, name=target.name, render=render)
+    if not has_template(path):
+        report.warn(
+            "the Modelfile has no TEMPLATE: Go's template language cannot write what this chat "
+            "template writes, and Ollama will take one of its own that looks alike. Its answers "
+            "may differ from the trained model's; `fastft chat` asks exactly."
+        )
     report.note(f"Ollama: {create_line(path, target.name)}")
     return {"path": str(path), "kind": "ollama", "bytes": path.stat().st_size}

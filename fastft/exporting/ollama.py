@@ -1,8 +1,9 @@
 """The Modelfile that turns a GGUF file into an Ollama model.
 
 Ollama does not read the Jinja template of a GGUF file as it is: it wants a template in Go's
-language. Known formats are recognised by what their Jinja template writes, never by a name, and
-each Go template writes the same text.
+language, and where a Modelfile has none, `ollama create` takes one of its own that looks alike. So
+the format is learnt from what the Jinja template writes, never from a name, and the Go template
+writes the same bytes.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastft.errors import FastFTError
 from fastft.files import write_atomically
 
+NO_TEMPLATE = (
+    "# The chat template is none that fastft can write in Go's template language, so none stands "
+    "here:"
+)
 INSTRUCTIONS = {
     "FROM",
     "PARAMETER",
@@ -43,72 +48,54 @@ PARAMETERS = {
 """Ollama's parameters and the type of each (its Modelfile reference)."""
 
 
+Render = Callable[[list[dict[str, str]]], str]
+"""Writes a conversation as the model was trained on it, up to where the answer begins."""
+
+
 @dataclass(frozen=True)
-class Turns:
-    """A chat format: what stands before and after each message. Ollama's tokenizer adds BOS by
-    itself.
+class ChatFormat:
+    """What a chat template writes around the messages.
+
+        start U (turn A next U)* answer           without a system message
+        system_start S system_end U ...           with one, before the first question
+        start U ... next system_start S system_end U answer     or before the last (system_last)
+
+    Everything the format writes by itself (a date, a system message of its own, an empty thinking
+    block) is part of these texts. BOS is not: Ollama's tokenizer adds it.
     """
 
-    user: tuple[str, str]
-    assistant: tuple[str, str]
-    system: tuple[str, str] | None
-    """None: the system message is put in front of the first user message, with `system_gap`
-    between.
-    """
-    stops: tuple[str, ...]
-    system_gap: str = "\n\n"
-    default_system: str = ""
-    between: str = ""
-    """What separates an answer from the next question."""
+    start: str
+    answer: str
+    turn: str
+    next: str
+    system_start: str | None
+    """None: the template leaves a system message out."""
+    system_end: str
+    system_last: bool = False
 
+    def write(self, messages: list[dict[str, str]]) -> str:
+        """Return the conversation (it ends with a question) as this format writes it."""
+        system = "".join(m["content"] for m in messages if m["role"] == "system")
+        if system and self.system_start is not None:
+            system = self.system_start + system + self.system_end
+        elif system:
+            system = ""
+        turns = [m["content"] for m in messages if m["role"] != "system"]
+        text = self.start
+        if system and not self.system_last:
+            text = system
+        for number, content in enumerate(turns):
+            is_answer, is_last = number % 2 == 1, number == len(turns) - 1
+            if is_last and self.system_last:
+                text += system
+            text += content + (self.next if is_answer else self.answer if is_last else self.turn)
+        return text
 
-FORMATS: dict[str, Turns] = {
-    "chatml": Turns(
-        ("<|im_start|>user\n", "<|im_end|>\n"),
-        ("<|im_start|>assistant\n", "<|im_end|>\n"),
-        ("<|im_start|>system\n", "<|im_end|>\n"),
-        ("<|im_end|>",),
-    ),
-    "llama3": Turns(
-        ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
-        ("<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
-        ("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
-        ("<|eot_id|>",),
-    ),
-    "gemma": Turns(
-        ("<start_of_turn>user\n", "<end_of_turn>\n"),
-        ("<start_of_turn>model\n", "<end_of_turn>\n"),
-        None,
-        ("<end_of_turn>",),
-    ),
-    "mistral": Turns(("[INST] ", " [/INST]"), (" ", "</s>"), None, ("</s>",)),
-    "phi3": Turns(
-        ("<|user|>\n", "<|end|>\n"),
-        ("<|assistant|>\n", "<|end|>\n"),
-        ("<|system|>\n", "<|end|>\n"),
-        ("<|end|>",),
-    ),
-    "alpaca": Turns(
-        ("### Instruction:\n", "\n\n"),
-        ("### Response:\n", "EOS"),
-        ("", "\n\n"),
-        ("EOS",),
-        default_system="Below is an instruction that describes a task. Write a response that "
-        "appropriately completes "
-        "the request.",
-        between="\n\n",
-    ),
-    "alpaca_ja": Turns(
-        ("### 指示:\n", "\n\n"),
-        ("### 応答:\n", "EOS"),
-        ("", "\n\n"),
-        ("EOS",),
-        default_system="以下は、タスクを説明する指示です。要求を適切に満たす応答を書きなさい。",
-        between="\n\n",
-    ),
-    "plain": Turns(("User: ", "\n"), ("Assistant: ", "EOS"), ("", "\n\n"), ("EOS",), between="\n"),
-}
-"""Formats that a Go template is known for. EOS stands for the model's own end token."""
+    @property
+    def stop(self) -> str:
+        """The special token that ends an answer; empty where none does."""
+        found = re.match(r"\s*(<[^<>\s]+>|\[[A-Z_/]+\])", self.next)
+        return found[1] if found else ""
 
 
 def write_modelfile(
@@ -121,14 +108,16 @@ def write_modelfile(
     system: str | None = None,
     adapter: Path | str | None = None,
     name: str | None = None,
+    render: Render | None = None,
 ) -> Path:
     """Write `out`/Modelfile for the GGUF file (and a LoRA GGUF `adapter`) and return its path.
 
-    `tokenizer`: the trained transformers tokenizer; its chat template is matched against the known
-    formats. `stops`: further texts that end an answer. `parameters`: Ollama's, for example
-    {"temperature": 0.7, "num_ctx": 4096}. Where the chat template is none of the known formats, no
-    TEMPLATE is written and a comment says so: Ollama then uses the template inside of the GGUF
-    file if it knows it, and plain text if not. Raises FastFTError for unknown parameters.
+    `tokenizer`: the trained transformers tokenizer. `render`: what writes a conversation as it was
+    trained, without BOS; by default the tokenizer's chat template. `stops`: further texts that end
+    an answer. `parameters`: Ollama's, for example {"temperature": 0.7, "num_ctx": 4096}. Where Go
+    cannot write the same bytes, no TEMPLATE is written and a comment says so (see
+    `has_template`): Ollama then takes a template of its own that looks like the one in the GGUF
+    file, which may be another format. Raises FastFTError for unknown parameters.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -141,6 +130,7 @@ def write_modelfile(
         system=system,
         adapter=relative(adapter, out) if adapter else None,
         create=create_line(path, name or Path(gguf_path).stem.lower()),
+        render=render,
     )
     write_atomically(path, text)
     if problems := check_modelfile(path):
@@ -174,6 +164,7 @@ def modelfile_text(
     system: str | None,
     adapter: str | None,
     create: str,
+    render: Render | None = None,
 ) -> str:
     """Return the Modelfile as text."""
     unknown = sorted(set(parameters) - set(PARAMETERS))
@@ -181,25 +172,20 @@ def modelfile_text(
         raise FastFTError(
             f"Ollama has no parameter {', '.join(unknown)}. Known: {', '.join(sorted(PARAMETERS))}."
         )
-    known = recognise(tokenizer)
+    has_chat = render is not None or getattr(tokenizer, "chat_template", None)
+    chat = learn(render or of_tokenizer(tokenizer)) if has_chat else None
     lines = [f"# {create}", f"FROM {source}"]
     if adapter:
         lines.append(f"ADAPTER {adapter}")
     ends = list(stops)
-    if known:
-        turns = FORMATS[known]
-        eos = tokenizer.eos_token or ""
-        ends += [eos if stop == "EOS" else stop for stop in turns.stops]
-        lines += [f"# chat format: {known}", f'TEMPLATE """{go_template(turns, eos)}"""']
+    if chat:
+        ends.append(chat.stop)
+        lines += [
+            "# the same bytes as the chat template that the model was trained with",
+            f'TEMPLATE """{go_template(chat)}"""',
+        ]
     else:
-        lines.append(
-            "# The chat template is none that fastft can write in Go's template language, so "
-            "none stands here:"
-        )
-        lines.append(
-            "# Ollama uses the one inside of the GGUF file if it knows it, and plain text if "
-            "it does not."
-        )
+        lines += [NO_TEMPLATE, "# Ollama takes one of its own that looks alike, or plain text."]
     ends.append(tokenizer.eos_token or "")
     lines += [
         f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}"
@@ -211,111 +197,142 @@ def modelfile_text(
     return "\n".join(lines) + "\n"
 
 
-def recognise(tokenizer: Any) -> str | None:
-    """Return which of FORMATS the tokenizer's chat template writes, or None.
+def learn(render: Render) -> ChatFormat | None:
+    """Return the format that `render` writes, or None where it has none that Go could write.
 
-    The template must render a conversation of four turns, with and without a system message, to
-    exactly the text of the format (a BOS in front aside).
+    The texts around the messages are read off conversations of marked words; then longer ones
+    must come out byte for byte. A template that changes its history, or a message's own text, has
+    no such format.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    asked, answered, again, system = _MARKS
+    once = _cut(render, [("user", asked)])
+    twice = _cut(render, [("user", asked), ("assistant", answered), ("user", again)])
+    if once is None or twice is None:
         return None
-    for name, turns in FORMATS.items():
-        if all(
-            _rendered(tokenizer, messages) == expected_text(turns, messages, tokenizer)
-            for messages in _PROBES
-        ):
-            return name
-    return None
+    start, turn, following, answer = twice
+    if once != [start, answer]:
+        return None
+    found = ChatFormat(start, answer, turn, following, start, "\n\n")
+    first = _cut(render, [("system", system), ("user", asked)])
+    probes = _PROBES
+    if first is not None:
+        found = _with_system(found, render, first)
+    elif _quietly(render, _conversation(("system", system), ("user", asked))) is not None:
+        found = replace(found, system_start=None)
+    else:  # it refuses one: as other programs do, in front of the first question
+        probes = [probe for probe in _PROBES if probe[0]["role"] != "system"]
+    exact = all(_quietly(render, probe) == found.write(probe) for probe in probes)
+    return found if exact else None
+
+
+def _with_system(found: ChatFormat, render: Render, first: list[str]) -> ChatFormat:
+    """Return the format with its system message, which stands before the first question or the
+    last; which of the two, the probes decide.
+    """
+    asked, answered, again, system = _MARKS
+    before, between, _ = first
+    turns = [("system", system), ("user", asked), ("assistant", answered), ("user", again)]
+    if _cut(render, turns, order=[asked, answered, system, again]) is None:
+        return replace(found, system_start=before, system_end=between)
+    own = before.removeprefix(found.start)
+    return replace(found, system_start=own, system_end=between, system_last=True)
+
+
+_MARKS = ("QUESTIONONE", "ANSWERONE", "QUESTIONTWO", "SYSTEMTEXT")
+
+
+def _conversation(*turns: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in turns]
 
 
 _PROBES: list[list[dict[str, str]]] = [
-    [{"role": "user", "content": "One"}],
-    [
-        {"role": "user", "content": "One"},
-        {"role": "assistant", "content": "Two"},
-        {"role": "user", "content": "Three 四"},
-    ],
+    _conversation(*system, *turns)
+    for system in ((), (("system", "Be brief: 短く."),))
+    for turns in (
+        (("user", "One {{ x }} 'y' \"z\"\nline"),),
+        (("user", "One"), ("assistant", "Two"), ("user", "三\nlines")),
+        (
+            ("user", "One"),
+            ("assistant", "Two\n\n* three"),
+            ("user", "Four"),
+            ("assistant", "五"),
+            ("user", "Six"),
+        ),
+    )
 ]
 
 
-def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str | None:
+def _cut(
+    render: Render, turns: list[tuple[str, str]], order: list[str] | None = None
+) -> list[str] | None:
+    """Return what is written before, between and after the contents of `turns`, or None where a
+    content does not stand there once, in this order.
+    """
+    text = _quietly(render, _conversation(*turns))
+    pieces = []
+    for mark in order or [content for _, content in turns]:
+        if text is None or text.count(mark) != 1:
+            return None
+        before, _, text = text.partition(mark)
+        pieces.append(before)
+    return [*pieces, text or ""]
+
+
+def _quietly(render: Render, messages: list[dict[str, str]]) -> str | None:
+    """Return what `render` writes; None where the template refuses the messages."""
     import jinja2
 
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except jinja2.TemplateError:
+        return render(messages)
+    except (jinja2.TemplateError, FastFTError, TypeError):  # TypeError: it loops over no tools
         return None
-    return text.removeprefix(tokenizer.bos_token or "").rstrip(" ")
 
 
-def expected_text(turns: Turns, messages: list[dict[str, str]], tokenizer: Any) -> str:
-    """Return the conversation as the format writes it, up to where the answer begins, without BOS.
+def of_tokenizer(tokenizer: Any) -> Render:
+    """Return what renders with the tokenizer's own chat template, without BOS in front."""
 
-    A space at the very end is left out: some templates leave it to the answer, others write it.
-    """
-    eos = tokenizer.eos_token or ""
-    text, system = "", turns.default_system
-    messages = list(messages)
-    if messages[0]["role"] == "system":
-        system = messages.pop(0)["content"]
-    if system and turns.system:
-        text += turns.system[0] + system + turns.system[1]
-    for index, message in enumerate(messages):
-        before, after = turns.user if message["role"] == "user" else turns.assistant
-        in_front = system + turns.system_gap if index == 0 and system and not turns.system else ""
-        text += before + in_front + message["content"] + after.replace("EOS", eos)
-        text += turns.between if message["role"] == "assistant" else ""
-    return (text + turns.assistant[0]).rstrip(" ")
+    def render(messages: list[dict[str, str]]) -> str:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return str(text).removeprefix(tokenizer.bos_token or "")
+
+    return render
 
 
-def go_template(turns: Turns, eos: str) -> str:
+def go_template(chat: ChatFormat) -> str:
     """Return the format in Go's template language, over Ollama's .Messages (role, content) and
     .System.
 
-    The last message leaves the answer open. See text/template in Go's documentation and Ollama's
-    template reference.
+    The last question leaves the answer open; after a last answer nothing follows, so that it is
+    continued. Ollama gathers the system messages in .System; in .Messages, where they stand too,
+    they are passed over. See text/template in Go's documentation and Ollama's template reference.
     """
-    user, assistant = (
-        turns.user,
-        (turns.assistant[0], turns.assistant[1].replace("EOS", eos) + turns.between),
-    )
-    if turns.system:
-        default = (
-            turns.system[0] + turns.default_system + turns.system[1] if turns.default_system else ""
-        )
-        head = "{{- if .System }}" + _go(turns.system[0]) + "{{ .System }}" + _go(turns.system[1])
-        head += ("{{- else }}" + _go(default) if default else "") + "{{- end }}"
-        in_front = ""
-    else:
-        head = "{{- $written := false }}"
-        in_front = (
-            "{{- if and $.System (not $written) }}{{ $.System }}"
-            + _go(turns.system_gap)
-            + "{{- end }}"
-        )
-        in_front += "{{- $written = true }}"
-    # Ollama gathers the system messages in .System; in .Messages, where they stand too, they are
-    # passed over.
+    own = f"{_go(chat.system_start or '')}{{{{ $.System }}}}{_go(chat.system_end)}"
+    head, in_front = _go(chat.start), ""
+    if chat.system_last:
+        in_front = f"{{{{- if and $last $.System }}}}{own}{{{{- end }}}}"
+    elif chat.system_start is not None:
+        head = f"{{{{- if $.System }}}}{own}{{{{- else }}}}{head}{{{{- end }}}}"
     return (
         head
-        + "{{- range .Messages }}"
+        + "{{- range $i, $m := .Messages }}{{- $last := eq (len (slice $.Messages $i)) 1 }}"
         + '{{- if eq .Role "user" }}'
-        + _go(user[0])
         + in_front
         + "{{ .Content }}"
-        + _go(user[1])
-        + '{{- else if eq .Role "assistant" }}'
-        + _go(assistant[0])
-        + "{{ .Content }}"
-        + _go(assistant[1])
+        + f"{{{{- if $last }}}}{_go(chat.answer)}{{{{- else }}}}{_go(chat.turn)}{{{{- end }}}}"
+        + '{{- else if eq .Role "assistant" }}{{ .Content }}'
+        + f"{{{{- if not $last }}}}{_go(chat.next)}{{{{- end }}}}"
         + "{{- end }}{{- end }}"
-        + _go(assistant[0].rstrip(" "))
     )
 
 
 def _go(text: str) -> str:
     """Return literal text as an action, so that neither trimming nor quoting can change it."""
     return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if text else ""
+
+
+def has_template(path: Path | str) -> bool:
+    """Return whether a Modelfile that fastft wrote holds a TEMPLATE of the training's bytes."""
+    return NO_TEMPLATE not in Path(path).read_text(encoding="utf-8")
 
 
 def check_modelfile(path: Path | str) -> list[str]:

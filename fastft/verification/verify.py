@@ -191,6 +191,21 @@ def make_reference(
     }
 
 
+def _modelfile_checks(path: Path) -> list[dict[str, Any]]:
+    from fastft.exporting.ollama import check_modelfile, has_template
+
+    problems = check_modelfile(path)
+    detail = "; ".join(problems) or "the syntax is right and the file it is made from exists"
+    checks = [{"name": "modelfile", "verdict": "fail" if problems else "pass", "detail": detail}]
+    if not has_template(path):
+        why = (
+            "no TEMPLATE: Go's template language cannot write what the model was trained with, so "
+            "Ollama takes one of its own that looks alike, and answers may differ"
+        )
+        checks.append({"name": "template", "verdict": "warn", "detail": why})
+    return checks
+
+
 def verify_one(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Check one file in a subprocess; return its entry in the certificate."""
     path = Path(job["path"])
@@ -202,13 +217,7 @@ def verify_one(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
     entry |= {"kl_mean": None, "kl_p99": None, "top1": None, "ppl_ratio": None, "checks": []}
     if job["kind"] == "ollama":
-        from fastft.exporting.ollama import check_modelfile
-
-        problems = check_modelfile(path)
-        detail = "; ".join(problems) or "the syntax is right and the file it is made from exists"
-        entry["checks"] = [
-            {"name": "modelfile", "verdict": "fail" if problems else "pass", "detail": detail}
-        ]
+        entry["checks"] = _modelfile_checks(path)
     else:
         report = folder / "report.jsonl"
         report.unlink(missing_ok=True)

@@ -199,3 +199,49 @@ except ImportError as error:
 
 def test_unsloths_names_are_refused_beside_the_stock_engine():
     assert "this process already runs the stock engine" in run_python(BESIDE_STOCK)
+
+
+NOTEBOOKS = """
+import json, sys
+from IMPORTED import FastModel, FastLanguageModel, is_bfloat16_supported
+from datasets import Dataset
+from trl import SFTTrainer, SFTConfig
+
+losses = {}
+for name in sys.argv[1:]:
+    loader = FastModel if "gemma" in name else FastLanguageModel
+    model, tokenizer = loader.from_pretrained(
+        model_name = name, max_seq_length = 128, load_in_4bit = False, full_finetuning = False,
+    )
+    keywords = dict(
+        r = 8, lora_alpha = 8, lora_dropout = 0, bias = "none", random_state = 3407,
+        use_gradient_checkpointing = "unsloth",
+        target_modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    )
+    if loader is FastModel:
+        keywords |= dict(finetune_vision_layers = False, finetune_language_layers = True)
+    model = loader.get_peft_model(model, **keywords)
+    rows = [{"text": f"What is {i}? It is {i}." + tokenizer.eos_token} for i in range(12)]
+    trainer = SFTTrainer(
+        model = model, tokenizer = tokenizer, train_dataset = Dataset.from_list(rows),
+        args = SFTConfig(
+            dataset_text_field = "text", per_device_train_batch_size = 2, max_steps = 3,
+            learning_rate = 2e-3, logging_steps = 1, seed = 3407, report_to = "none",
+            output_dir = name + "-out", save_strategy = "no", bf16 = is_bfloat16_supported(),
+        ),
+    )
+    trainer.train()
+    losses[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+print(json.dumps(losses))
+"""
+
+
+@pytest.mark.long
+def test_cells_of_moe_and_small_gemma_notebooks_give_unsloths_losses(checkpoint_of):
+    bases = [checkpoint_of(family) for family in ("gpt-oss", "qwen3-moe", "gemma3")]
+    ours, theirs = (
+        run_python(NOTEBOOKS.replace("IMPORTED", package), *bases)
+        for package in ("fastft", "unsloth")
+    )
+    assert ours == theirs
+    assert all(len(losses) == 3 and losses[2] < losses[0] for losses in ours.values())

@@ -3,16 +3,19 @@
 import json
 import re
 
+import jinja2
 import pytest
 
 from fastft.data.named_templates import NAMED
 from fastft.errors import FastFTError
 from fastft.exporting.ollama import (
-    FORMATS,
     check_modelfile,
     create_line,
     go_template,
-    recognise,
+    has_template,
+    learn,
+    of_tokenizer,
+    template_problems,
     write_modelfile,
 )
 from tests.families import CHATML, GEMMA_TURNS, INST
@@ -21,6 +24,12 @@ from tests.sdist import chat_templates
 CONVERSATIONS = [
     [{"role": "user", "content": "One"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "One"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "One"},
+        {"role": "assistant", "content": "Two"},
+        {"role": "user", "content": "Three"},
+    ],
     [
         {"role": "user", "content": 'One "quoted" {{ x }}\nline'},
         {"role": "assistant", "content": "Two"},
@@ -47,37 +56,32 @@ class Tokenizer:
 
 
 def run_go(template, messages):
-    """A small interpreter of what our Go templates use: if, else if, else, range, and, not, eq, variables, text."""
+    """A small interpreter of what our Go templates use: if, else if, else, range, and, not, eq, len, slice, text."""
     system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
-    actions = re.findall(r'\{\{-?\s*((?:"(?:[^"\\]|\\.)*"|[^"}])*?)\s*-?\}\}', template)
-    assert (
-        re.sub(r'\{\{-?\s*(?:"(?:[^"\\]|\\.)*"|[^"}])*?\s*-?\}\}', "", template) == ""
-    )  # no text outside of actions
-    variables = {}
+    action = r'\{\{-?\s*((?:"(?:[^"\\]|\\.)*"|[^"}])*?)\s*-?\}\}'
+    actions = re.findall(action, template)
+    assert re.sub(action, "", template) == ""  # no text outside of actions
 
-    def value(code, dot):
-        words = re.findall(r'\([^)]*\)|"(?:[^"\\]|\\.)*"|\S+', code)
-        if words[0] == "eq":
-            return value(words[1], dot) == value(words[2], dot)
-        if words[0] == "and":
-            return all(value(word, dot) for word in words[1:])
-        if words[0] == "not":
-            return not value(words[1], dot)
-        known = {".System": system, "$.System": system, "true": True, "false": False}
-        if dot is not None:
-            known |= {".Role": dot["role"], ".Content": dot["content"]}
-        word = words[0]
-        if word.startswith("("):
-            return value(word[1:-1], dot)
-        return (
-            json.loads(word)
-            if word.startswith('"')
-            else known[word]
-            if word in known
-            else variables[word]
-        )
+    def value(code, scope):
+        words = re.findall(r'\((?:[^()]|\([^)]*\))*\)|"(?:[^"\\]|\\.)*"|\S+', code)
+        first, rest = words[0], words[1:]
+        if first == "eq":
+            return value(rest[0], scope) == value(rest[1], scope)
+        if first == "and":
+            return all(value(word, scope) for word in rest)
+        if first == "not":
+            return not value(rest[0], scope)
+        if first == "len":
+            return len(value(rest[0], scope))
+        if first == "slice":
+            return value(rest[0], scope)[value(rest[1], scope) :]
+        if first.startswith("("):
+            return value(first[1:-1], scope)
+        if first.startswith('"'):
+            return json.loads(first)
+        return int(first) if first.isdigit() else scope[first]
 
-    def block(at, dot, live):
+    def block(at, scope, live):
         """Run from `at` to the matching end or else; returns (text, index of that action)."""
         text = ""
         while at < len(actions):
@@ -88,62 +92,97 @@ def run_go(template, messages):
                 taken, done = "", False
                 condition = code[3:]
                 while True:
-                    here = (
-                        live and not done and bool(value(condition, dot))
-                        if condition
-                        else live and not done
-                    )
-                    inner, at = block(at + 1, dot, here)
+                    here = live and not done and (not condition or bool(value(condition, scope)))
+                    inner, at = block(at + 1, scope, here)
                     taken, done = (inner, True) if here else (taken, done)
                     if actions[at] == "end":
                         break
                     condition = actions[at].removeprefix("else").strip().removeprefix("if").strip()
                 text += taken
-            elif code.startswith("range "):
-                after = block(at + 1, messages[0], False)[1]
-                text += "".join(block(at + 1, m, True)[0] for m in messages) if live else ""
+            elif code.startswith("range $i, $m := .Messages"):
+                after = block(at + 1, scope, False)[1]
+                for number, message in enumerate(messages if live else []):
+                    inner = scope | {".Role": message["role"], ".Content": message["content"]}
+                    text += block(at + 1, inner | {"$i": number}, True)[0]
                 at = after
             elif live and (found := re.fullmatch(r"(\$\w+) :?= (.+)", code)):
-                variables[found[1]] = value(found[2], dot)
+                scope[found[1]] = value(found[2], scope)
             elif live:
-                text += value(code, dot)
+                text += value(code, scope)
             at += 1
         return text, at
 
-    return block(0, None, True)[0]
+    return block(0, {"$.System": system, "$.Messages": messages}, True)[0]
 
 
-TEMPLATES = {name: source for name, source in NAMED.items() if name != "qwen3"} | {
+TEMPLATES = NAMED | {
     "chatml (no trim)": CHATML,
     "gemma (published form)": GEMMA_TURNS,
     "mistral (published form)": INST,
 }
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_the_go_template_writes_what_the_chat_template_writes(name, tmp_path):
-    tokenizer = Tokenizer(TEMPLATES[name])
-    known = recognise(tokenizer)
-    assert known == name.split(" ")[0]
-    template = go_template(FORMATS[known], tokenizer.eos_token)
+def differences(tokenizer):
+    """How many of CONVERSATIONS the learnt Go template writes otherwise; None where none is learnt."""
+    render = of_tokenizer(tokenizer)
+    learnt = learn(render)
+    if learnt is None:
+        return None
+    template = go_template(learnt)
+    assert template_problems(template) == []
+    wrong = 0
     for messages in CONVERSATIONS:
-        if messages[0]["role"] == "system" and "published" in name:
-            continue  # these refuse a system role, or place it elsewhere
-        expected = tokenizer.apply_chat_template(messages).removeprefix("<s>")
-        assert run_go(template, messages).rstrip(" ") == expected.rstrip(" ")
+        try:
+            expected = render(messages)
+        except jinja2.TemplateError:
+            continue  # it refuses a system role
+        wrong += run_go(template, messages) != expected
+    return wrong
 
 
-def test_real_templates_are_recognised_or_left_alone():
-    def known(file, bos, eos):
-        return recognise(Tokenizer((chat_templates() / file).read_text(encoding="utf-8"), bos, eos))
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_go_template_writes_what_the_chat_template_writes(name):
+    assert differences(Tokenizer(TEMPLATES[name])) == 0
 
-    assert known("google-gemma-2-2b-it.jinja", "<bos>", "<eos>") == "gemma"
-    assert known("microsoft-Phi-3.5-mini-instruct.jinja", "<s>", "<|endoftext|>") == "phi3"
-    # These write a system message of their own where none is given, so that plain ChatML or Llama 3 would be wrong.
-    assert known("Qwen-Qwen2.5-7B-Instruct.jinja", "", "<|im_end|>") is None
-    assert (
-        known("meta-llama-Llama-3.1-8B-Instruct.jinja", "<|begin_of_text|>", "<|eot_id|>") is None
-    )
+
+# Their Jinja loops over tools that are not there, or writes the messages as JSON inside of a text.
+WITHOUT = {
+    "CohereForAI-c4ai-command-r-plus-tool_use",
+    "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use",
+    "NousResearch-Hermes-3-Llama-3.1-8B-tool_use",
+    "fireworks-ai-llama-3-firefunction-v2",
+}
+
+
+def test_published_templates_are_written_exactly_or_not_at_all():
+    found = {}
+    for path in sorted(chat_templates().glob("*.jinja")):
+        source = path.read_text(encoding="utf-8")
+        found[path.stem] = differences(Tokenizer(source, "<BOS>", "<EOS>"))
+    assert {name for name, wrong in found.items() if wrong is None} == WITHOUT
+    assert {name for name, wrong in found.items() if wrong} == set()
+    assert len(found) - len(WITHOUT) >= 45
+
+
+@pytest.mark.parametrize(
+    ("file", "stop", "start"),
+    [
+        ("Qwen-Qwen2.5-7B-Instruct", "<|im_end|>", "<|im_start|>system\nYou are Qwen"),
+        ("meta-llama-Llama-3.1-8B-Instruct", "<|eot_id|>", "<|start_header_id|>system"),
+        ("google-gemma-2-2b-it", "<end_of_turn>", "<start_of_turn>user\n"),
+        ("microsoft-Phi-3.5-mini-instruct", "<|end|>", "<|user|>\n"),
+    ],
+)
+def test_what_a_format_begins_and_ends_with(file, stop, start):
+    source = (chat_templates() / f"{file}.jinja").read_text(encoding="utf-8")
+    learnt = learn(of_tokenizer(Tokenizer(source, "<BOS>", "<EOS>")))
+    assert learnt.stop == stop
+    assert learnt.start.startswith(start)
+
+
+def test_a_template_that_counts_its_messages_is_not_learnt():
+    counting = "{{ messages | length }}{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    assert learn(of_tokenizer(Tokenizer(counting))) is None
 
 
 def test_a_modelfile_is_written_and_is_right(tmp_path):
@@ -167,12 +206,14 @@ def test_a_modelfile_is_written_and_is_right(tmp_path):
 def test_an_unknown_template_is_said_not_guessed(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     path = write_modelfile(
-        tmp_path, tmp_path / "m.gguf", Tokenizer("{{ messages[0]['content'] }}??")
+        tmp_path,
+        tmp_path / "m.gguf",
+        Tokenizer("{{ messages[0]['content'] }}{{ messages | length }}"),
     )
     text = path.read_text(encoding="utf-8")
     assert "TEMPLATE" not in text.replace("# ", "").split("FROM")[0]
     assert "\nTEMPLATE" not in text
-    assert "The chat template is none that fastft can write" in text
+    assert not has_template(path)
     assert check_modelfile(path) == []
     with pytest.raises(FastFTError, match="no parameter tmperature"):
         write_modelfile(
