@@ -29,8 +29,9 @@ from fastft.console import (
     quiet_libraries,
     robust_streams,
     say_error,
+    then,
 )
-from fastft.errors import FastFTError, explained, one_of
+from fastft.errors import AnswerIsNoError, FastFTError, explained, one_of
 from fastft.inference.sampling import Sampling
 from fastft.training import ranks
 from fastft.verbs import MAX_KL, Certificate
@@ -227,7 +228,7 @@ def train(
     result = verbs.train(settings, stop_after=stop_after)
     if not ranks.first():
         return
-    print_result(result, as_json, text=f"{result.status}: {result.final or result.run}")
+    print_result(result, as_json, text=_trained(result, config))
 
 
 @app.command(epilog=example("fastft sweep run.yaml --vary lora.r=8,16"))
@@ -278,8 +279,9 @@ def data(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
     from fastft.data.inspect import inspect_data
 
     settings = load_config(config, overrides)
-    report = inspect_data(settings, plot=settings.run_dir / "data.png" if not as_json else None)
-    print_result(report, as_json, text="")
+    report = inspect_data(settings, plot=not as_json)
+    steps = then(["fastft", "plan", config], ["fastft", "train", config])
+    print_result(report, as_json, text=steps.strip())
 
 
 @app.command(
@@ -374,18 +376,34 @@ def export(
         verify=certify,
     )  # fmt: skip
     if result.certificate is None:
-        return print_result(result, as_json, text="\n".join(result.paths))
-    print_result(result, as_json, text=_verdicts(result.certificate))
-    _fail_unless_verified(result.certificate)
+        print_result(result, as_json, text="\n".join(result.paths) + _use(run, result.paths))
+    else:
+        text = _verdicts(result.certificate) + _use(run, result.paths)
+        print_result(result, as_json, text=text)
+        _fail_unless_verified(result.certificate)
+    if result.refused:
+        names = ", ".join(one.target for one in result.refused)
+        raise AnswerIsNoError(f"not written: {names} (each with its reason above).")
 
 
 @app.command(epilog=example("fastft verify runs/my-run"))
-def verify(run: RunArgument, out: Out = None, base: Base = None, as_json: Json = False) -> None:
+def verify(
+    run: RunArgument,
+    out: Out = None,
+    base: Base = None,
+    accept_changed: Annotated[
+        bool,
+        typer.Option("--accept-changed", help="judge a file that was changed since as a new one"),
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Check every exported file against the trained model; exit 1 where one is not it."""
     from fastft import verbs
 
-    checked = verbs.verify(run, out=out, base=base)
-    print_result(checked, as_json, text=_verdicts(checked))
+    checked = verbs.verify(run, out=out, base=base, accept_changed=accept_changed)
+    good = checked.verdict != "fail"
+    step = then(["fastft", "push", run, "--repo", "USER/NAME"], ["fastft", "chat", run])
+    print_result(checked, as_json, text=_verdicts(checked) + (step if good else ""))
     _fail_unless_verified(checked)
 
 
@@ -664,6 +682,30 @@ def _layers(text: str) -> int | str:
     if text != "auto" and not text.isdigit():
         raise FastFTError(f"--gpu-layers is {text!r}; it must be auto or a number of layers.")
     return text if text == "auto" else int(text)
+
+
+def _trained(result: Any, config: Path) -> str:
+    """Return what a training left behind and what to type next."""
+    run = Path(result.run)
+    lines = [f"{result.status}: {result.final or run}"]
+    made = [path for path in (run / "report.md", run / "loss.png") if path.is_file()]
+    lines += [f"report and loss curve: {', '.join(map(str, made))}"] if made else []
+    go_on = then(["fastft", "train", config])
+    use = then(["fastft", "chat", run], ["fastft", "export", run, "--to", "gguf:q4_k_m"])
+    return "\n".join(lines) + (use if result.status == "done" else go_on)
+
+
+def _use(run: str, paths: list[str]) -> str:
+    """Return how the exported files are used, from where one stands."""
+    gguf = next((p for p in paths if p.endswith(".gguf") and not p.endswith(".lora.gguf")), None)
+    modelfile = next((p for p in paths if Path(p).name == "Modelfile"), None)
+    steps: list[list[Any] | str] = [["fastft", "chat", gguf]] if gguf else []
+    if modelfile is not None:
+        create = Path(modelfile).read_text(encoding="utf-8").splitlines()
+        line = next((c for c in create if "ollama create " in c), "ollama create NAME -f Modelfile")
+        name = line.split("ollama create ")[1].split(" -f ")[0]
+        steps.append(["ollama", "create", name, "-f", modelfile])
+    return then(*(steps or [["fastft", "push", run, "--repo", "USER/NAME"]]))
 
 
 def _verdicts(checked: Certificate) -> str:

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -124,6 +125,15 @@ def print_result(result: Any, as_json: bool, text: str | None = None) -> None:
         text = json.dumps(values, indent=1, ensure_ascii=False)
     if text:
         print(redact(text))
+
+
+def then(*commands: list[Any] | str) -> str:
+    """Return the lines that end a command's answer: what to type next, from where one stands.
+
+    A list is a command's words, which are quoted where the shell needs it.
+    """
+    lines = [c if isinstance(c, str) else shlex.join(map(str, c)) for c in commands]
+    return "\nnext: " + "\n      ".join(lines)
 
 
 def _plain(result: Any) -> Any:

@@ -47,6 +47,14 @@ class ExportedFile:
 
 
 @dataclass(frozen=True)
+class Refused:
+    """A target that could not be written, while others were."""
+
+    target: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Check:
     """One question that was asked of a file."""
 
@@ -73,6 +81,8 @@ class CheckedFile:
     checks: tuple[Check, ...]
     positions: int | None = None
     """Tokens that the figures are means of."""
+    changed_from: str | None = None
+    """The sha256 that was certified, where something else than fastft changed the file since."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +97,9 @@ class Certificate(Result):
         """Return what `fastft verify --json` prints."""
         found = asdict(self)
         for file in found["files"]:
-            if file["positions"] is None:
-                del file["positions"]
+            for name in ("positions", "changed_from"):
+                if file[name] is None:
+                    del file[name]
         return found
 
 
@@ -98,10 +109,13 @@ class Exports(Result):
 
     files: tuple[ExportedFile, ...]
     certificate: Certificate | None = None
+    refused: tuple[Refused, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `fastft export --json` prints."""
         found: dict[str, Any] = {"files": [asdict(file) for file in self.files]}
+        if self.refused:
+            found["refused"] = [asdict(one) for one in self.refused]
         if self.certificate is not None:
             found["certificate"] = self.certificate.to_dict()
         return found
@@ -202,10 +216,12 @@ def export(
 
     targets = list(to) if to is not None else [] if quant else ["merged"]
     files: list[dict[str, Any]] = []
+    refused: list[dict[str, str]] = []
     if targets or quant is None:
-        files += exporting.export(
+        written = exporting.export(
             run, targets, out=out, base=base, dtype=dtype, imatrix=imatrix, reporter=reporter
-        )["files"]
+        )
+        files, refused = written["files"], written["refused"]
     if quant is not None:
         from fastft.verification.choose import choose_for_run
 
@@ -216,7 +232,11 @@ def export(
         )
     paths = [file["path"] for file in files]
     certificate = _verify(run, out, base, paths, reporter) if verify else None
-    return Exports(tuple(ExportedFile(**file) for file in files), certificate)
+    return Exports(
+        tuple(ExportedFile(**file) for file in files),
+        certificate,
+        tuple(Refused(**one) for one in refused),
+    )
 
 
 def verify(
@@ -225,10 +245,11 @@ def verify(
     out: str | Path | None = None,
     base: str | None = None,
     files: Sequence[Path | str] | None = None,
+    accept_changed: bool = False,
     reporter: Reporter | None = None,
 ) -> Certificate:
     """Check exported files against the trained model (see `fastft.verification.verify.verify`)."""
-    return _verify(run, out, base, files, reporter)
+    return _verify(run, out, base, files, reporter, accept_changed)
 
 
 def _verify(
@@ -237,10 +258,13 @@ def _verify(
     base: str | None,
     files: Sequence[Path | str] | None,
     reporter: Reporter | None,
+    accept_changed: bool = False,
 ) -> Certificate:
     from fastft.verification.verify import verify as verify_run
 
-    found = verify_run(run, out=out, base=base, files=files, reporter=reporter)
+    found = verify_run(
+        run, out=out, base=base, files=files, accept_changed=accept_changed, reporter=reporter
+    )
     checked = [
         CheckedFile(**(entry | {"checks": tuple(Check(**check) for check in entry["checks"])}))
         for entry in found["files"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from fastft.config import ModelConfig, RunConfig
+from fastft.config import ModelConfig, RunConfig, read_yaml
 from fastft.errors import FastFTError
 
 if TYPE_CHECKING:
@@ -20,12 +20,12 @@ def inspect_data(
     config: RunConfig,
     *,
     data: Any = None,
-    plot: Path | None = None,
+    plot: Path | bool | None = None,
     console: Console | None = None,
 ) -> DataReport:
     """Print the data report of `config` and return it. `data` (a list of rows, or a
     `datasets.Dataset`) is read instead of the config's source; `plot` receives the length
-    histogram as PNG.
+    histogram as PNG; True: data.png in the run's folder, unless that is a run of other data.
     """
     from fastft.data import prepare
     from fastft.models import load_tokenizer
@@ -42,7 +42,9 @@ def inspect_data(
     report.notices += misfits(config, len(found.train), max_positions(config.model))
     console = console or Console(stderr=True)
     report.print(console)
-    if plot is not None:
+    if plot is True:
+        plot = _place_of_plot(config, console)
+    if plot:
         try:
             plot.parent.mkdir(parents=True, exist_ok=True)
             report.plot(plot)
@@ -54,6 +56,24 @@ def inspect_data(
             f"the lengths as a picture: {plot}", markup=False, highlight=False, soft_wrap=True
         )
     return report
+
+
+def _place_of_plot(config: RunConfig, console: Console) -> Path | None:
+    """Return data.png of the run, or None, with the reason, where that is a run of other data."""
+    folder = config.run_dir
+    if (folder / "run.yaml").is_file():
+        trained = (read_yaml(folder / "run.yaml").get("data") or {}).get("source")
+        if trained != config.data.source:
+            console.print(
+                f"{folder} is a run of other data ({trained}), so nothing was written into it. "
+                "Give this config a project name of its own.",
+                style="yellow",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+            return None
+    return folder / "data.png"
 
 
 def misfits(config: RunConfig, train_samples: int, positions: int | None) -> list[str]:

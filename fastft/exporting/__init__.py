@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fastft.config import export_targets
-from fastft.errors import FastFTError
+from fastft.errors import CouldNotFinishError, FastFTError
+from fastft.exporting.certificate import forget
 from fastft.exporting.place import one_at_a_time
 from fastft.progress import Reporter
 from fastft.runs.mirror import follow
@@ -43,29 +44,55 @@ def export(
     imatrix: str | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Write the targets `to` of `run` and return {"files": [{"path", "kind", "bytes"}]}.
+    """Write the targets `to` of `run` and return {"files": [{"path", "kind", "bytes"}], "refused":
+    [{"target", "why"}]}.
 
-    Every target is written whole or not at all. Raises FastFTError for unknown targets, and
-    whatever the target itself refuses (each says what and why); nothing is written then.
+    Every target is written whole or not at all, and one that cannot be written does not stop the
+    others. Raises FastFTError for unknown targets, and, where nothing could be written, what the
+    first target refused.
     """
     wanted = parse_targets(to)
     target = resolve(run, base=base)
     folder = Path(out).expanduser() if out is not None else target.default_out
     report = reporter or Reporter()
-    if "gguf-lora" in wanted:
-        _refuse_unholdable(target)
     request = Request(target, folder, dtype, imatrix, report)
     files: list[dict[str, Any]] = []
+    refused: list[tuple[str, FastFTError]] = []
     with one_at_a_time(folder):
-        for kind in wanted:
-            if kind in WRITERS:
-                files += WRITERS[kind](request)
-        files += _for_llamacpp(request, [kind for kind in wanted if kind not in WRITERS])
+        for group in _groups(wanted):
+            try:
+                files += _write(request, group)
+            except FastFTError as error:
+                if isinstance(error, CouldNotFinishError):  # a full disk is full for all
+                    raise
+                refused += [(kind, error) for kind in group]
+        forget(folder, [Path(entry["path"]).name for entry in files])
+    if refused and not files:
+        raise refused[0][1]
     for entry in files:
         report.note(f"wrote {entry['path']} ({entry['bytes'] / 2**20:,.1f} MiB)")
+    for kind, why in refused:
+        report.warn(f"{kind} was not written: {why}")
     if target.run is not None:
         follow(target.run, note=report.note, warn=report.warn)
-    return {"files": files}
+    return {"files": files, "refused": [{"target": kind, "why": str(why)} for kind, why in refused]}
+
+
+def _groups(wanted: list[str]) -> list[list[str]]:
+    """Return the targets in groups that are written together: GGUF types share one pass over the
+    weights, and the Modelfile is made of one of them.
+    """
+    alone = [[kind] for kind in wanted if kind in {*WRITERS, "gguf-lora"}]
+    together = [kind for kind in wanted if kind not in {*WRITERS, "gguf-lora"}]
+    return alone + ([together] if together else [])
+
+
+def _write(request: Request, group: list[str]) -> list[dict[str, Any]]:
+    if group[0] in WRITERS:
+        return WRITERS[group[0]](request)
+    if group == ["gguf-lora"]:
+        _refuse_unholdable(request.target)
+    return _for_llamacpp(request, group)
 
 
 def parse_targets(to: list[str]) -> list[str]:
@@ -103,8 +130,6 @@ def _refuse_unholdable(target: Target) -> None:
 
 def _for_llamacpp(request: Request, kinds: list[str]) -> list[dict[str, Any]]:
     """Write all GGUF files in one pass over the weights, then what is made from them."""
-    if not kinds:
-        return []
     from fastft.exporting.llama import export_for_llamacpp
 
     return export_for_llamacpp(

@@ -163,17 +163,62 @@ def certified(path: Path, out: Path | None = None) -> dict[str, Any] | None:
     return entry if entry and path.exists() and entry["sha256"] == sha256(path) else None
 
 
+def changed_since(path: Path, out: Path) -> str | None:
+    """Return the sha256 that the file `path` was certified with, where its bytes are others now.
+
+    A change stays one, however often the file is verified, until it is exported again
+    (`forget`) or put back.
+    """
+    entry = read_certificate(out)["files"].get(path.name)
+    was = entry and (entry.get("changed_from") or entry["sha256"])
+    return was if was and path.exists() and sha256(path) != was else None
+
+
+def forget(out: Path, names: Iterable[str]) -> None:
+    """Drop what the certificate in `out` says of files that were just written anew."""
+    certificate = read_certificate(out)
+    gone = set(names) & certificate["files"].keys()
+    if gone:
+        certificate["files"] = {n: e for n, e in certificate["files"].items() if n not in gone}
+        text = json.dumps(certificate, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(Path(out) / CERTIFICATE, text)
+
+
+def unchanged_check(path: Path, was: str, now: str) -> dict[str, str]:
+    """Return the failed check of a file whose bytes are not those that were certified."""
+    return {
+        "name": "unchanged",
+        "verdict": "fail",
+        "detail": f"{path.name} was changed after it was certified (sha256 {was[:12]}, now "
+        f"{now[:12]}). {WHAT_TO_DO_WITH_A_CHANGE}",
+    }
+
+
+WHAT_TO_DO_WITH_A_CHANGE = (
+    "Export it again; or, where the change is meant, judge it as a new file with: "
+    "fastft verify RUN --accept-changed."
+)
+
+
 def write_certificate(out: Path, entries: list[dict[str, Any]], about: dict[str, Any]) -> Path:
     """Write certificate.json and certificate.md into `out` and return the JSON's path.
 
-    Entries of files that were not checked now stay, as long as those files are unchanged.
+    Entries of files that were not checked now stay; one of a file that was changed since fails.
     """
     out = Path(out)
-    kept = {
-        name: entry
-        for name, entry in read_certificate(out)["files"].items()
-        if certified(out / name, out)
-    }
+    kept = {}
+    for name, entry in read_certificate(out)["files"].items():
+        path = out / name
+        if certified(path, out):
+            kept[name] = entry
+        elif was := changed_since(path, out):
+            now = sha256(path)
+            kept[name] = entry | {
+                "sha256": now,
+                "verdict": "fail",
+                "changed_from": was,
+                "checks": [unchanged_check(path, was, now)],
+            }
     files = kept | {Path(entry["path"]).name: entry for entry in entries}
     certificate = about | {
         "limits": {name: asdict(limits) for name, limits in LIMITS.items()},

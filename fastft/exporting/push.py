@@ -16,7 +16,11 @@ from typing import Any
 
 from fastft import hub
 from fastft.errors import CouldNotFinishError, FastFTError, one_of
-from fastft.exporting.certificate import CERTIFICATE, read_certificate
+from fastft.exporting.certificate import (
+    CERTIFICATE,
+    WHAT_TO_DO_WITH_A_CHANGE,
+    read_certificate,
+)
 from fastft.exporting.merged import belongs_to_merged
 from fastft.files import sha256
 from fastft.progress import Reporter
@@ -193,12 +197,14 @@ def _refuse_uncertified(folder: Path, exports: list[Path]) -> None:
         entry = entries.get(path.name)
         if entry is None:
             problems.append(f"{path.name} has no certificate")
+        elif entry["sha256"] != sha256(path) or "changed_from" in entry:
+            problems.append(
+                f"{path.name} was changed after it was certified. {WHAT_TO_DO_WITH_A_CHANGE}"
+            )
         elif entry["verdict"] == "fail":
             problems.append(f"{path.name} is not the trained model (its certificate says fail)")
-        elif entry["sha256"] != sha256(path):
-            problems.append(f"{path.name} was changed after it was certified")
     if problems:
-        raise FastFTError(f"not pushed: {'; '.join(problems)}. Check with: fastft verify")
+        raise FastFTError(f"not pushed: {'; '.join(problems)} Check with: fastft verify")
 
 
 def _upload(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastft.errors import AnswerIsNoError, CouldNotFinishError, FastFTError
+from fastft.exporting.certificate import forget
 from fastft.exporting.llama import base_folder, importance, sample_ids
 from fastft.files.scratch import scratch
 from fastft.progress import Reporter
@@ -87,6 +88,7 @@ def choose_quantization(
         record = tried[chosen]["record"]
         final = out / Path(record["path"]).name
         Path(record["path"]).replace(final)
+        forget(out, [final.name])
     return {"chosen": chosen, "tried": measured, "record": record | {"path": str(final)}}
 
 

@@ -18,7 +18,12 @@ from typing import Any
 
 from fastft import child
 from fastft.errors import CouldNotFinishError, FastFTError
-from fastft.exporting.certificate import worst, write_certificate
+from fastft.exporting.certificate import (
+    changed_since,
+    unchanged_check,
+    worst,
+    write_certificate,
+)
 from fastft.exporting.llama import base_folder, sample_ids
 from fastft.exporting.place import one_at_a_time
 from fastft.files import sha256
@@ -37,10 +42,14 @@ def verify(
     out: str | Path | None = None,
     base: str | None = None,
     files: Sequence[Path | str] | None = None,
+    accept_changed: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Check what was exported of `run` (a run, adapter or model folder) against the trained model;
     see `verify_files`.
+
+    A file whose bytes are not those that its certificate was written for is judged, and fails:
+    something else than fastft wrote it. `accept_changed` judges it as a new file.
 
     `files`: those to check; default: everything in `out` (default: the run's export/) and the
     run's final/. Raises FastFTError where nothing was exported.
@@ -65,7 +74,7 @@ def verify(
             )[0]["path"]
         found = verify_files(
             paths, base=base_path, adapter=target.adapter, samples=sample_ids(target), out=folder,
-            base_gguf=base_gguf, say=report.note,
+            base_gguf=base_gguf, accept_changed=accept_changed, say=report.note,
         )  # fmt: skip
     if target.run is not None:
         write_export_card(target.run, folder, found)
@@ -91,6 +100,7 @@ def verify_files(
     out: Path | str,
     base_gguf: Path | str | None = None,
     max_new_tokens: int = 64,
+    accept_changed: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Check every file against the trained model, write `out`/certificate.json and .md, and return
@@ -130,7 +140,11 @@ def verify_files(
                 "adapter": adapter and str(adapter),
             }
             job["base_gguf"] = base_gguf and str(base_gguf)
+            was = None if accept_changed or kind == "adapter" else changed_since(path, out)
             entry = verify_one(job, folder)
+            if was:
+                entry |= {"verdict": "fail", "changed_from": was}
+                entry["checks"].insert(0, unchanged_check(path, was, entry["sha256"]))
             entries.append(entry)
             say(f"{path.name}: {entry['verdict']}{first_trouble(entry)}")
     about["reference"]["model"] = str(base) + (f" with the adapter {adapter}" if adapter else "")

@@ -1,15 +1,22 @@
 """What somebody meets in the first minutes: each command, and what it must say."""
 
+import io
 import json
 import os
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from rich.console import Console
 
-from fastft import cli
-from fastft.config import load_config
+from fastft import cli, console
+from fastft.config import load_config, make_config
+from fastft.data import inspect
 from fastft.data.glance import Glance, glance
+from fastft.exporting import certificate
+from fastft.files import sha256
 from fastft.files.locks import held
 from fastft.planning.init import commented_config
 from fastft.progress import Pace
@@ -189,10 +196,6 @@ def test_a_log_file_says_where_a_run_stands(monkeypatch):
 
 
 def test_a_download_is_a_line_every_few_seconds(monkeypatch, tmp_path):
-    import io
-
-    from rich.console import Console
-
     from fastft import hub, progress
 
     blobs = tmp_path / "models--a--b" / "blobs"
@@ -204,3 +207,72 @@ def test_a_download_is_a_line_every_few_seconds(monkeypatch, tmp_path):
     with hub.watched("a/b", "models", 4_000_000, report.bytes):
         (blobs / "x.incomplete").write_bytes(os.urandom(3_000_000))
     assert re.search(r"downloading a/b \(4 MB\): 3 of 4 MB \(75%\), [\d.,]+ MB/s", said.getvalue())
+
+
+# --- what comes next
+
+
+def test_then_quotes_what_a_shell_would_split():
+    assert console.then(["fastft", "chat", "my runs/a"], "stop") == (
+        "\nnext: fastft chat 'my runs/a'\n      stop"
+    )
+
+
+def test_exports_say_how_they_are_used_from_here(here):
+    (here / "out").mkdir()
+    (here / "out" / "Modelfile").write_text("# ollama create my-run -f Modelfile\nFROM ./a.gguf\n")
+    said = cli._use("runs/a", ["out/a.Q4_K_M.gguf", "out/Modelfile"])
+    assert "fastft chat out/a.Q4_K_M.gguf" in said
+    assert "ollama create my-run -f out/Modelfile" in said
+
+
+def test_a_finished_run_names_its_report(here):
+    run = a_run(here / "runs" / "a", status="done")
+    (run / "report.md").write_text("")
+    said = cli._trained(
+        SimpleNamespace(run="runs/a", final="runs/a/final", status="done"), "c.yaml"
+    )
+    assert "done: runs/a/final" in said
+    assert "runs/a/report.md" in said
+    assert "fastft export runs/a --to gguf:q4_k_m" in said
+    paused = SimpleNamespace(run="runs/a", final=None, status="paused")
+    assert "next: fastft train c.yaml" in cli._trained(paused, "c.yaml")
+
+
+# --- two configs, one run; a file that was changed
+
+
+def test_data_writes_nothing_into_a_run_of_other_data(here):
+    a_run(here / "runs" / "mine")
+    values = {"model": {"name": "x"}, "project": "mine"}
+    said = io.StringIO()
+    other = make_config({**values, "data": {"source": "b.jsonl"}})
+    assert inspect._place_of_plot(other, Console(file=said, width=200)) is None
+    assert "runs/mine is a run of other data (y)" in said.getvalue()
+    same = make_config({**values, "data": {"source": "y"}})
+    assert inspect._place_of_plot(same, Console(file=said)) == Path("runs/mine/data.png")
+
+
+def test_a_changed_file_stays_changed_until_it_is_exported_again(here):
+    file, other = here / "a.gguf", here / "b.gguf"
+    file.write_bytes(b"one")
+    other.write_bytes(b"same")
+    entries = [
+        {"path": str(path), "sha256": sha256(path), "verdict": "pass", "checks": []}
+        for path in (file, other)
+    ]
+    certificate.write_certificate(here, entries, {})
+    assert certificate.changed_since(file, here) is None
+    was = sha256(file)
+    file.write_bytes(b"two")
+    for _ in range(2):  # verifying another file does not launder this one
+        assert certificate.changed_since(file, here) == was
+        certificate.write_certificate(here, entries[1:], {})
+        found = certificate.read_certificate(here)["files"]
+        assert (found["a.gguf"]["verdict"], found["b.gguf"]["verdict"]) == ("fail", "pass")
+        assert "was changed after it was certified" in (here / "certificate.md").read_text()
+    file.write_bytes(b"one")
+    assert certificate.changed_since(file, here) is None
+    file.write_bytes(b"three")
+    certificate.forget(here, ["a.gguf"])
+    assert certificate.changed_since(file, here) is None
