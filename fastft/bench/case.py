@@ -9,7 +9,16 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from fastft.config import read_yaml
 from fastft.errors import FastFTError, one_of
@@ -62,9 +71,25 @@ class Lora(_Model):
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
 
 
+class Shared(_Model):
+    """Sequences with common beginnings, in tokens. Only the answers carry loss, thoughts included."""
+
+    beginning: int = Field(ge=1)
+    """Of a group: a system prompt, a document."""
+    prompt: int = Field(ge=1)
+    thought: int = Field(0, ge=0)
+    answer: int = Field(ge=1)
+    group: int | None = Field(None, ge=1)
+    """Sequences that follow each other with one beginning; null: all."""
+    turns: bool = False
+    """A group is a conversation, a sequence a turn: all earlier turns without their thoughts (as
+    Qwen3's template writes them), then its own.
+    """
+
+
 class Lengths(_Model):
-    """Tokens of a sequence: seeded log-normal, one fixed length, or a file with one number a
-    line.
+    """Tokens of a sequence: seeded log-normal, one fixed length, a file with one number a line, or
+    sequences that share beginnings.
     """
 
     median: int | None = Field(None, ge=2)
@@ -73,14 +98,22 @@ class Lengths(_Model):
     longest: int = Field(1024, ge=2)
     fixed: int | None = Field(None, ge=2)
     file: str | None = None
+    shared: Shared | None = None
     prompt_share: float = Field(0.0, ge=0.0, lt=1.0)
     """Share of each sequence that carries no loss (its prompt)."""
 
     @model_validator(mode="after")
-    def _one_of_three(self) -> Lengths:
-        if sum(value is not None for value in (self.median, self.fixed, self.file)) != 1:
-            raise ValueError("give exactly one of median, fixed and file")
+    def _one_of_four(self) -> Lengths:
+        given = (self.median, self.fixed, self.file, self.shared)
+        if sum(value is not None for value in given) != 1:
+            raise ValueError("give exactly one of median, fixed, file and shared")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_shared(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Cases from before there was `shared` keep their hash, and so their results."""
+        values: dict[str, Any] = handler(self)
+        return values if self.shared else {k: v for k, v in values.items() if k != "shared"}
 
 
 class ArmSettings(_Model):

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fastft.bench.case import Case, Lengths
+from fastft.bench.case import Case, Lengths, Shared
 from fastft.errors import FastFTError
 
 PAD, BOS, EOS, FIRST_TOKEN = (
@@ -105,6 +105,9 @@ def draw(
     if not len(ordinary):
         raise FastFTError(f"case {case.name}: a vocabulary of {vocab_size} has no ordinary token.")
     count = (case.warmup_steps + case.steps) * effective_batch_size
+    if lengths.shared is not None:
+        sequences = draw_shared(lengths.shared, count, ordinary, rng)
+        return Workload(*sequences, effective_batch_size, np.array(sorted(never)))
     input_ids, labels = [], []
     for length in draw_lengths(lengths, count, rng):
         ids = ordinary[rng.integers(len(ordinary), size=length)]
@@ -115,6 +118,32 @@ def draw(
         input_ids.append(ids)
         labels.append(target)
     return Workload(input_ids, labels, effective_batch_size, np.array(sorted(never)))
+
+
+def draw_shared(
+    shared: Shared, count: int, ordinary: np.ndarray, rng: np.random.Generator
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return (input_ids, labels) of `count` sequences that share beginnings, of the ids in
+    `ordinary`.
+    """
+
+    def tokens(length: int) -> np.ndarray:
+        return ordinary[rng.integers(len(ordinary), size=length)]
+
+    input_ids: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    before = tokens(0)
+    for place in range(count):
+        if place % (shared.group or count) == 0:
+            before = tokens(shared.beginning)
+        asked = np.concatenate([before, tokens(shared.prompt)])
+        thought, answer = tokens(shared.thought), tokens(shared.answer)
+        ids = np.concatenate([asked, thought, answer])
+        input_ids.append(ids)
+        labels.append(np.where(np.arange(len(ids)) < len(asked), -100, ids))
+        if shared.turns:
+            before = np.concatenate([asked, answer])
+    return input_ids, labels
 
 
 def save(workload: Workload, path: Path) -> None:
