@@ -234,6 +234,11 @@ class TrainConfig(Section):
         description="auto: a beginning that sequences of a step share is computed once, where that "
         "is exact",
     )
+    order: Literal["shuffled", "grouped"] = Field(
+        "shuffled",
+        description="grouped: sequences with a common beginning come into the same step, and the "
+        "groups are shuffled; which rows meet in a step is then no longer random",
+    )
     fused_layers: Literal["auto"] | bool = Field(
         "auto",
         description="auto: fastft's own LoRA, MLP, attention and loss on a CPU; off: "

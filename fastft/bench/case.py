@@ -72,7 +72,7 @@ class Lora(_Model):
 
 
 class Shared(_Model):
-    """Sequences with common beginnings, in tokens. Only the answers carry loss, thoughts included."""
+    """Sequences with common beginnings, in tokens. Thoughts and answers carry loss."""
 
     beginning: int = Field(ge=1)
     """Of a group: a system prompt, a document."""

@@ -17,6 +17,11 @@ from fastft.data import trie
 
 IGNORE = -100
 
+Order = Literal["shuffled", "grouped", "given"]
+"""How sequences come into steps: a permutation; groups with a common beginning, of which the order
+is a permutation; or as the dataset has them.
+"""
+
 Rows = Literal["varlen", "packed", "padded", "trie"]
 """What a micro-batch is: one row without padding whose boundaries are `cu_seq_lens_q` (fastft's
 attention) or `packed_seq_lengths` (Unsloth's GPU kernels), a padded batch, or a trie row, in which
@@ -65,23 +70,29 @@ class StepBatches:
     """The optimizer steps of an epoch as a map-style dataset: `[k]` is the list of samples of step
     k.
 
-    The order is a permutation drawn from (seed, epoch), so it is the same on every machine and
-    after a resume; with `shuffle=False` it is the dataset's own.
+    The order is drawn from (seed, epoch), so it is the same on every machine and after a resume.
     """
 
     def __init__(
-        self, dataset: Any, effective_batch_size: int, seed: int, *, shuffle: bool = True
+        self, dataset: Any, effective_batch_size: int, seed: int, *, order: Order = "shuffled"
     ) -> None:
         self.dataset = dataset
         self.effective_batch_size = effective_batch_size
-        self.seed, self.shuffle = seed, shuffle
+        self.seed, self.shuffled = seed, order != "given"
+        self.groups: list[list[int]] = []
+        if order == "grouped":
+            ids = [np.asarray(dataset[i].input_ids) for i in range(len(dataset))]
+            self.groups = trie.groups(ids, effective_batch_size)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the order of `epoch`."""
-        count = len(self.dataset)
+        count = len(self.groups) or len(self.dataset)
         generator = np.random.default_rng([self.seed, epoch])
-        self.order = generator.permutation(count) if self.shuffle else np.arange(count)
+        order = generator.permutation(count) if self.shuffled else np.arange(count)
+        if self.groups:
+            order = np.concatenate([self.groups[i] for i in order])
+        self.order = order
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.effective_batch_size)

@@ -14,6 +14,12 @@ from fastft.errors import FastFTError
 
 if TYPE_CHECKING:
     from fastft.data import DataReport, Prepared
+    from fastft.data.report import Sharing
+
+SHARING_STEPS = 32
+"""Steps of which the common beginnings are looked at."""
+GROUPED_SAMPLES = 20_000
+"""Samples up to which `fastft data` tries train.order: grouped: sorting them takes a second."""
 
 
 def inspect_data(
@@ -40,6 +46,7 @@ def inspect_data(
     )
     report = found.report
     report.notices += misfits(config, len(found.train), max_positions(config.model))
+    report.sharing = sharing_of(config, found.train)
     console = console or Console(stderr=True)
     report.print(console)
     if plot is True:
@@ -74,6 +81,37 @@ def _place_of_plot(config: RunConfig, console: Console) -> Path | None:
             )
             return None
     return folder / "data.png"
+
+
+def sharing_of(config: RunConfig, samples: Any) -> Sharing | None:
+    """Return what the sequences of a step have in common in the first steps of a run; None without
+    samples. The grouped order is looked at only in a set that is sorted in a moment.
+    """
+    from fastft.data.batches import StepBatches, segments_of, unique_tokens
+    from fastft.data.report import Sharing
+
+    if not len(samples):
+        return None
+    settings, found = config.train, {}
+    grouped = settings.order == "grouped" or len(samples) <= GROUPED_SAMPLES
+    for order in ("shuffled", "grouped") if grouped else ("shuffled",):
+        steps = StepBatches(samples, settings.effective_batch_size, settings.seed, order=order)
+        firsts = [segments_of(steps[i]) for i in range(min(len(steps), SHARING_STEPS))]
+        found[order] = (
+            sum(len(segment) for step in firsts for segment in step),
+            sum(unique_tokens(step) for step in firsts),
+        )
+    tokens, unique = found[settings.order]
+    as_grouped = found.get("grouped")
+    if as_grouped and settings.order == "shuffled":
+        # Other sequences are in these steps, so what is saved is carried over as a share.
+        as_grouped = (tokens, round(tokens * as_grouped[1] / max(as_grouped[0], 1)))
+    return Sharing(
+        steps=min(len(steps), SHARING_STEPS),
+        tokens=tokens,
+        unique_tokens=unique,
+        grouped_unique_tokens=as_grouped[1] if as_grouped else None,
+    )
 
 
 def misfits(config: RunConfig, train_samples: int, positions: int | None) -> list[str]:

@@ -54,6 +54,20 @@ class Trie:
         columns = [self.start, self.length, self.position, self.parent]
         return np.ascontiguousarray(np.stack(columns, axis=1))
 
+    @property
+    def largest_tree(self) -> int:
+        """Tokens of the largest tree that sequences share; 0 where none share any."""
+        sizes: dict[int, int] = {}
+        holders: dict[int, int] = {}
+        root_of = np.arange(len(self.parent))
+        for node, parent in enumerate(self.parent.tolist()):
+            root = int(root_of[node] if parent < 0 else root_of[parent])
+            root_of[node] = root
+            sizes[root] = sizes.get(root, 0) + int(self.length[node])
+        for end in self.end.tolist():
+            holders[int(root_of[end])] = holders.get(int(root_of[end]), 0) + 1
+        return max((size for root, size in sizes.items() if holders[root] > 1), default=0)
+
     def path(self, node: int) -> list[int]:
         """Return the nodes from the root down to `node`."""
         found = []
@@ -173,20 +187,51 @@ def cut(sequences: Sequence[np.ndarray], budget: int, shortest: int = SHORTEST) 
     return [sorted(members) for _, members in rows]
 
 
+def groups(sequences: Sequence[np.ndarray], most: int, shortest: int = SHORTEST) -> list[list[int]]:
+    """Return all indices in groups of at most `most` sequences with a common beginning: the largest
+    subtrees of so few. Deterministic.
+    """
+    trie = build(sequences, shortest)
+    children, ending = _below(trie)
+    members = np.array([len(sequences_here) for sequences_here in ending])
+    for node in range(len(trie.parent) - 1, -1, -1):
+        if (parent := int(trie.parent[node])) >= 0:
+            members[parent] += members[node]
+    found: list[list[int]] = []
+    waiting = np.flatnonzero(trie.parent < 0).tolist()
+    while waiting:
+        node = waiting.pop()
+        if members[node] <= most:
+            found.append([s for n in _subtree(node, children) for s in ending[n]])
+            continue
+        here = ending[node]
+        found += [here[first : first + most] for first in range(0, len(here), most)]
+        waiting += children[node]
+    return sorted(sorted(group) for group in found)
+
+
+def _below(trie: Trie) -> tuple[list[list[int]], list[list[int]]]:
+    """The children of each node, and the sequences that end in it."""
+    children: list[list[int]] = [[] for _ in trie.length]
+    ending: list[list[int]] = [[] for _ in trie.length]
+    for node, parent in enumerate(trie.parent.tolist()):
+        if parent >= 0:
+            children[parent].append(node)
+    for sequence, node in enumerate(trie.end.tolist()):
+        ending[node].append(sequence)
+    return children, ending
+
+
 def _pieces(trie: Trie, budget: int) -> list[tuple[set[int], list[int]]]:
     """Return (nodes with all ancestors, sequences) of the largest subtrees within `budget`, by
     falling size.
     """
     below = trie.length.copy()  # tokens of a node and of everything below it
     above = np.zeros_like(trie.length)  # tokens of a node's ancestors
-    children: list[list[int]] = [[] for _ in trie.length]
+    children, ending = _below(trie)
     for node in range(len(trie.length) - 1, -1, -1):
         if (parent := int(trie.parent[node])) >= 0:
             below[parent] += below[node]
-            children[parent].append(node)
-    ending: list[list[int]] = [[] for _ in trie.length]
-    for sequence, node in enumerate(trie.end.tolist()):
-        ending[node].append(sequence)
     pieces = []
     waiting = np.flatnonzero(trie.parent < 0).tolist()
     while waiting:

@@ -221,19 +221,20 @@ def pick_micro_batch_tokens(
     situation: Situation,
     hardware: Hardware,
     effective_batch_size: int,
+    together: int = 0,
 ) -> Choice[int]:
     """Return the most tokens of one forward pass, and why: the largest budget that fits with a
     margin of 10 %.
 
     Never more than a whole step (`effective_batch_size` sequences of `situation.longest`), nor, on
-    a CPU, than keeps it busy; never less than the longest sequence, which is a row of its own
-    anyway.
+    a CPU, than keeps it busy or holds the `together` tokens of sequences that share a beginning;
+    never less than the longest sequence, which is a row of its own anyway.
     """
     if requested != "auto":
         return Choice(int(requested), "asked for")
     longest = situation.longest
     whole = longest * effective_batch_size
-    cap = min(whole, max(CPU_ROW, longest)) if hardware.kind == "cpu" else whole
+    cap = min(whole, max(CPU_ROW, longest, together)) if hardware.kind == "cpu" else whole
 
     def has_room(tokens: int) -> bool:
         s = replace(situation, tokens=tokens)
@@ -251,11 +252,11 @@ def pick_micro_batch_tokens(
     peak = train_peak_bytes(shape, replace(situation, tokens=fits))
     numbers = f"{peak / GIB:.1f} of {available_bytes(hardware) / GIB:.1f} GiB"
     if fits == cap:
-        why = (
-            "keeps a CPU busy"
-            if hardware.kind == "cpu" and cap < whole
-            else "a whole step in one pass"
-        )
+        why = "a whole step in one pass"
+        if hardware.kind == "cpu" and cap < whole:
+            why = "keeps a CPU busy"
+        if cap == together:
+            why = "holds what shares a beginning"
         return Choice(fits, f"{why}: {numbers}")
     # Between the doubling that fits and the one that does not, in steps of 512 tokens.
     low, high = fits, min(cap, 2 * fits)

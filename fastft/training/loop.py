@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from fastft.data.batches import Segment, StepBatches, segments_of, supervised_tokens
+from fastft.data.batches import Order, Segment, StepBatches, segments_of, supervised_tokens
 from fastft.engines.base import Engine
 from fastft.errors import CouldNotFinishError
 from fastft.files import disk_error
@@ -70,10 +70,10 @@ class StepTrainer(Trainer):
         save_extra: Callable[[Path], None],
         report_every: int = 1,
         fused: FusedLayers | None = None,
-        shuffle: bool = True,
+        order: Order = "shuffled",
         judge: Callable[[], dict[str, Any]] = dict,
     ) -> None:
-        self.steps = StepBatches(train_dataset, effective_batch_size, args.seed, shuffle=shuffle)
+        self.steps = StepBatches(train_dataset, effective_batch_size, args.seed, order=order)
         super().__init__(model=model, args=args, train_dataset=self.steps, data_collator=_the_step)
         self.remove_callback(PrinterCallback)
         self.add_callback(_SetEpoch(self.steps))

@@ -45,12 +45,15 @@ from fastft.training.sharded import is_sharded, local_bytes, shard
 
 if TYPE_CHECKING:
     from fastft.data import Prepared as PreparedData
-    from fastft.data.batches import Rows
+    from fastft.data.batches import Order, Rows, StepBatches
     from fastft.kernels.fused import FusedLayers
     from fastft.training.callbacks import MemoryCheck
     from fastft.training.exactness import RowCheck
     from fastft.training.loop import StepTrainer
     from fastft.training.step import StepPolicy
+
+LOOKED_AT = 16
+"""Steps of which the shared beginnings are looked at before the first one."""
 
 FEW_STEPS = 20
 """A run of fewer steps mostly leaves the model as it was."""
@@ -315,7 +318,46 @@ class Session:
         rows, loaded.choices["share_prefixes"] = choose_sharing(
             settings.share_prefixes, model, engine, check, rows=rows, tested=tested, longest=longest
         )
+        if rows == "trie" and settings.micro_batch_tokens == "auto":
+            self._make_room_for_trees(loaded)
         return replace(loaded, rows=rows)
+
+    def _make_room_for_trees(self, loaded: Prepared) -> None:
+        """Raise the budget, where memory allows it, to what the sequences of a step that share a
+        beginning take together: a row that is cut computes the beginning again.
+        """
+        from fastft.data import trie
+        from fastft.data.batches import segments_of
+        from fastft.planning import load_shape
+        from fastft.planning.resolve import pick_micro_batch_tokens, resolve
+
+        steps = self._steps(loaded.data)
+        firsts = [segments_of(steps[i]) for i in range(min(len(steps), LOOKED_AT))]
+        trees = [trie.build([s.input_ids for s in step]).largest_tree for step in firsts]
+        budget = loaded.choices["micro_batch_tokens"]
+        if max(trees, default=0) <= budget.value:
+            return
+        shape = load_shape(self.config.model.name, self.config.model.revision)
+        loaded.choices["micro_batch_tokens"] = pick_micro_batch_tokens(
+            "auto",
+            shape=shape,
+            situation=resolve(self.config, self.hardware, shape).situation,
+            hardware=self.hardware,
+            effective_batch_size=self.config.train.effective_batch_size,
+            together=max(trees),
+        )
+
+    def _steps(self, data: Sequences) -> StepBatches:
+        from fastft.data.batches import StepBatches
+
+        settings = self.config.train
+        return StepBatches(
+            data.train, settings.effective_batch_size, settings.seed, order=self._order
+        )
+
+    @property
+    def _order(self) -> Order:
+        return self.config.train.order if self.shuffle else "given"
 
     def check_rows(self, loaded: Prepared, rows: Rows) -> RowCheck | None:
         """Compare a row of the first step's sequences with each of them alone, in the run's
@@ -323,11 +365,11 @@ class Session:
         """
         import torch
 
-        from fastft.data.batches import StepBatches, segments_of
+        from fastft.data.batches import segments_of
         from fastft.training.exactness import check_rows
         from fastft.training.step import Stepper
 
-        settings, device = self.config.train, loaded.model.device
+        device = loaded.model.device
         dtype = getattr(torch, loaded.choices["dtype"].value)
         stepper = Stepper(
             loaded.model,
@@ -336,7 +378,7 @@ class Session:
             device=device,
             on_note=self.report.warn,
         )
-        steps = StepBatches(loaded.data.train, settings.effective_batch_size, settings.seed)
+        steps = self._steps(loaded.data)
         mixed = dtype != torch.float32
         return check_rows(
             stepper,
@@ -400,7 +442,7 @@ class Session:
             save_extra=partial(self._save_extra, prepared.tokenizer),
             report_every=settings.logging_steps,
             fused=prepared.fused,
-            shuffle=self.shuffle,
+            order=self._order,
             judge=self._judge(prepared),
         )
         trainer.add_callback(

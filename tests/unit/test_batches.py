@@ -93,6 +93,38 @@ def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch_alone(count, b
     assert seen == [i for k in range(len(again)) for i in again[k]]
 
 
+def talk(beginning, own):
+    return sample([*range(1000 * beginning, 1000 * beginning + 20), own, own])
+
+
+def test_grouped_order_brings_common_beginnings_together():
+    talks = [talk(n % 5, 10 + n) for n in range(20)]
+    steps = StepBatches(talks, 4, seed=7, order="grouped")
+    seen = []
+    for epoch in (0, 1):
+        steps.set_epoch(epoch)
+        beginnings = [[int(s.input_ids[0]) for s in steps[k]] for k in range(len(steps))]
+        assert all(len(set(step)) == 1 for step in beginnings)
+        assert sorted(int(s.input_ids[-1]) for k in range(5) for s in steps[k]) == list(
+            range(10, 30)
+        )
+        seen.append(beginnings)
+    assert seen[0] != seen[1], "the groups are shuffled"
+    again = StepBatches(talks, 4, seed=7, order="grouped")
+    assert [again[k] for k in range(5)] == [
+        [talks[i] for i in again.order[4 * k : 4 * k + 4]] for k in range(5)
+    ]
+    again.set_epoch(1)
+    assert again.order.tolist() == steps.order.tolist()
+
+
+def test_one_beginning_for_all_leaves_the_order_free():
+    talks = [talk(0, 10 + n) for n in range(40)]
+    steps = StepBatches(talks, 4, seed=7, order="grouped")
+    assert all(len(group) == 1 for group in steps.groups)
+    assert steps.order.tolist() != list(range(40))
+
+
 def test_epochs_differ():
     steps = StepBatches(list(range(100)), 100, seed=7)
     first = steps[0]

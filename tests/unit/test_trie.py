@@ -86,6 +86,30 @@ def test_a_cut_holds_every_sequence_once_and_keeps_the_budget(given_sequences, b
         assert trie.build(chosen, least).tokens <= max(budget, longest)
 
 
+@given(sequences, st.integers(1, 5), shortest)
+def test_groups_hold_every_sequence_once_and_are_small_enough(given_sequences, most, least):
+    found = trie.groups(given_sequences, most, least)
+    assert sorted(i for group in found for i in group) == list(range(len(given_sequences)))
+    assert all(1 <= len(group) <= most for group in found)
+    for group in found:
+        chosen = [given_sequences[i] for i in group]
+        assert len(chosen) == 1 or trie.build(chosen, least).shares
+
+
+@given(sequences, shortest)
+def test_the_largest_tree_is_what_some_sequences_need_together(given_sequences, least):
+    found = trie.build(given_sequences, least)
+    roots = [found.path(end)[0] for end in found.end.tolist()]
+    sizes = [
+        trie.build(
+            [s for s, r in zip(given_sequences, roots, strict=True) if r == root], least
+        ).tokens
+        for root in set(roots)
+        if roots.count(root) > 1
+    ]
+    assert found.largest_tree == max(sizes, default=0)
+
+
 def test_a_cut_repeats_only_what_two_rows_need():
     system = np.arange(100)
     talks = [np.concatenate([system, np.full(30, 200 + i)]) for i in range(8)]
