@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fastft import cli
 from tests.families import make_checkpoint
 
 
@@ -46,6 +47,19 @@ def run_python(code, *arguments, timeout=300, env=None):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture
+def attempt(capfd):
+    """Run the command line in this process (stock engine); returns (code, message)."""
+
+    def run(*arguments):
+        code = cli.run([str(a) for a in arguments])
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return code, " ".join((out + err).split())
+
+    return run
 
 
 @pytest.fixture(scope="session")

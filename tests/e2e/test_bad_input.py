@@ -9,19 +9,6 @@ import pytest
 from fastft import cli
 
 
-@pytest.fixture
-def attempt(capfd):
-    """Run the command line in this process (stock engine); returns (code, message)."""
-
-    def run(*arguments):
-        code = cli.run([str(a) for a in arguments])
-        out, err = capfd.readouterr()
-        assert "Traceback" not in err
-        return code, " ".join((out + err).split())
-
-    return run
-
-
 def rows(path, lines):
     path.write_text(
         "\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8"

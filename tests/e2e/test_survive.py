@@ -19,19 +19,6 @@ from fastft.runs import checkpoint
 from tests.e2e.conftest import losses
 
 
-@pytest.fixture
-def attempt(capfd):
-    """Run the command line in this process (stock engine); returns (code, message)."""
-
-    def run(*arguments):
-        code = cli.run([str(a) for a in arguments])
-        out, err = capfd.readouterr()
-        assert "Traceback" not in err
-        return code, " ".join((out + err).split())
-
-    return run
-
-
 @contextlib.contextmanager
 def threads(count):
     before = torch.get_num_threads()
