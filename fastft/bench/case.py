@@ -26,14 +26,8 @@ from fastft.errors import FastFTError, one_of
 CASES = Path(__file__).parent / "cases"
 
 TUNING = (
-    "OMP_",
-    "GOMP_",
-    "KMP_",
-    "MKL_",
-    "MALLOC_",
-    "PYTORCH_ALLOC_CONF",
-    "PYTORCH_CUDA_ALLOC_CONF",
-)
+    "OMP_", "GOMP_", "KMP_", "MKL_", "MALLOC_", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
+)  # fmt: skip
 """Beginnings of the environment variables that tune speed or memory: an arm gets them only from
 its case.
 """

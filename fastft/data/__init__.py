@@ -16,17 +16,10 @@ import importlib
 from typing import Any
 
 _WHERE = {
-    "prepare": "pipeline",
-    "Prepared": "pipeline",
-    "TokenDataset": "store",
-    "Sample": "store",
-    "DataReport": "report",
-    "Conversation": "rows",
-    "ChatTemplate": "template",
-    "choose_template": "template",
-    "generation_prompt": "encode",
-    "encode_conversation": "encode",
-}
+    "prepare": "pipeline", "Prepared": "pipeline", "TokenDataset": "store", "Sample": "store",
+    "DataReport": "report", "Conversation": "rows", "ChatTemplate": "template",
+    "choose_template": "template", "generation_prompt": "encode", "encode_conversation": "encode",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -31,15 +31,8 @@ ROLES = {
 }  # fmt: skip
 
 LOSS_KEYS = (
-    "weight",
-    "train",
-    "training",
-    "trainable",
-    "loss",
-    "loss_mask",
-    "loss_weight",
-    "loss_scale",
-)
+    "weight", "train", "training", "trainable", "loss", "loss_mask", "loss_weight", "loss_scale",
+)  # fmt: skip
 """Keys by which a message says whether it is trained: axolotl, ms-swift, OpenAI, Together."""
 
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning", "thought")

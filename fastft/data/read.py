@@ -31,20 +31,10 @@ CHUNK_ROWS = 1000
 CHUNK_BYTES = 1 << 20
 _HEAD = 1 << 22  # bytes looked at to tell encoding and kind
 SUFFIXES = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".tab": "tsv",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-    ".ipc": "arrow",
-    ".txt": "text",
-    ".md": "text",
-}
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv",
+    ".tab": "tsv", ".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow", ".feather": "arrow",
+    ".ipc": "arrow", ".txt": "text", ".md": "text",
+}  # fmt: skip
 # What a cut, damaged or foreign file makes its reader raise; NotImplementedError: a zip method that
 # Python lacks.
 _UNREADABLE = (
@@ -56,12 +46,9 @@ _UNREADABLE = (
     NotImplementedError,
 )
 _COMPRESSED = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bz2",
-    b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd",
     b"PK\x03\x04": "zip",
-}
+}  # fmt: skip
 
 _SPLITS = {
     "train": {"train", "training"},

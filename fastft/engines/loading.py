@@ -343,12 +343,9 @@ def unknown_target_modules(model: Any, target_modules: Any) -> list[str]:
 
 
 FUSED = {
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj",
+    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
-}
+}  # fmt: skip
 
 
 def _targeted(model: Any, target_modules: Any) -> list[tuple[str, Any]]:

@@ -51,25 +51,10 @@ LIMITS: dict[str, Limits] = {
 """Distance limits for each type of file."""
 
 WEIGHT_LIMITS: dict[str, float] = {
-    "f32": 1e-5,
-    "f16": 1e-3,
-    "bf16": 8e-3,
-    "q8_0": 0.02,
-    "q6_k": 0.05,
-    "q5_1": 0.09,
-    "q5_k": 0.09,
-    "q5_0": 0.09,
-    "q4_k": 0.18,
-    "q4_1": 0.18,
-    "q4_0": 0.18,
-    "iq4_xs": 0.18,
-    "iq4_nl": 0.18,
-    "q3_k": 0.35,
-    "iq3": 0.45,
-    "q2_k": 0.6,
-    "iq2": 0.75,
-    "iq1": 0.95,
-}
+    "f32": 1e-5, "f16": 1e-3, "bf16": 8e-3, "q8_0": 0.02, "q6_k": 0.05, "q5_1": 0.09, "q5_k": 0.09,
+    "q5_0": 0.09, "q4_k": 0.18, "q4_1": 0.18, "q4_0": 0.18, "iq4_xs": 0.18, "iq4_nl": 0.18,
+    "q3_k": 0.35, "iq3": 0.45, "q2_k": 0.6, "iq2": 0.75, "iq1": 0.95,
+}  # fmt: skip
 """Largest relative root-mean-square error of one weight, for each type of tensor."""
 
 

@@ -27,23 +27,12 @@ MARK = "fastft export"
 # What makes a tokenizer; the adapter's own files (added tokens, a new template) win over the
 # base's.
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt",
+)  # fmt: skip
 BASE_FILES = (
-    "tokenizer.model",
-    "spiece.model",
-    "generation_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
-)
+    "tokenizer.model", "spiece.model", "generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE",
+)  # fmt: skip
 
 
 def export_merged(

@@ -24,15 +24,8 @@ NO_TEMPLATE = (
     "here:"
 )
 INSTRUCTIONS = {
-    "FROM",
-    "PARAMETER",
-    "TEMPLATE",
-    "SYSTEM",
-    "ADAPTER",
-    "LICENSE",
-    "MESSAGE",
-    "REQUIRES",
-}
+    "FROM", "PARAMETER", "TEMPLATE", "SYSTEM", "ADAPTER", "LICENSE", "MESSAGE", "REQUIRES",
+}  # fmt: skip
 PARAMETERS = {
     "num_ctx": int,
     "num_predict": int,

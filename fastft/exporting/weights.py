@@ -25,13 +25,9 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "U8": "uint8",
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8",
     "I64": "int64",
-}
+}  # fmt: skip
 PREFIX = "base_model.model."
 EMBEDDING = "embed_tokens.weight"
 HEAD = "lm_head.weight"

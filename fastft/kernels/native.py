@@ -27,15 +27,9 @@ import torch
 import torch.nn.functional as F
 
 _FLAGS = [
-    "-O3",
-    "-march=native",
-    "-std=c++17",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fopenmp",
-    "-shared",
-    "-fPIC",
-]
+    "-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
+    "-shared", "-fPIC",
+]  # fmt: skip
 _SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 

@@ -59,24 +59,10 @@ from fastft.planning.show import plan_table
 from fastft.planning.time import StepTime, step_time, steps_of_run
 
 __all__ = [
-    "KNOWN_MODELS",
-    "Calibration",
-    "Change",
-    "ModelShape",
-    "Phase",
-    "Plan",
-    "Situation",
-    "Term",
-    "apply_changes",
-    "known_shape",
-    "load_shape",
-    "pick_gradient_checkpointing",
-    "pick_micro_batch_tokens",
-    "pick_quantization",
-    "plan",
-    "plan_table",
-    "shape_from_config",
-]
+    "KNOWN_MODELS", "Calibration", "Change", "ModelShape", "Phase", "Plan", "Situation", "Term",
+    "apply_changes", "known_shape", "load_shape", "pick_gradient_checkpointing",
+    "pick_micro_batch_tokens", "pick_quantization", "plan", "plan_table", "shape_from_config",
+]  # fmt: skip
 
 Verdict = Literal["fits", "tight", "does_not_fit"]
 

@@ -10,22 +10,10 @@ from fastft.planning.shape import ModelShape, Weight
 
 # Bits a weight: bytes of a block x 8 / weights in it, from the block layouts in ggml-common.h.
 GGUF_BITS = {
-    "f32": 32,
-    "f16": 16,
-    "bf16": 16,
-    "q8_0": 8.5,
-    "q6_k": 6.5625,
-    "q5_k": 5.5,
-    "q4_k": 4.5,
-    "q3_k": 3.4375,
-    "q2_k": 2.625,
-    "q5_1": 6,
-    "q5_0": 5.5,
-    "q4_1": 5,
-    "q4_0": 4.5,
-    "iq4_nl": 4.5,
+    "f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.5625, "q5_k": 5.5, "q4_k": 4.5,
+    "q3_k": 3.4375, "q2_k": 2.625, "q5_1": 6, "q5_0": 5.5, "q4_1": 5, "q4_0": 4.5, "iq4_nl": 4.5,
     "iq4_xs": 4.25,
-}
+}  # fmt: skip
 # What most tensors get, and what the more sensitive half (attention values, MLP down) of the layers
 # gets.
 _MIXES = {

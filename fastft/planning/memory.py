@@ -284,12 +284,8 @@ def _not_fused(shape: ModelShape, s: Situation) -> bool:
 
 
 _SHARED_INPUT = {
-    "q_proj": "qkv",
-    "k_proj": "qkv",
-    "v_proj": "qkv",
-    "gate_proj": "gate_up",
-    "up_proj": "gate_up",
-}
+    "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up",
+}  # fmt: skip
 
 
 def moving_terms(shape: ModelShape, s: Situation) -> list[Term]:

@@ -27,17 +27,9 @@ from fastft.models import read_header
 
 Role = Literal["embedding", "head", "linear", "expert", "router", "norm", "other"]
 STORED_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "BF16": 2,
-    "F16": 2,
-    "I64": 8,
-    "I32": 4,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
+    "F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1, "I8": 1, "F8_E4M3": 1,
     "BOOL": 1,
-}
+}  # fmt: skip
 STORED_16_BIT = frozenset({"BF16", "F16", "F32"})
 PACKED = frozenset({"U8", "I8", "I32", "F8_E4M3", "F8_E5M2"})  # bitsandbytes, MXFP4, GPTQ, AWQ, FP8
 
@@ -179,12 +171,8 @@ FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | dic
     ("gate_proj", "up_proj"), "gate_up_proj"
 )
 NEEDED = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "vocab_size",
-)
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
+)  # fmt: skip
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token")
 OPTIONAL_NUMBERS = (

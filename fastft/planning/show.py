@@ -207,18 +207,9 @@ def plot_plan(plan: Plan, path: Path) -> Path:
 
 
 TABLE_MODELS = (
-    "qwen3-0.6b",
-    "llama-3.2-1b",
-    "qwen3-1.7b",
-    "llama-3.2-3b",
-    "qwen3-4b",
-    "llama-3.1-8b",
-    "qwen3-14b",
-    "qwen3-32b",
-    "llama-3.3-70b",
-    "gpt-oss-20b",
-    "gpt-oss-120b",
-)
+    "qwen3-0.6b", "llama-3.2-1b", "qwen3-1.7b", "llama-3.2-3b", "qwen3-4b", "llama-3.1-8b",
+    "qwen3-14b", "qwen3-32b", "llama-3.3-70b", "gpt-oss-20b", "gpt-oss-120b",
+)  # fmt: skip
 TABLE_CARDS = ("rtx3060", "t4", "l4", "rtx4090", "a100-40", "a100-80", "h100", "h200")
 TABLE_LENGTHS = (1024, 2048, 8192)
 

@@ -13,28 +13,12 @@ from fastft.errors import FastFTError
 from fastft.runs import checkpoint
 from fastft.runs.card import model_card
 
-ADAPTER_FILES = frozenset(
-    {
-        "adapter_model.safetensors",
-        "adapter_config.json",
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "tokenizer.model",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "chat_template.jinja",
-        "chat_template.json",
-        "README.md",
-        "LICENSE",
-        "LICENSE.txt",
-        "NOTICE",
-    }
-)
+ADAPTER_FILES = frozenset({
+    "adapter_model.safetensors", "adapter_config.json", "config.json", "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "chat_template.json", "README.md", "LICENSE", "LICENSE.txt", "NOTICE",
+})  # fmt: skip
 """Names of the files that an adapter consists of; nothing else is copied or uploaded."""
 
 

@@ -34,12 +34,9 @@ from fastft.files.locks import held
 MANIFEST = "manifest.json"
 # Without any one of these a resume silently starts the optimizer or the schedule anew.
 REQUIRED = (
-    "adapter_model.safetensors",
-    "optimizer.pt",
-    "scheduler.pt",
-    "rng_state.pth",
+    "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
     "trainer_state.json",
-)
+)  # fmt: skip
 MAY_CHANGE = {
     "train": {"epochs", "max_steps", "max_minutes", "report_to", "lost_after_minutes", "shard_base"}
     | {"logging_steps", "save_steps", "save_total_limit", "eval_steps", "eval_metrics"},

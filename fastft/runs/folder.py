@@ -25,17 +25,9 @@ from fastft.runs import checkpoint
 from fastft.secrets import redact
 
 PACKAGES = (
-    "fastft",
-    "unsloth",
-    "unsloth_zoo",
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "datasets",
-    "accelerate",
-    "bitsandbytes",
-)
+    "fastft", "unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "datasets",
+    "accelerate", "bitsandbytes",
+)  # fmt: skip
 
 # What a checkpoint keeps of its run, so that it alone is enough to go on from an empty disk.
 STATE = ("run.yaml", "run.json", "log.jsonl", "samples.jsonl")

@@ -42,16 +42,9 @@ if TYPE_CHECKING:
     from fastft.data import Prepared as PreparedData
 
 DATASET_KEYS = {
-    "format",
-    "rows_total",
-    "rows_used",
-    "dropped",
-    "tokens",
-    "trained_tokens",
-    "truncated",
-    "duplicates",
-    "leakage",
-}
+    "format", "rows_total", "rows_used", "dropped", "tokens", "trained_tokens", "truncated",
+    "duplicates", "leakage",
+}  # fmt: skip
 """What run.json keeps of the data's report."""
 
 

@@ -30,20 +30,11 @@ from fastft.hub import endpoint, shown_endpoint
 Status = Literal["ok", "note", "warning", "blocking"]
 
 TESTED = {
-    "torch": "2.13.0",
-    "transformers": "5.17.0",
-    "peft": "0.21.2",
-    "trl": "1.15.0",
-    "datasets": "4.8.5",
-    "accelerate": "1.15.0",
-    "safetensors": "0.8.0",
-    "huggingface_hub": "1.33.0",
-    "bitsandbytes": "0.50.2",
-    "unsloth": "2026.10.9",
-    "unsloth_zoo": "2026.10.9",
-    "gguf": "0.19.0",
-    "llama-cpp-python": "0.3.36",
-}
+    "torch": "2.13.0", "transformers": "5.17.0", "peft": "0.21.2", "trl": "1.15.0",
+    "datasets": "4.8.5", "accelerate": "1.15.0", "safetensors": "0.8.0",
+    "huggingface_hub": "1.33.0", "bitsandbytes": "0.50.2", "unsloth": "2026.10.9",
+    "unsloth_zoo": "2026.10.9", "gguf": "0.19.0", "llama-cpp-python": "0.3.36",
+}  # fmt: skip
 """The set that the tests ran with. requirements/*.txt pin the same versions; a test compares the
 two.
 """

@@ -19,23 +19,10 @@ from fastft.errors import FastFTError
 from fastft.files import write_atomically
 
 RECORD_HEADINGS = (
-    "table",
-    "arm",
-    "repeat",
-    "order",
-    "status",
-    "tokens/s",
-    "seconds of each timed step",
-    "losses",
-    "peak GB",
-    "import",
-    "load",
-    "first step",
-    "load average",
-    "CPU share",
-    "clock MHz",
+    "table", "arm", "repeat", "order", "status", "tokens/s", "seconds of each timed step", "losses",
+    "peak GB", "import", "load", "first step", "load average", "CPU share", "clock MHz",
     "throttled",
-)
+)  # fmt: skip
 
 
 def write_html(results: Sequence[Result], out: Path) -> Path:

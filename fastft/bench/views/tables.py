@@ -12,18 +12,9 @@ from fastft.bench.record import ArmSummary, Peak, Ratio, Result, Spread, TableRe
 TITLES = {"defaults": "Everyone's defaults", "matched": "Matched settings"}
 
 HEADINGS = (
-    "arm",
-    "status",
-    "tokens/s",
-    "s/step",
-    "padding",
-    "peak memory",
-    "import",
-    "load",
-    "first step",
-    "achieved",
-    "of ceiling",
-)
+    "arm", "status", "tokens/s", "s/step", "padding", "peak memory", "import", "load", "first step",
+    "achieved", "of ceiling",
+)  # fmt: skip
 
 LEGEND = (
     "Tokens are non-padding tokens; figures are medians over the repeats, with the 20th to "

@@ -81,12 +81,9 @@ class Model:
 
 
 ATTENTION = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "input_layernorm": "attn_norm",
-}
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "input_layernorm": "attn_norm",
+}  # fmt: skip
 QK_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 GATED_MLP = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 TWO_NORMS = {"post_attention_layernorm": "ffn_norm"}
@@ -96,12 +93,9 @@ FOUR_NORMS = {
     "post_feedforward_layernorm": "post_ffw_norm",
 }
 FUSED = {
-    "self_attn.qkv_proj": "attn_qkv",
-    "self_attn.o_proj": "attn_output",
-    "input_layernorm": "attn_norm",
-    "mlp.gate_up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+    "self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output",
+    "input_layernorm": "attn_norm", "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
 
 
 Metadata = dict[str, tuple[Any, str]]
@@ -231,30 +225,13 @@ WRITTEN = {f"{row.classes}ForCausalLM": row for row in FAMILIES.values() if row.
 """Class name in a config's `architectures` -> the family's row."""
 # Fields that say how a model was trained or is to be sampled, and nothing about its arithmetic.
 HARMLESS = {
-    "architectures",
-    "auto_map",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "quantization_config",
-    "pretraining_tp",
-    "rope_scaling",
-    "rope_theta",
-    "rope_local_base_freq",
-    "sliding_window_pattern",
-    "max_window_layers",
-    "cache_implementation",
-    "hidden_act",
-    "hidden_activation",
-    "unsloth_fixed",
-    "unsloth_version",
-    "model_name",
-    "original_max_position_embeddings",
-    "resid_pdrop",
-    "embd_pdrop",
-    "attention_dropout",
+    "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version",
+    "quantization_config", "pretraining_tp", "rope_scaling", "rope_theta", "rope_local_base_freq",
+    "sliding_window_pattern", "max_window_layers", "cache_implementation", "hidden_act",
+    "hidden_activation", "unsloth_fixed", "unsloth_version", "model_name",
+    "original_max_position_embeddings", "resid_pdrop", "embd_pdrop", "attention_dropout",
     "head_dim",
-}
+}  # fmt: skip
 
 
 def describe(weights: Weights) -> Model:

@@ -22,53 +22,18 @@ if TYPE_CHECKING:
 
 # llama.cpp's numbers for kinds of files (llama.h, enum llama_ftype)
 FILE_TYPES = {
-    "f32": 0,
-    "f16": 1,
-    "bf16": 32,
-    "q8_0": 7,
-    "q4_0": 2,
-    "q5_0": 8,
-    "q6_k": 18,
-    "q5_k_m": 17,
-    "q5_k_s": 16,
-    "q4_k_m": 15,
-    "q4_k_s": 14,
-    "q3_k_l": 13,
-    "q3_k_m": 12,
-    "q3_k_s": 11,
-    "q2_k": 10,
-    "iq4_xs": 30,
-    "iq4_nl": 25,
-    "iq3_m": 27,
-    "iq3_s": 26,
-    "iq3_xs": 22,
-    "iq3_xxs": 23,
-    "iq2_m": 29,
-    "iq2_s": 28,
-    "iq2_xs": 20,
-    "iq2_xxs": 19,
-}
+    "f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2, "q5_0": 8, "q6_k": 18, "q5_k_m": 17,
+    "q5_k_s": 16, "q4_k_m": 15, "q4_k_s": 14, "q3_k_l": 13, "q3_k_m": 12, "q3_k_s": 11, "q2_k": 10,
+    "iq4_xs": 30, "iq4_nl": 25, "iq3_m": 27, "iq3_s": 26, "iq3_xs": 22, "iq3_xxs": 23, "iq2_m": 29,
+    "iq2_s": 28, "iq2_xs": 20, "iq2_xxs": 19,
+}  # fmt: skip
 UNQUANTIZED = ("f32", "f16", "bf16")
 # A file type whose main tensor type is this one, to compare the two ways of quantising.
 CHECKED_BY = {
-    "q4_0": 2,
-    "q4_1": 3,
-    "q5_0": 8,
-    "q5_1": 9,
-    "q8_0": 7,
-    "q2_k": 10,
-    "q3_k": 11,
-    "q4_k": 14,
-    "q5_k": 16,
-    "q6_k": 18,
-    "iq4_nl": 25,
-    "iq4_xs": 30,
-    "iq3_s": 26,
-    "iq3_xxs": 23,
-    "iq2_xxs": 19,
-    "iq2_xs": 20,
-    "iq2_s": 29,
-}
+    "q4_0": 2, "q4_1": 3, "q5_0": 8, "q5_1": 9, "q8_0": 7, "q2_k": 10, "q3_k": 11, "q4_k": 14,
+    "q5_k": 16, "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30, "iq3_s": 26, "iq3_xxs": 23, "iq2_xxs": 19,
+    "iq2_xs": 20, "iq2_s": 29,
+}  # fmt: skip
 NEEDS_IMATRIX = {"iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs"}
 EMBEDDINGS = {"token_embd.weight", "output.weight"}
 
