@@ -248,11 +248,16 @@ def sweep(
     processes: Annotated[
         int | None, typer.Option("--processes", help="spread the trials over so many processes")
     ] = None,
+    on_ray: Annotated[
+        bool, typer.Option("--ray", help="hand the trials to Ray Tune (RAY_ADDRESS)")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Try several settings on one loaded base; each trial is a run of its own."""
     if keep not in ("half", "all"):
         raise one_of("--keep", keep, ("half", "all"))
+    if on_ray and processes is not None:
+        raise FastFTError("give either --ray or --processes: Ray starts processes of its own.")
     if processes is not None and processes != 1:
         given = [("--vary", v) for v in vary] + [("--set", o) for o in overrides or []]
         given += [("--keep", keep)] + ([("--trials", str(trials))] if trials is not None else [])
@@ -262,7 +267,9 @@ def sweep(
     from fastft.progress import Reporter
     from fastft.training.sweep_views import table
 
-    found = verbs.sweep(config, overrides or [], vary=vary, trials=trials, keep_all=keep == "all")
+    found = verbs.sweep(
+        config, overrides or [], vary=vary, trials=trials, keep_all=keep == "all", on_ray=on_ray
+    )
     if not ranks.first():
         return
     Reporter().console.print(table(found))

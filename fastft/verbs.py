@@ -172,6 +172,7 @@ def sweep(
     vary: Sequence[str],
     trials: int | None = None,
     keep_all: bool = False,
+    on_ray: bool = False,
     reporter: Reporter | None = None,
 ) -> Sweep:
     """Train the combinations of `vary` (see `fastft.training.sweep.sweep`), then write what
@@ -183,8 +184,9 @@ def sweep(
     from fastft.training.sweep import sweep as train_all
 
     found = train_all(
-        config, overrides, vary=vary, trials=trials, keep_all=keep_all, reporter=reporter
-    )
+        config, overrides, vary=vary, trials=trials, keep_all=keep_all, on_ray=on_ray,
+        reporter=reporter,
+    )  # fmt: skip
     targets = load_config(config, list(overrides)).export.to
     if found.best is not None and targets != ["adapter"] and ranks.first():
         exporting.export(found.best.run.path, targets, reporter=reporter)

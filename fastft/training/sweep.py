@@ -24,6 +24,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ import numpy as np
 from fastft.config import RunConfig, load_config
 from fastft.errors import CouldNotFinishError, FastFTError, InterruptedRunError
 from fastft.files import write_atomically
+from fastft.hardware import probe
 from fastft.progress import Reporter
 from fastft.runs import checkpoint
 from fastft.runs.folder import RunFolder
@@ -100,17 +102,16 @@ def sweep(
     vary: Sequence[str],
     trials: int | None = None,
     keep_all: bool = False,
+    on_ray: bool = False,
     reporter: Reporter | None = None,
-    run_trials: Callable[[list[Trial], int | None], None] | None = None,
 ) -> Sweep:
     """Train the combinations of `vary` ("lora.r=8,16"), and return them with the best one.
 
     `trials` draws so many of them at random, with the config's train.seed; ranges
     ("train.learning_rate=1e-5..1e-3", on a logarithmic scale) need it. `keep_all` drops none.
-    `run_trials` trains a list of them to a step (None: to the end); by default here, one after
-    the other, or spread over the processes of a launcher. The same call goes on where an earlier
-    one was stopped. Raises FastFTError (settings), CouldNotFinishError where every trial failed,
-    InterruptedRunError.
+    They are trained here, one after the other, or spread over the processes of a launcher, or
+    `on_ray`. The same call goes on where an earlier one was stopped. Raises FastFTError
+    (settings), CouldNotFinishError where every trial failed, InterruptedRunError.
     """
     started, report = time.monotonic(), reporter or Reporter()
     base = load_config(config, list(overrides))
@@ -120,7 +121,12 @@ def sweep(
     made = [_trial(config, overrides, base, folder, settings) for settings in drawn]
     result = Sweep(folder, made, [])
     kept = Kept()
-    run_all = run_trials or (lambda these, step: _train_here(these, step, kept, report))
+    run_all: Callable[[list[Trial], int | None], None]
+    run_all = partial(_train_here, kept=kept, report=report)
+    if on_ray:
+        from fastft.training.sweep_ray import RayTrials
+
+        run_all = RayTrials(folder / "ray", gpu=probe(folder).kind == "cuda")
     if ranks.first():
         _refuse_another_sweep(result)
     result.rungs = [] if keep_all else _rungs(base, made, kept)
@@ -259,7 +265,6 @@ def _total_steps(config: RunConfig, kept: Kept) -> int:
     """Return the optimizer steps of a run; the data is read for it where they count epochs."""
     if config.train.max_steps is not None:
         return config.train.max_steps
-    from fastft.hardware import probe
     from fastft.progress import silent
     from fastft.training.session import Session
 
