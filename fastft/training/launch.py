@@ -17,7 +17,7 @@ from typing import Any
 from fastft import child
 from fastft.errors import FastFTError
 from fastft.hardware import usable_cores
-from fastft.training.ranks import LOST, OWN_LAUNCHER
+from fastft.training.ranks import LOST, OWN_LAUNCHER, found
 
 SHUTDOWN_SECONDS = 120
 """How long processes may take to finish their step and save, once they were told to stop."""
@@ -61,6 +61,11 @@ def _refuse_too_many(processes: int) -> None:
     """Raise FastFTError for fewer than one process, or more than there are GPUs."""
     if processes < 1:
         raise FastFTError(f"--processes is {processes}; it must be at least 1.")
+    if found(os.environ).size > 1:
+        raise FastFTError(
+            "--processes starts the processes itself, and a launcher has started this one already. "
+            "Use one of the two."
+        )
     import torch
 
     cards = torch.cuda.device_count()

@@ -233,7 +233,7 @@ class StepTrainer(Trainer):
                 "tokens_per_sec": record["tokens_per_sec"],
                 "peak_memory_gib": record["peak_memory_bytes"] / 2**30,
             }
-            if skipped:
+            if skipped and ranks.first():
                 self.stepper.on_note(skipped_step(number))
         self.on_log(record)
         if "eval_loss" in logs or number % self.report_every == 0:

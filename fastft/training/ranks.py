@@ -93,7 +93,7 @@ def found(environment: Mapping[str, str]) -> World:
     if "WORLD_SIZE" in environment:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         defaults, launcher = ("", "", "0", "1"), "torchrun"
-    elif int(environment.get("SLURM_STEP_NUM_TASKS", "1") or 1) > 1:
+    elif environment.get("SLURM_STEP_NUM_TASKS", "1") not in ("", "1"):
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_TASKS_PER_NODE")
         defaults, launcher = ("", "", "0", "1"), "Slurm"
     else:
@@ -136,7 +136,7 @@ def join(timeout_minutes: float) -> World:
     returns what the first found.
     """
     global _world, _store
-    if _world.size > 1:
+    if _store is not None:
         return _world
     here = found(os.environ)
     if here.size == 1:
@@ -147,6 +147,8 @@ def join(timeout_minutes: float) -> World:
     import torch
     import torch.distributed as dist
 
+    # So that a collective that waits too long raises here, and does not abort the process.
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     # What lies on the CPU (decisions, held-out losses) goes through gloo, gradients through NCCL.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
@@ -403,6 +405,11 @@ def first_before_the_others(what: str) -> Iterator[None]:
     with _talking(f"waiting for the first process ({what})"):
         _store.wait([key], timedelta(minutes=START_MINUTES))
     yield
+
+
+def note_of_this_process(text: str) -> None:
+    """Print a warning that concerns this process alone, where it is not the first."""
+    print(f"warning: process {_world.rank} of {_world.size}: {text}", file=sys.stderr)
 
 
 def tells_why() -> bool:

@@ -438,7 +438,7 @@ class Session:
             effective_batch_size=settings.effective_batch_size,
             policy=prepared.policy,
             on_log=self._on_log,
-            on_note=self.report.warn,
+            on_note=self.report.warn if ranks.first() else ranks.note_of_this_process,
             save_extra=partial(self._save_extra, prepared.tokenizer),
             report_every=settings.logging_steps,
             fused=prepared.fused,
