@@ -33,7 +33,7 @@ from fastft.hardware import peak_resident_bytes
 from fastft.kernels.fused import FusedLayers
 from fastft.runs import checkpoint
 from fastft.training import ranks
-from fastft.training.sharded import is_sharded, passes_needed
+from fastft.training.sharded import is_sharded, passes_needed, put_down
 from fastft.training.step import Filler, Stepper, StepPolicy
 
 
@@ -203,7 +203,9 @@ class StepTrainer(Trainer):
                 total += self.stepper.loss(segments)
             supervised += supervised_tokens(segments)
         self.model.train(was_training)
-        if not alone:
+        if alone:
+            put_down(self.model)
+        else:
             total, supervised = ranks.total(total, supervised)
         return total / max(supervised, 1)
 

@@ -46,6 +46,19 @@ def decoder_layers(model: Any) -> list[Any]:
     return max(lists, key=len, default=[])
 
 
+def put_down(model: Any) -> None:
+    """Have every process hold its part alone again; after passes that no backward pass follows.
+
+    Their last layers stay together, and saving, which the first process does, would take them
+    apart in it alone.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def passes_needed(segments: Sequence[Segment], budget: int, rows: Rows) -> int:
     """Return how many forward passes the process with the most of them makes in a step.
 

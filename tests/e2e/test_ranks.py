@@ -256,12 +256,14 @@ def test_the_drop_in_trainer_does_the_same(tmp_path, checkpoint_of):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("quantization", "dtype"), [("none", "float32"), ("none", "bfloat16"), ("nf4", "bfloat16")]
+)
 def test_a_base_spread_over_two_processes(quantization, dtype, run_of, checkpoint_of):
-    base = checkpoint_of("llama")
+    """The same rows in both: in bfloat16 another cut of a step rounds otherwise (1.5e-3 in 30 steps)."""
+    base, budget = checkpoint_of("llama"), 90 if dtype == "float32" else 1
     change = ["--set", f"model.quantization={quantization}", "--set", f"model.dtype={dtype}",
-              "--set", "train.micro_batch_tokens=90", "--set", "train.fused_layers=false"]  # fmt: skip
+              "--set", f"train.micro_batch_tokens={budget}", "--set", "train.fused_layers=false"]  # fmt: skip
     config, one = run_of(base, "one")
     assert fastft("train", config, *change).code == 0
     config, run = run_of(base, "spread")
