@@ -93,6 +93,15 @@ class Certificate(Result):
     verdict: str
     """The worst of all files."""
 
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Certificate:
+        """Return what `fastft.verification.verify.verify` found, typed."""
+        checked = [
+            CheckedFile(**(entry | {"checks": tuple(Check(**check) for check in entry["checks"])}))
+            for entry in found["files"]
+        ]
+        return cls(tuple(checked), found["verdict"])
+
     def to_dict(self) -> dict[str, Any]:
         """Return what `fastft verify --json` prints."""
         found = asdict(self)
@@ -232,8 +241,13 @@ def export(
                 run, quant, max_kl=max_kl, out=out, base=base, imatrix=imatrix, reporter=reporter
             )
         )
-    paths = [file["path"] for file in files]
-    certificate = _verify(run, out, base, paths, reporter) if verify else None
+    certificate = None
+    if verify:
+        from fastft.verification.verify import verify as verify_run
+
+        paths = [file["path"] for file in files]
+        found = verify_run(run, out=out, base=base, files=paths, reporter=reporter)
+        certificate = Certificate.of(found)
     return Exports(
         tuple(ExportedFile(**file) for file in files),
         certificate,
@@ -251,27 +265,12 @@ def verify(
     reporter: Reporter | None = None,
 ) -> Certificate:
     """Check exported files against the trained model (see `fastft.verification.verify.verify`)."""
-    return _verify(run, out, base, files, reporter, accept_changed)
-
-
-def _verify(
-    run: str | Path,
-    out: str | Path | None,
-    base: str | None,
-    files: Sequence[Path | str] | None,
-    reporter: Reporter | None,
-    accept_changed: bool = False,
-) -> Certificate:
     from fastft.verification.verify import verify as verify_run
 
     found = verify_run(
         run, out=out, base=base, files=files, accept_changed=accept_changed, reporter=reporter
     )
-    checked = [
-        CheckedFile(**(entry | {"checks": tuple(Check(**check) for check in entry["checks"])}))
-        for entry in found["files"]
-    ]
-    return Certificate(tuple(checked), found["verdict"])
+    return Certificate.of(found)
 
 
 def push(run: str | Path, *, repo: str, **options: Any) -> Pushed:
