@@ -1,0 +1,115 @@
+"""A run against a training loop that is written out here: every setting of the optimizer counts."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastft.config import make_config
+from fastft.data.batches import StepBatches, segments_of
+from fastft.hardware import probe
+from fastft.progress import Reporter
+from fastft.training.session import Session
+from tests.families import make_checkpoint
+
+SETTINGS = {
+    "learning_rate": 0.05, "scheduler": "linear", "warmup_steps": 2, "weight_decay": 0.5,
+    "max_grad_norm": 0.02, "effective_batch_size": 4, "epochs": 2, "seed": 7,
+    "eval_steps": 100, "save_steps": 100,
+}  # fmt: skip
+ROWS = 12  # three steps an epoch
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("by_hand")
+    base = make_checkpoint("llama", folder / "base")
+    texts = [f"What is {i} and {i * i}? {'again ' * (i % 5)}" for i in range(ROWS)]
+    rows = [
+        {"messages": [{"role": "user", "content": t}, {"role": "assistant", "content": t[::-1]}]}
+        for t in texts
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder, base
+
+
+def prepared(made, project, **changes):
+    folder, base = made
+    values = {
+        "project": project, "output_dir": str(folder / "runs"),
+        "model": {"name": str(base), "engine": "stock", "dtype": "float32", "max_seq_length": 64},
+        "data": {"source": str(folder / "rows.jsonl"), "eval_fraction": 0.0},
+        "lora": {"r": 4, "alpha": 16, "target_modules": ["q_proj", "down_proj"]} | changes,
+        "train": SETTINGS | {"fused_layers": False},
+    }  # fmt: skip
+    config = make_config(values)
+    session = Session(config, probe(str(folder)), report=Reporter(quiet=True))
+    session.run.path.mkdir(parents=True, exist_ok=True)
+    opened = session.open()
+    return session, session.prepare(opened, session.read_data(opened))
+
+
+def trained(session, ready):
+    """Train, and return the losses that were logged."""
+    session.loop(ready).run()
+    return [line["loss"] for line in session.run.read_log() if "loss" in line]
+
+
+def losses_by_hand(ready):
+    """AdamW with decoupled decay (arXiv 1711.05101), clipping by the global norm, linear warm-up
+    and decay, and the order that (seed, epoch) draws.
+    """
+    model = ready.model.train()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1.0, weight_decay=SETTINGS["weight_decay"])
+    steps, warm = StepBatches(ready.data.train, 4, SETTINGS["seed"]), SETTINGS["warmup_steps"]
+    total, found = 2 * len(steps), []
+    for number in range(total):
+        epoch, within = divmod(number, len(steps))
+        steps.set_epoch(epoch)
+        rising, falling = number / warm, (total - number) / (total - warm)
+        optimizer.param_groups[0]["lr"] = SETTINGS["learning_rate"] * min(rising, falling)
+        segments = segments_of(steps[within])
+        supervised = sum(segment.supervised for segment in segments)
+        loss = torch.zeros(())
+        for segment in segments:
+            ids = torch.tensor(segment.input_ids)[None]
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+            labels = torch.tensor(segment.labels)[1:]
+            loss = loss + F.cross_entropy(logits, labels, reduction="sum") / supervised
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, SETTINGS["max_grad_norm"])
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+def test_a_run_is_the_loop_written_out_by_hand(made):
+    session, ready = prepared(made, "plain")
+    start = {n: p.detach().clone() for n, p in ready.model.named_parameters() if p.requires_grad}
+    found = trained(session, ready)
+    with torch.no_grad():
+        for name, weight in ready.model.named_parameters():
+            if name in start:
+                weight.copy_(start[name])
+    expected = losses_by_hand(ready)
+    assert found == pytest.approx(expected, rel=2e-4)
+    assert max(expected) / min(expected) > 1.02  # the settings had something to change
+
+
+def test_dropout_changes_what_is_learnt(made):
+    losses = [trained(*prepared(made, f"dropout-{share}", dropout=share)) for share in (0.0, 0.5)]
+    assert losses[0][-1] != pytest.approx(losses[1][-1], rel=1e-4)
+
+
+def test_each_epoch_has_an_order_of_its_own():
+    steps = StepBatches(list(range(50)), 5, seed=3)
+    orders = []
+    for epoch in (0, 1, 0):
+        steps.set_epoch(epoch)
+        orders.append([item for step in range(len(steps)) for item in steps[step]])
+    assert orders[0] == orders[2]
+    assert orders[0] != orders[1]
+    assert all(sorted(order) == list(range(50)) for order in orders)
