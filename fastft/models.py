@@ -10,7 +10,8 @@ from typing import Any
 
 from fastft import hub
 from fastft.config import ModelConfig
-from fastft.errors import FastFTError
+from fastft.errors import FastFTError, is_out_of_memory
+from fastft.files import read_json
 
 LONGEST_HEADER = 100_000_000
 """Bytes; the format allows no more."""
@@ -86,22 +87,30 @@ def check_checkpoint(name: str, *, revision: str | None = None, token: str | Non
     _check_hub(name, revision, token)
 
 
+READ_BY_LIBRARIES = (".json", ".jinja", ".model", ".safetensors", ".txt")
+
+
+def check_files(folder: Path) -> None:
+    """Raise FastFTError for a link to nothing, a pipe or a folder under the name of a file that
+    the libraries would open; they would wait for a pipe for ever.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix in READ_BY_LIBRARIES and not path.is_file():
+            what = "a link to nothing" if path.is_symlink() else "no plain file"
+            raise FastFTError(f"{path} is {what}. Download or copy the model again.")
+
+
 def _check_folder(folder: Path) -> None:
     files = sorted(p.name for p in folder.iterdir())
     if "config.json" not in files and "adapter_config.json" not in files:
         found = ", ".join(files[:5]) or "nothing"
         raise FastFTError(f"{folder} is not a model: it has no config.json (found: {found}).")
-    try:
-        config = (
-            json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if "config.json" in files
-            else {}
-        )
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FastFTError(
-            f"{folder / 'config.json'} is not valid JSON: {error}. Download the model again."
-        ) from error
-    if "config.json" in files and not config.get("model_type"):
+    check_files(folder)
+    again = "Download the model again."
+    config = read_json(folder / "config.json", again) if "config.json" in files else {}
+    if "config.json" in files and not (
+        isinstance(config.get("model_type"), str) and config["model_type"]
+    ):
         raise FastFTError(
             f"{folder / 'config.json'} has no model_type: it is not a transformers model."
         )
@@ -129,6 +138,9 @@ def read_header(path: Path, *, whole: bool = True) -> tuple[dict[str, dict[str, 
     Raises FastFTError where it is none or, with `whole`, where the file is shorter than its header
     says: a download or copy that was cut off.
     """
+    if not path.is_file():  # a pipe would be waited for, a link may lead nowhere
+        what = "a link to nothing" if path.is_symlink() else "no plain file"
+        raise FastFTError(f"{path} is {what}. Download or copy it again.")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -142,7 +154,7 @@ def read_header(path: Path, *, whole: bool = True) -> tuple[dict[str, dict[str, 
             entries.pop("__metadata__", None)
             for entry in entries.values():
                 entry["dtype"], list(map(int, entry["shape"])), int(entry["data_offsets"][1])
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise FastFTError(
                 f"{path} has a damaged header: {error}. Download or copy it again."
             ) from error
@@ -185,7 +197,11 @@ def _check_hub(name: str, revision: str | None, token: str | None) -> None:
 
 
 class explained:
-    """Turn what transformers raises for a checkpoint it cannot use into one clear message."""
+    """Turn what a library raises for a checkpoint that it cannot use into one clear message.
+
+    The libraries raise whatever their code meets first (KeyError, TypeError, tokenizers even a bare
+    Exception): each is an answer about the files, unless memory ran out. --debug shows it whole.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -194,15 +210,12 @@ class explained:
         return None
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        from safetensors import SafetensorError
-
-        if isinstance(error, FastFTError) or error is None:
+        if isinstance(error, FastFTError) or not isinstance(error, Exception):
             return
-        if isinstance(
-            error, OSError | ValueError | KeyError | NotImplementedError | SafetensorError
-        ):
-            first = (
-                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            )
-            hint = " Try model.engine: stock." if isinstance(error, NotImplementedError) else ""
-            raise FastFTError(f"model {self.name} could not be loaded: {first}{hint}") from error
+        if is_out_of_memory(error):
+            return
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        what = first if isinstance(error, OSError | ValueError) and first else ""
+        what = what or f"{type(error).__name__}{f': {first}' if first else ''}"
+        hint = " Try model.engine: stock." if isinstance(error, NotImplementedError) else ""
+        raise FastFTError(f"model {self.name} could not be loaded: {what[:500]}{hint}") from error

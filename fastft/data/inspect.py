@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fastft.config import ModelConfig, RunConfig, read_yaml
 from fastft.errors import FastFTError
+from fastft.models import explained
 
 if TYPE_CHECKING:
     from fastft.data import DataReport, Prepared
@@ -143,7 +144,8 @@ def max_positions(config: ModelConfig) -> int | None:
     from transformers import AutoConfig
 
     try:
-        found = AutoConfig.from_pretrained(config.name, revision=config.revision)
+        with explained(config.name):
+            found = AutoConfig.from_pretrained(config.name, revision=config.revision)
     except (
         OSError,
         ValueError,

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastft.files import sha256, write_atomically
+from fastft.errors import FastFTError
+from fastft.files import read_json, sha256, write_atomically
 
 CERTIFICATE = "certificate.json"
 VERDICTS = ("pass", "warn", "fail")
@@ -134,7 +135,17 @@ def read_certificate(out: Path) -> dict[str, Any]:
     path = Path(out) / CERTIFICATE
     if not path.is_file():
         return {"files": {}}
-    return json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path, "Delete it and call fastft verify again.")
+    entries = found.get("files")
+    if not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
+        raise FastFTError(f"{path} is no certificate. Delete it and call fastft verify again.")
+    return found
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(
+        isinstance(entry.get(key), str) for key in ("path", "sha256", "verdict")
+    )
 
 
 def certified(path: Path, out: Path | None = None) -> dict[str, Any] | None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from fastft.errors import FastFTError
+from fastft.models import explained
 from fastft.progress import Reporter
 from fastft.runs.target import Target
 
+RESTORE_SAMPLES = "Delete the file and call fastft train again, which writes it."
 OLLAMA_DEFAULT = "q4_k_m"  # what `ollama` is made of where no GGUF type was asked for
 
 
@@ -71,9 +73,29 @@ def sample_ids(target: Target) -> list[dict[str, list[int]]]:
     """
     if target.run is None or not target.run.samples.is_file():
         return []
-    return [
-        json.loads(line) for line in target.run.samples.read_text(encoding="utf-8").splitlines()
-    ]
+    return read_samples(target.run.samples)
+
+
+def read_samples(path: Path) -> list[dict[str, list[int]]]:
+    """Return the lines of samples.jsonl; raises FastFTError naming the one that is none."""
+    found = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise FastFTError(f"{path} is damaged: {error}. {RESTORE_SAMPLES}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            sample = json.loads(line)
+            numbers = [sample["input_ids"], sample["labels"]]
+            whole = all(type(i) is int and -100 <= i < 2**31 for ids in numbers for i in ids)
+            if not whole or len(numbers[0]) != len(numbers[1]):
+                raise ValueError("no token ids, or other labels than ids")
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise FastFTError(
+                f"{path} line {number} is damaged: {error}. {RESTORE_SAMPLES}"
+            ) from error
+        found.append(sample)
+    return found
 
 
 def importance(target: Target, folder: Path, imatrix: str | None, report: Reporter) -> Any:
@@ -113,7 +135,8 @@ def _modelfile(target: Target, folder: Path, gguf: Path, report: Reporter) -> di
     from fastft.data.template import choose_template
     from fastft.exporting.ollama import create_line, has_template, write_modelfile
 
-    tokenizer = AutoTokenizer.from_pretrained(str(target.adapter or target.base))
+    with explained(str(target.adapter or target.base)):
+        tokenizer = AutoTokenizer.from_pretrained(str(target.adapter or target.base))
     template = choose_template(tokenizer, None)
     stops = tokenizer.convert_ids_to_tokens(list(template.end_token_ids))
     bos = tokenizer.bos_token or ""

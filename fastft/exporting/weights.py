@@ -9,7 +9,6 @@ compare with.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import threading
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastft import hub
+from fastft import files, hub
 from fastft.errors import FastFTError
 from fastft.models import read_header
 
@@ -68,9 +67,10 @@ class Checkpoint:
     def _files(self, pattern: str) -> list[Path]:
         index = self.folder / (pattern.replace("*", "") + ".index.json")
         if index.is_file():
-            wanted = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
+            shards = files.read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(f, str) for f in shards.values()):
+                raise FastFTError(f"{index} names no weight files. Download the model again.")
+            wanted = sorted(set(shards.values()))
             missing = [name for name in wanted if not (self.folder / name).is_file()]
             if missing:
                 raise FastFTError(
@@ -562,13 +562,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     if not path.is_file():
         what = "an adapter" if name.startswith("adapter") else "a model"
         raise FastFTError(f"{folder} has no {name}: it is not {what} folder.")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise FastFTError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise FastFTError(f"{path} is not a JSON object.")
-    return found
+    return files.read_json(path)
 
 
 def _check_quantization(base: Path, config: dict[str, Any], dequantize: bool) -> bool:

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from fastft.errors import CouldNotFinishError, FastFTError
 from fastft.secrets import redact
@@ -169,6 +172,35 @@ def put_in_place(
 
 def _old(path: Path) -> Path:
     return path.with_name(f".writing-old-{path.name}")
+
+
+LONGEST_JSON = 512 * 2**20
+"""Bytes; the largest tokenizer.json in use has 35 MB."""
+
+
+def read_json(
+    path: Path, advice: str = "Restore the file, or download it again."
+) -> dict[str, Any]:
+    """Return the JSON object in a file that anybody may have written.
+
+    Raises FastFTError where it cannot be read, is no plain file (a pipe would be waited for), no
+    text, no JSON or no object; `advice` ends the message.
+    """
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode) or about.st_size > LONGEST_JSON:
+            raise FastFTError(
+                f"{path} is no plain file of at most {LONGEST_JSON:,} bytes. {advice}"
+            )
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FastFTError(f"{path} cannot be read: {error.strerror}. {advice}") from error
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise FastFTError(f"{path} is not valid JSON: {why}. {advice}") from error
+    if not isinstance(values, dict):
+        raise FastFTError(f"{path} is not valid JSON for its name: no object. {advice}")
+    return values
 
 
 def write_atomically(path: Path, text: str) -> None:

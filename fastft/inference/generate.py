@@ -84,7 +84,8 @@ class HuggingFaceChat:
             rows: Any = self.model.get_input_embeddings().num_embeddings
             if len(self.tokenizer) > rows:
                 self.model.resize_token_embeddings(len(self.tokenizer))
-            self.model = PeftModel.from_pretrained(self.model, str(adapter))
+            with explained(str(adapter)):
+                self.model = PeftModel.from_pretrained(self.model, str(adapter))
         self.model.eval()
         self.template = choose_template(self.tokenizer, None)
         self.last_tokens: list[int] = []

@@ -7,7 +7,6 @@ multiplies with.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -23,6 +22,7 @@ from typing import Any, Literal
 from fastft import hub
 from fastft.errors import FastFTError, did_you_mean
 from fastft.families import FAMILIES, family_of
+from fastft.files import read_json
 from fastft.models import read_header
 
 Role = Literal["embedding", "head", "linear", "expert", "router", "norm", "other"]
@@ -569,15 +569,8 @@ def _local_shape(folder: Path) -> ModelShape:
     return with_headers(shape, tensors, sum(file.stat().st_size for file in files))
 
 
-def _read_config(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FastFTError(
-            f"{path} is not valid JSON: {error}. Download the model again."
-        ) from error
-    except OSError as error:
-        raise FastFTError(f"{path} cannot be read: {error.strerror}.") from error
+def _read_config(path: Path) -> dict[str, Any]:
+    return read_json(path, "Download the model again.")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -587,9 +580,7 @@ def _weight_files(folder: Path) -> list[Path]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
+            names = sorted(set(read_json(index)["weight_map"].values()))
             files = [folder / name for name in names]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FastFTError(f"{index} is damaged: {error}. Download the model again.") from error

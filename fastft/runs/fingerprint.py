@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastft.files import sha256
+from fastft.files import read_json, sha256
 
 FULL_BYTES = 2 * 2**30  # folders up to this size are hashed whole: a few seconds
 SAMPLES, SAMPLE_BYTES = 64, 2**16
@@ -81,9 +81,7 @@ def _config(folder: Path) -> str:
     path = folder / "config.json"
     if not path.is_file():
         path = folder / "adapter_config.json"  # an adapter folder as base
-    values = {
-        k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k not in VOLATILE
-    }
+    values = {k: v for k, v in read_json(path).items() if k not in VOLATILE}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

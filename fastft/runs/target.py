@@ -4,12 +4,12 @@ or a GGUF file.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastft.errors import FastFTError
-from fastft.files import sha256
+from fastft.files import read_json, sha256
+from fastft.models import check_files
 from fastft.runs.checkpoint import MANIFEST, read_manifest
 from fastft.runs.fingerprint import base_fingerprint, differences
 from fastft.runs.folder import RunFolder
@@ -102,13 +102,10 @@ def _run(run: RunFolder, base: str | None) -> Target:
 
 
 def _adapter(path: Path, base: str | None, run: RunFolder | None) -> Target:
-    try:
-        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FastFTError(f"{path / 'adapter_config.json'} is not valid JSON: {error}.") from error
+    config = read_json(path / "adapter_config.json")
     _check_adapter(path)
     name = base or config.get("base_model_name_or_path")
-    if not name:
+    if not isinstance(name, str) or not name or "\0" in name:
         raise FastFTError(
             f"{path / 'adapter_config.json'} does not name its base model. Give it with --base."
         )
@@ -139,6 +136,7 @@ def _check_adapter(path: Path) -> None:
     from fastft.models import read_header
 
     weights = path / "adapter_model.safetensors"
+    check_files(path)
     if not weights.is_file():
         pickle = (path / "adapter_model.bin").is_file()
         what = (

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fastft.errors import FastFTError
 from fastft.exporting.certificate import Check, judge_distance, weight_limit
 from fastft.families import FAMILIES, family_of
+from fastft.files import read_json
 from fastft.verification.reference import head_count, rotary_rows, sampled_rows
 
 if TYPE_CHECKING:
@@ -734,7 +735,7 @@ def folder_logits(model: Any, ids: list[int]) -> Iterator[np.ndarray]:
 
 def stored_type(path: str) -> str:
     """Return "f32", "f16" or "bf16": the type of a model folder's weights, from its config."""
-    config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    config = read_json(Path(path) / "config.json")
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     return {"float16": "f16", "bfloat16": "bf16"}.get(name, "f32")
 

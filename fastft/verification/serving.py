@@ -7,7 +7,6 @@ own: fastft makes the command that serves *this run*, with its end tokens and it
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from fastft.errors import FastFTError
 from fastft.exporting.certificate import certified
+from fastft.files import read_json
 from fastft.runs.target import Target, resolve
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -124,7 +124,7 @@ def _lora_arguments(resolved: Target, more: list[tuple[str, Path]]) -> list[str]
 
 def _rank(name: str, adapter: Path) -> int:
     """Return the adapter's rank; FastFTError where vLLM would leave a part of it out."""
-    config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    config: dict[str, Any] = read_json(adapter / "adapter_config.json")
     cannot = []
     if config.get("use_dora"):
         cannot.append("DoRA")

@@ -12,11 +12,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastft.errors import FastFTError
 from fastft.exporting.gguf.architectures import Unsupported
 from fastft.exporting.gguf.isolated import run_isolated
+from fastft.files import read_json
 from fastft.files.scratch import scratch
-from fastft.models import tokens_without_row
+from fastft.models import explained, tokens_without_row
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
 # One name for each splitting rule of llama.cpp, common ones first.
@@ -50,12 +50,8 @@ def read_tokenizer(folder: Path) -> Any:
     """Return the tokenizer of `folder` as transformers loads it."""
     from transformers import AutoTokenizer
 
-    try:
+    with explained(str(folder)):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise FastFTError(
-            f"{folder} has no tokenizer that transformers can load: {error}"
-        ) from error
 
 
 def tokenizer_metadata(
@@ -256,7 +252,7 @@ def turn_ends(tokenizer: Any, generation: Path | None = None) -> list[int]:
     if after is not None:
         ends.append(after)
     if generation:
-        said = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
+        said = read_json(generation).get("eos_token_id")
         ends += said if isinstance(said, list) else [said] if isinstance(said, int) else []
     return list(dict.fromkeys(ends))
 
