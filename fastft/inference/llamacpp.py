@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastft.errors import FastFTError
 from fastft.hardware import cpu_flags
+from fastft.inference.gguf_header import check_header
 
 if TYPE_CHECKING:
     import numpy as np
@@ -129,14 +130,7 @@ def open_gguf(
     that matters, call this in a subprocess (with GGML_NO_BACKTRACE=1).
     """
     path = Path(path)
-    if not path.is_file():
-        raise FastFTError(f"{path} is not a file; a GGUF file is expected.")
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise FastFTError(
-            f"{path} is not a GGUF file: it begins with {magic!r} instead of b'GGUF'."
-        )
+    check_header(path)
     _log.clear()
     for layers in _layer_counts(gpu_layers):
         model = _try_open(path, n_ctx, layers, exact, threads)
@@ -466,6 +460,7 @@ class GgufModel:
         path = Path(path)
         if not path.is_file():
             raise FastFTError(f"{path} is not a file; a LoRA adapter in GGUF form is expected.")
+        check_header(path)
         adapter = self._api.llama_adapter_lora_init(self._model, str(path).encode())
         if not adapter:
             raise FastFTError(

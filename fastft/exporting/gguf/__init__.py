@@ -98,6 +98,7 @@ def export_gguf(
         return export_upstream(
             weights, vocabulary, paths, imatrix=imatrix, threads=threads, reason=str(reason)
         )
+    _check_lengths(model, imatrix)
     ggml = Ggml()
     plans = _plan(model, fields, kinds, imatrix)
     if plans is None or not agrees(ggml, {t for plan in plans.values() for t in plan.values()}):
@@ -205,6 +206,17 @@ def _check_imatrix(plans: dict[str, dict[str, str]], imatrix: dict[str, np.ndarr
                 f"{file_type} needs an importance matrix for {len(lacking)} tensors of 3 bits "
                 "or fewer, such as "
                 f"{lacking[0]}. Collect one with --imatrix auto, or choose q3_k_m or q2_k."
+            )
+
+
+def _check_lengths(model: Model, imatrix: dict[str, np.ndarray] | None) -> None:
+    """Raise FastFTError where the importance matrix is another model's: ggml would read past it."""
+    lengths = {tensor.name: tensor.shape[-1] for tensor in model.tensors}
+    for name, values in (imatrix or {}).items():
+        if name in lengths and len(values) != lengths[name]:
+            raise FastFTError(
+                f"the importance matrix is another model's: {name} has rows of {lengths[name]:,} "
+                f"values, the matrix {len(values):,}. Collect one with --imatrix auto."
             )
 
 

@@ -141,8 +141,23 @@ def save_imatrix(path: Path | str, imatrix: dict[str, np.ndarray]) -> Path:
 
 
 def load_imatrix(path: Path | str) -> dict[str, np.ndarray]:
-    """Return what `save_imatrix` wrote."""
+    """Return what `save_imatrix` wrote; raises FastFTError where the file is something else."""
+    import zipfile
+
     import numpy as np
 
-    with np.load(path) as data:
-        return {name: data[name] for name in data.files}
+    wrong = FastFTError(
+        f"{path} is no importance matrix of fastft (an .npz file of one row of numbers a tensor). "
+        "Write one with: fastft export RUN --to gguf:TYPE --imatrix auto"
+    )
+    if not zipfile.is_zipfile(path):
+        raise wrong
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            found = {name: data[name] for name in data.files}
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, MemoryError) as error:
+        raise wrong from error
+    for values in found.values():
+        if values.ndim != 1 or values.dtype.kind != "f" or not np.isfinite(values).all():
+            raise wrong
+    return found
