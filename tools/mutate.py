@@ -75,7 +75,7 @@ FAULTS = (
     ),
     Fault(
         "the generator is not put back after an out-of-memory", "fastft/training/step.py",
-        "            _restore_rng(\n                rng\n            )", "            (\n                rng\n            )",
+        "            _restore_rng(\n", "            id(\n",
         f"{PLANTED}::test_after_an_out_of_memory_the_dropout_is_that_of_a_step_without_one",
     ),
     Fault(
@@ -164,7 +164,7 @@ FAULTS = (
     ),
     Fault(
         "a child imports from the current folder", "fastft/child.py",
-        '[sys.executable, "-P", str(Path(__file__))', '[sys.executable, "-c", "import sys; sys.argv.pop(0); import runpy; sys.argv[1:]=sys.argv[1:]; runpy.run_path(sys.argv[0], run_name=\'__main__\')", str(Path(__file__))',
+        '"-P", str(Path(__file__))', '"-m", "fastft.child"',
         "tests/hostile/test_children.py::test_no_child_imports_from_the_current_folder",
     ),
     Fault(
