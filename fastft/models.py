@@ -44,6 +44,24 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return tokenizer
 
 
+def bitsandbytes_config(quantization: str, dtype: Any) -> Any:
+    """Return transformers' config for weights held in "nf4" or "int8", computed in `dtype`; None
+    for "none".
+    """
+    if quantization == "none":
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
 def tokens_without_row(tokenizer: Any, rows: int) -> dict[str, int]:
     """Return {token: id} of the tokens above the last of `rows` embedding rows, where the model can
     do without them.

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastft.models import bitsandbytes_config
+
 if TYPE_CHECKING:
     from fastft.data.batches import Rows
 
@@ -42,7 +44,8 @@ class StockEngine:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         dtype = dtype or _default_dtype()
-        quantization = _bitsandbytes_config(load_in_4bit, load_in_8bit, dtype)
+        kind = "int8" if load_in_8bit else "nf4" if load_in_4bit else "none"
+        quantization = bitsandbytes_config(kind, dtype)
         if quantization is not None:
             kwargs["quantization_config"] = quantization
         if attn_implementation is not None:
@@ -165,21 +168,6 @@ def _default_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _bitsandbytes_config(load_in_4bit: bool, load_in_8bit: bool, dtype: torch.dtype) -> Any:
-    if not (load_in_4bit or load_in_8bit):
-        return None
-    from transformers import BitsAndBytesConfig
-
-    if load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
 
 
 ENGINE = StockEngine()

@@ -16,7 +16,7 @@ from fastft.engines.base import Engine
 from fastft.errors import FastFTError, one_of
 from fastft.hardware import compute_dtype, probe
 from fastft.inference.sampling import Sampling
-from fastft.models import check_checkpoint, explained
+from fastft.models import bitsandbytes_config, check_checkpoint, explained
 from fastft.runs.target import Target, resolve
 
 Messages = list[dict[str, Any]]
@@ -48,7 +48,11 @@ class ChatModel(Protocol):
 
 
 class HuggingFaceChat:
-    """A base model, with an adapter or without, on plain transformers + peft."""
+    """A base model, with an adapter or without, on plain transformers + peft.
+
+    A base that was quantised in training is quantised here, too: the adapter was trained to go
+    with its rounding, and what fitted the GPU then fits it again.
+    """
 
     def __init__(self, target: Target, *, dtype: str = "auto", with_adapter: bool = True) -> None:
         import torch
@@ -68,14 +72,17 @@ class HuggingFaceChat:
             if target.adapter and (target.adapter / "tokenizer_config.json").is_file()
             else target.base
         )
+        compute = getattr(torch, self.dtype.value)
+        quantized = bitsandbytes_config(target.quantization, compute)
         with explained(target.base):
             self.tokenizer = AutoTokenizer.from_pretrained(source)
             self.model: Any = AutoModelForCausalLM.from_pretrained(
                 target.base,
                 revision=target.revision,
-                dtype=getattr(torch, self.dtype.value),
+                dtype=compute,
                 device_map=device,
                 use_safetensors=True,
+                **({} if quantized is None else {"quantization_config": quantized}),
             )
         loading.forbid_packed_nf4(self.model)
         if adapter is not None:

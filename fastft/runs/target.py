@@ -38,6 +38,12 @@ class Target:
         return path.parent.name if path.name == "final" else path.name
 
     @property
+    def quantization(self) -> str:
+        """How the run held its base while it trained: none, nf4 or int8; none without a run."""
+        choices = self.run.read_record().get("choices", {}) if self.run is not None else {}
+        return str(choices.get("quantization", {}).get("value", "none"))
+
+    @property
     def default_out(self) -> Path:
         """Where exports go unless --out says otherwise."""
         return self.run.export if self.run is not None else Path("export") / self.name

@@ -105,3 +105,18 @@ def test_a_family_that_unsloth_keeps_out_of_float16_trains_in_float32(load):
         load(Recorder("unsloth", "cuda", _unsloth_forced_float32=False))["dtype"].value == "float16"
     )
     assert load(Recorder("stock", "cuda"))["dtype"].value == "float16"
+
+
+@pytest.mark.parametrize(("recorded", "held"), [("nf4", True), ("none", False)])
+def test_a_run_is_talked_to_as_it_was_trained(tmp_path, recorded, held):
+    from fastft.inference.generate import HuggingFaceChat
+    from fastft.runs.folder import RunFolder
+    from fastft.runs.target import Target
+    from tests.families import make_checkpoint
+
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    run.update_record(choices={"quantization": {"value": recorded, "reason": "asked for"}})
+    base = make_checkpoint("llama", tmp_path / "base")
+    chat = HuggingFaceChat(Target(str(base), None, None, run), with_adapter=False)
+    assert getattr(chat.model, "is_loaded_in_4bit", False) is held

@@ -159,9 +159,8 @@ def _gemma2(config: dict[str, Any], metadata: Metadata) -> None:
     if _rope(config, "full_attention").get("rope_theta", 10000.0) != 10000.0:
         raise Unsupported(f"rope_theta {_rope(config, 'full_attention')['rope_theta']} in gemma2")
     _attention_scale(config, layers_27b=46)
-    if config["layer_types"] != ["sliding_attention", "full_attention"] * (
-        config["num_hidden_layers"] // 2
-    ):
+    kinds = ["sliding_attention", "full_attention"]
+    if config["layer_types"] != [kinds[i % 2] for i in range(config["num_hidden_layers"])]:
         raise Unsupported("layer_types: gemma2 alternates sliding and full attention")
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if not config.get(key):

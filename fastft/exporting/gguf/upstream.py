@@ -69,7 +69,8 @@ def export_upstream(
             step = kind if kind in UNQUANTIZED else "bf16"
             if step not in made:
                 made[step] = work / f"{step}.gguf"
-                convert(converter, model, made[step], step, pre)
+                has_mtp = any(name.startswith("mtp.") for name in weights.names)
+                convert(converter, model, made[step], step, pre, has_mtp=has_mtp)
         for kind, path in paths.items():
             if kind not in UNQUANTIZED:
                 quantize_file(made["bf16"], path, kind, imatrix=imatrix, threads=threads)
@@ -80,9 +81,20 @@ def export_upstream(
     return [read_record(path, kind, "upstream", notes) for kind, path in paths.items()]
 
 
-def convert(converter: Path, model: Path, out: Path, kind: str, pre: str | None = None) -> None:
+def convert(
+    converter: Path,
+    model: Path,
+    out: Path,
+    kind: str,
+    pre: str | None = None,
+    *,
+    has_mtp: bool = False,
+) -> None:
     """Run the upstream converter on the folder `model`; FastFTError with its last words where it
     fails.
+
+    `has_mtp`: the checkpoint holds the heads that predict several tokens (Qwen3.5's `mtp.*`).
+    transformers saves a model without them, and the converter must be told.
     """
     script = ("convert_hf_to_gguf.py", str(model), "--outfile", str(out), "--outtype", kind)
     done = subprocess.run(
@@ -92,7 +104,9 @@ def convert(converter: Path, model: Path, out: Path, kind: str, pre: str | None 
         encoding="utf-8",
         errors="replace",
         check=False,
-        env=child.environment(FASTFT_PRE=pre or "", HF_HUB_OFFLINE="1"),
+        env=child.environment(
+            FASTFT_PRE=pre or "", FASTFT_NO_MTP="" if has_mtp else "1", HF_HUB_OFFLINE="1"
+        ),
     )
     if done.returncode or not out.is_file():
         last = "\n".join(done.stderr.strip().splitlines()[-3:])
