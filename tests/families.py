@@ -246,6 +246,7 @@ NEWEST: dict[str, Family] = {
         None,
         "<|im_end|>",
         "<|endoftext|>",
+        specials=("<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>"),
         config={
             "rope_parameters": {
                 "rope_type": "default",
@@ -281,6 +282,8 @@ NEWEST: dict[str, Family] = {
                 "rope_type": "default",
                 "rope_theta": 10000.0,
                 "partial_rotary_factor": 0.5,
+                # llama.cpp wants the sections of a head to fit into it
+                "mrope_section": [2, 1, 1],
             },
         },
     ),

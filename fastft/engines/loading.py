@@ -271,18 +271,25 @@ def language_model_path(model: Any) -> str:
 
 
 def within_the_language_model(model: Any, target_modules: Any) -> Any:
-    """Return `target_modules` as peft takes them, kept to the language model.
+    """Return `target_modules` as peft takes them, kept to the language model's linear layers.
 
-    Text never reaches a vision tower, so an adapter there would only cost memory. A regular
-    expression or a dotted name is meant as it stands.
+    Text never reaches a vision tower, so an adapter there would only cost memory. Experts are
+    parameters, not layers: peft would take all-linear to mean them, too, where older versions of
+    transformers had layers there. A regular expression or a dotted name is meant as it stands.
     """
     path = language_model_path(model)
+    if not path and target_modules == "all-linear" and _has_experts(model):
+        return sorted({name.rsplit(".", 1)[-1] for name, _ in _targeted(model, "all-linear")})
     if not path or not _plain_names(target_modules):
         return target_modules
     names = [name for name, _ in _targeted(model, target_modules)]
     inside = sorted({n.rsplit(".", 1)[-1] for n in names if n.startswith(f"{path}.")})
     outside = [re.escape(n) for n in names if not n.startswith(f"{path}.")]  # the head
     return "|".join([rf"{re.escape(path)}\..*\.(?:{'|'.join(inside)})", *outside])
+
+
+def _has_experts(model: Any) -> bool:
+    return any(p.ndim == 3 and ".experts." in name for name, p in model.named_parameters())
 
 
 def _plain_names(target_modules: Any) -> bool:

@@ -367,6 +367,8 @@ class Weights:
         changes: dict[str, Change] = {}
         problems: list[str] = []
         for key in self._adapter.names:
+            if ".original_module." in key:
+                continue  # what modules_to_save had before; peft saves it where it was resized
             module, kind = _split_key(key)
             target = self._locate(
                 module + (".bias" if kind in {"bias", "lora_B.bias"} else ".weight")

@@ -128,7 +128,60 @@ CASES = {
     "qwen3.5": ("qwen3.5", {"target_modules": "all-linear"}, None, False),
     "gemma4": ("gemma4", {"target_modules": ["q_proj", "up_proj"]}, None, False),
     "smollm3": ("smollm3", {"target_modules": "all-linear"}, None, False),
+    "granite": ("granite", {"target_modules": "all-linear"}, None, False),
+    "qwen3-moe-attention": ("qwen3-moe", {"target_modules": ["q_proj", "v_proj"]}, None, False),
+    "olmo3": ("olmo3", {"target_modules": "all-linear"}, None, False),
+    "regular-expression": ("llama", {"target_modules": r".*\.1\..*_proj"}, None, False),
+    "excluded": ("llama", {"target_modules": LINEAR, "exclude_modules": ["k_proj"]}, None, False),
+    "some-layers": (
+        "qwen3",
+        {"target_modules": LINEAR, "layers_to_transform": [1], "layers_pattern": "layers"},
+        None,
+        False,
+    ),
+    "dora-rslora-pattern": (
+        "qwen3",
+        {
+            "target_modules": LINEAR,
+            "use_dora": True,
+            "use_rslora": True,
+            "rank_pattern": {"k_proj": 2},
+        },
+        None,
+        False,
+    ),
+    "resized-and-saved": (
+        "llama",
+        {"target_modules": LINEAR, "modules_to_save": ["embed_tokens", "lm_head"]},
+        480,
+        False,
+    ),
+    "resized-and-saved-tied": (
+        "qwen2",
+        {"target_modules": LINEAR, "modules_to_save": ["embed_tokens"]},
+        480,
+        True,
+    ),
+    "gaussian": ("llama", {"target_modules": LINEAR, "init_lora_weights": "gaussian"}, None, False),
+    "dora-biases": (
+        "qwen2",
+        {"target_modules": LINEAR, "use_dora": True, "bias": "lora_only"},
+        None,
+        False,
+    ),
 }
+REFUSED = {
+    "pissa": ({"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, "moved weights out"),
+    "experts": (
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
+        "target_parameters.*fused experts",
+    ),
+    "dora-embedding": (
+        {"target_modules": ["embed_tokens"], "use_dora": True},
+        "DoRA on an embedding",
+    ),
+}
+"""What is not merged tensor by tensor, and the reason that is given."""
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32):
@@ -179,6 +232,15 @@ def test_merged_model_is_the_trained_model(case, tmp_path):
     ).abs().max() > 1e-2  # the adapter does something
     if load(base).config.tie_word_embeddings:
         assert merged.config.tie_word_embeddings is not untied
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_merged_is_refused_with_the_reason(case, tmp_path):
+    lora, reason = REFUSED[case]
+    base = make_checkpoint("gpt-oss" if case == "experts" else "llama", tmp_path / "base")
+    train_adapter(base, tmp_path / "adapter", **lora)
+    with pytest.raises(FastFTError, match=reason):
+        Weights(base, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(
