@@ -17,7 +17,6 @@ and hyperparameter optimization", AISTATS), by the held-out loss of the trial's 
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
@@ -28,44 +27,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fastft.config import RunConfig, load_config
-from fastft.errors import CouldNotFinishError, FastFTError, InterruptedRunError
+from fastft.errors import CouldNotFinishError, FastFTError
 from fastft.files import write_atomically
 from fastft.hardware import probe
 from fastft.progress import Reporter
-from fastft.runs import checkpoint
-from fastft.runs.folder import RunFolder
 from fastft.training import ranks
 from fastft.training.kept import Kept
-from fastft.training.train import train
-
-RANGE = re.compile(r"(?P<low>[-+.\deE]+)\.\.(?P<high>[-+.\deE]+)")
-
-
-@dataclass
-class Trial:
-    """One combination of the varied settings."""
-
-    settings: dict[str, str]
-    config: RunConfig
-    status: str = "waiting"
-    """waiting, paused (at a rung), dropped, done or failed."""
-    eval_loss: float | None = None
-    """The held-out loss of its last evaluation; once it is done, the best one."""
-    problem: str | None = None
-    """Why it failed."""
-
-    @property
-    def run(self) -> RunFolder:
-        """Its run folder."""
-        return RunFolder(self.config.run_dir)
-
-    @property
-    def name(self) -> str:
-        """What sets it apart, for a person."""
-        return " ".join(f"{key}={value}" for key, value in self.settings.items())
+from fastft.training.trials import Trial, draw, loss_at, train_to
 
 
 @dataclass
@@ -149,64 +118,6 @@ def sweep(
 # --- which trials
 
 
-def draw(base: RunConfig, vary: Sequence[str], trials: int | None) -> list[dict[str, str]]:
-    """Return the settings of each trial: the whole grid, or `trials` drawn from it.
-
-    Raises FastFTError for settings that are written wrongly, and for ranges without `trials`.
-    """
-    axes = dict(_axis(text) for text in vary)
-    if not axes:
-        raise FastFTError("nothing varies. Give for example --vary train.learning_rate=1e-4,3e-4.")
-    if len(axes) < len(vary):
-        raise FastFTError("a setting is varied twice; give all its values in one --vary.")
-    if trials is not None and trials < 1:
-        raise FastFTError(f"--trials is {trials}; it must be at least 1.")
-    ranges = [key for key, values in axes.items() if isinstance(values, tuple)]
-    if ranges and trials is None:
-        raise FastFTError(f"{ranges[0]} has a range; say with --trials N how many to draw.")
-    generator = np.random.default_rng([base.train.seed, 23])
-    if ranges:
-        assert trials is not None
-        return [
-            {key: _one(generator, values) for key, values in axes.items()} for _ in range(trials)
-        ]
-    lists = [values for values in axes.values() if isinstance(values, list)]
-    grid = [dict(zip(axes, values, strict=True)) for values in itertools.product(*lists)]
-    if trials is None or trials >= len(grid):
-        return grid
-    chosen = generator.choice(len(grid), trials, replace=False)
-    return [grid[int(index)] for index in sorted(chosen)]
-
-
-def _axis(text: str) -> tuple[str, list[str] | tuple[float, float]]:
-    """Return the setting and its values, or the two ends of its range."""
-    key, separator, values = (part.strip() for part in text.partition("="))
-    if not separator or not key or not values:
-        raise FastFTError(f"--vary {text!r}: write it as --vary lora.r=8,16")
-    if key.partition(".")[0] in ("project", "output_dir", "mirror", "export"):
-        raise FastFTError(f"--vary {text!r}: this changes nothing of what is trained.")
-    found = RANGE.fullmatch(values)
-    if found is None:
-        listed = [value.strip() for value in values.split(",") if value.strip()]
-        return key, list(dict.fromkeys(listed))
-    try:
-        low, high = float(found["low"]), float(found["high"])
-    except ValueError as error:
-        raise FastFTError(f"--vary {text!r}: {error}") from error
-    if not 0 < low < high:
-        raise FastFTError(
-            f"--vary {text!r}: a range needs two positive numbers, the smaller first."
-        )
-    return key, (low, high)
-
-
-def _one(generator: np.random.Generator, values: list[str] | tuple[float, float]) -> str:
-    if isinstance(values, list):
-        return values[int(generator.integers(len(values)))]
-    low, high = (math.log(end) for end in values)
-    return f"{math.exp(generator.uniform(low, high)):.3g}"
-
-
 def _trial(
     config: str | Path,
     overrides: Sequence[str],
@@ -227,7 +138,7 @@ def _trial(
             f"output_dir={json.dumps(str(folder))}",
         ],
     )
-    # An export a trial would fill the disk: the best one's is the command's business.
+    # Copies of every trial would fill a mirror.
     return Trial(settings, made.model_copy(update={"mirror": None}))
 
 
@@ -281,16 +192,6 @@ def _drop_the_worse_half(trials: list[Trial], step: int, report: Reporter) -> No
         _say(report, f"step {step}: {trial.name} is dropped ({loss_at(trial, step):.4f})")
 
 
-def loss_at(trial: Trial, step: int) -> float:
-    """Return the trial's held-out loss at `step`, or the last one before it; infinite without."""
-    found = [
-        record["eval_loss"]
-        for record in trial.run.read_log()
-        if "eval_loss" in record and record["step"] <= step
-    ]
-    return found[-1] if found else math.inf
-
-
 # --- training them
 
 
@@ -304,34 +205,6 @@ def _train_here(trials: list[Trial], step: int | None, kept: Kept, report: Repor
     for rank, states in enumerate(ranks.gather_when_ready(mine)):
         for trial in trials[rank :: here.size]:
             trial.status, trial.eval_loss, trial.problem = states[trial.name]
-
-
-def train_to(trial: Trial, step: int | None, kept: Kept, report: Reporter) -> None:
-    """Train one trial to `step`, or to its end; a trial that cannot finish has failed, and the
-    others go on.
-    """
-    newest, _ = checkpoint.newest_whole(trial.run.checkpoints)
-    at = checkpoint.step_of(newest) if newest else 0
-    if step is not None and at >= step:
-        trial.status = "paused"
-    else:
-        report.note(f"{trial.name}: from step {at} to {step or 'the end'}")
-        slice_of = None if step is None else step - at
-        try:
-            quiet = Reporter(report.console, quiet=True)
-            result = train(trial.config, stop_after=slice_of, reporter=quiet, kept=kept)
-            trial.status = result.status
-            if result.status == "paused" and step is None:
-                trial.problem = "train.max_minutes ended it"
-        except InterruptedRunError:
-            raise
-        except CouldNotFinishError as error:
-            trial.status, trial.problem = "failed", str(error)
-            report.warn(f"{trial.name} failed: {error}")
-    losses = [r["eval_loss"] for r in trial.run.read_log() if "eval_loss" in r]
-    if losses:
-        trial.eval_loss = min(losses) if trial.status == "done" else losses[-1]
-        report.note(f"{trial.name}: held-out loss {trial.eval_loss:.4f}")
 
 
 def _write(result: Sweep) -> None:

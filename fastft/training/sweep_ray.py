@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fastft.errors import FastFTError
 
 if TYPE_CHECKING:
-    from fastft.training.sweep import Trial
+    from fastft.training.trials import Trial
 
 
 def refuse_without_ray() -> None:
@@ -73,7 +73,7 @@ def _train_one(settings: dict[str, Any]) -> None:
     from fastft.config import make_config
     from fastft.progress import Reporter
     from fastft.training.kept import Kept
-    from fastft.training.sweep import Trial, train_to
+    from fastft.training.trials import Trial, train_to
 
     varied, config = settings["given"][settings["trial"]]
     trial = Trial(varied, make_config(config))

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastft.training.sweep import Sweep, Trial
+    from fastft.training.sweep import Sweep
+    from fastft.training.trials import Trial
 
 
 def table(sweep: Sweep) -> Any:

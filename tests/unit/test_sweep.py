@@ -11,13 +11,12 @@ from fastft.progress import silent
 from fastft.training.kept import Kept
 from fastft.training.sweep import (
     Sweep,
-    Trial,
     _drop_the_worse_half,
     _refuse_another_sweep,
     _rungs,
-    draw,
 )
 from fastft.training.sweep_views import plot, ranked
+from fastft.training.trials import Trial, draw
 
 
 def config(**train):
