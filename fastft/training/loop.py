@@ -123,15 +123,17 @@ class StepTrainer(Trainer):
         started = time.perf_counter()
         segments = segments_of(inputs)
         model.train()
-        mine = self.stepper.gradient(
-            model,
-            ranks.share(segments, trie=self.policy.rows == "trie"),
-            self.accelerator.backward,
-            self.compute_loss_context_manager,
-            supervised=supervised_tokens(segments),
-            drawn=(self.args.seed, self.state.global_step) if self._keys_dropout else None,
-            filler=self._filler(segments),
-        )
+        spread = is_sharded(self.model)
+        with ranks.putting_layers_together() if spread else contextlib.nullcontext():
+            mine = self.stepper.gradient(
+                model,
+                ranks.share(segments, trie=self.policy.rows == "trie"),
+                self.accelerator.backward,
+                self.compute_loss_context_manager,
+                supervised=supervised_tokens(segments),
+                drawn=(self.args.seed, self.state.global_step) if self._keys_dropout else None,
+                filler=self._filler(segments),
+            )
         loss, self.agreed = ranks.add_up(self.model.parameters(), mine, self.asks_to_stop())
         if not math.isfinite(loss):
             raise CouldNotFinishError(self._not_finite(loss))

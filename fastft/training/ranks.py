@@ -426,6 +426,21 @@ def tells_why() -> bool:
 
 
 @contextlib.contextmanager
+def putting_layers_together() -> Iterator[None]:
+    """Inside, where FSDP2 talks by itself, its network's failures are LostProcessErrors.
+
+    Told by their words, since whatever else fails in there is a RuntimeError too.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search(r"gloo|nccl|connection|timed out|broken pipe", str(error), re.IGNORECASE):
+            raise
+        with _talking("putting a layer together"):
+            raise
+
+
+@contextlib.contextmanager
 def _talking(doing: str) -> Iterator[None]:
     """Inside, a failure of the network or of another process is a LostProcessError."""
     try:

@@ -598,7 +598,9 @@ def stop_signals(trainer: StepTrainer) -> Iterator[None]:
         return
 
     def on_signal(number: int, frame: Any) -> None:
-        if trainer.stopped_by_signal:
+        # A launcher repeats its SIGTERM, and kills by itself what does not end.
+        repeated = number == signal.SIGTERM and ranks.world().size > 1
+        if trainer.stopped_by_signal and not repeated:
             raise KeyboardInterrupt
         trainer.stopped_by_signal = True
         if ranks.world().size == 1:  # several agree first, and the first of them says so
