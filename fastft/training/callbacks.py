@@ -193,8 +193,8 @@ class MemoryCheck(TrainerCallback):
             self.sampler = _PeakSampler()
             self.sampler.start()
         steps, policy = self.trainer.steps, self.trainer.policy
-        trie = self.trainer.policy.rows == "trie"
-        segments = ranks.share(segments_of(steps[state.global_step % len(steps)]), trie=trie)
+        step = segments_of(steps[state.global_step % len(steps)])
+        segments = ranks.share(step, trie=self.trainer.split_as_trie)
         sizes = row_sizes(segments, policy.micro_batch_tokens, policy.rows)
         self.largest, self.longest = max([(self.largest, self.longest), *sizes])
 

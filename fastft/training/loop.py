@@ -92,6 +92,8 @@ class StepTrainer(Trainer):
             fused=fused,
             scale=self.accelerator.scaler,
         )
+        # All split a step alike: by what is shared only where every process makes trie rows.
+        self.split_as_trie = all(rows == "trie" for rows in ranks.everybodys(policy.rows))
         self.progress = Progress()
         # torch.compile, which Unsloth uses on a GPU, cannot look into generators: there dropout is
         # by sequence only where several processes need it to be.
@@ -127,7 +129,7 @@ class StepTrainer(Trainer):
         with ranks.putting_layers_together() if spread else contextlib.nullcontext():
             mine = self.stepper.gradient(
                 model,
-                ranks.share(segments, trie=self.policy.rows == "trie"),
+                ranks.share(segments, trie=self.split_as_trie),
                 self.accelerator.backward,
                 self.compute_loss_context_manager,
                 supervised=supervised_tokens(segments),

@@ -154,10 +154,10 @@ def join(timeout_minutes: float) -> World:
     timeout = timedelta(minutes=timeout_minutes)
     try:
         meeting = dist.rendezvous("env://", rank=here.rank, world_size=here.size, timeout=timeout)
-        _store, _, _ = next(meeting)
-        _store.set_timeout(timeout)
+        store, _, _ = next(meeting)
+        store.set_timeout(timeout)
         dist.init_process_group(
-            backend, store=_store, rank=here.rank, world_size=here.size, timeout=timeout
+            backend, store=store, rank=here.rank, world_size=here.size, timeout=timeout
         )
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -169,7 +169,7 @@ def join(timeout_minutes: float) -> World:
     # To transformers and accelerate each process is one of its own from here on.
     for name in LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
-    _world = here
+    _world, _store = here, store
     return here
 
 

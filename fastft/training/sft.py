@@ -199,11 +199,13 @@ class FastSFTTrainer(SFTTrainer):
         if not self._rows_chosen:
             self._choose_rows(inputs)
             self._rows_chosen = True
+            found = ranks.everybodys(self._stepper.policy.rows)
+            self._split_as_trie = all(rows == "trie" for rows in found)
         model.train()
         by_sequence = self.args.device.type == "cpu" or ranks.world().size > 1
         mine = self._stepper.gradient(
             model,
-            ranks.share(inputs, trie=self._stepper.policy.rows == "trie"),
+            ranks.share(inputs, trie=self._split_as_trie),
             self.accelerator.backward,
             self.compute_loss_context_manager,
             supervised=supervised_tokens(inputs),
