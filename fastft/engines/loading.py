@@ -91,8 +91,10 @@ def load_for_training(
     *,
     gradient_checkpointing: bool,
     choices: dict[str, Choice],
+    in_ram: bool = False,
 ) -> tuple[Any, Any, Engine]:
-    """Return (model, tokenizer, engine) of the config's base model, without LoRA.
+    """Return (model, tokenizer, engine) of the config's base model, without LoRA; with `in_ram` it
+    stays in RAM, whatever computes.
 
     `choices` holds the already made choices "engine", "quantization" and "dtype" (see
     `choose_loading`); "dtype" is changed where Unsloth trains the family in another one (gemma3,
@@ -113,6 +115,8 @@ def load_for_training(
         "trust_remote_code": config.trust_remote_code,
         "use_gradient_checkpointing": _checkpointing(gradient_checkpointing, engine, hardware.kind),
     }
+    if in_ram:
+        keywords["device_map"] = {"": "cpu"}
     if engine.name == "unsloth" and hardware.kind == "cuda":
         # It would load its own copy of a model it knows (pre-quantised in 4 bit, and without the
         # revision), which is neither the base that was planned and recorded nor the one that is

@@ -176,7 +176,7 @@ def _measure(
     s = resolved.situation
     phases = _phases(config, shape, s)
     if gpus > 1:
-        phases = _on_each_card(phases, shape, s, gpus)
+        phases = _on_each_card(phases, shape, s, gpus, config.train.shard_base)
     available = {
         "vram": hardware.vram_free_bytes,
         "ram": hardware.ram_free_bytes,
@@ -237,15 +237,21 @@ def _timing(
 
 
 def _on_each_card(
-    phases: dict[str, Phase], shape: ModelShape, s: Situation, gpus: int
+    phases: dict[str, Phase], shape: ModelShape, s: Situation, gpus: int, shard: bool
 ) -> dict[str, Phase]:
     """The phases of one card among several: the first process alone merges and exports."""
+    from_ram = shard and s.quantization == "none"
     buffer = several.buffer_term(shape, s)
     changed = dict(phases)
     for name in ("load", "train", "eval"):
         phase = phases[name]
         vram = [*phase.vram_terms, buffer] if name == "train" else phase.vram_terms
-        ram = [*phase.ram_terms, *several.other_processes(phase.ram_terms, gpus)]
+        if shard and (name != "load" or from_ram):
+            vram = several.spread(vram, shape, gpus)
+        ram = phase.ram_terms
+        if name == "load" and from_ram:
+            ram = [*ram, several.whole_base_in_ram(shape, s)]
+        ram = [*ram, *several.other_processes(ram, gpus)]
         changed[name] = phase.model_copy(
             update={
                 "vram_terms": vram,

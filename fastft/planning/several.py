@@ -63,6 +63,45 @@ def buffer_term(shape: ModelShape, s: Situation) -> Term:
     )
 
 
+def spread(terms: list[Term], shape: ModelShape, cards: int) -> list[Term]:
+    """Return the VRAM of one card whose base is spread over `cards` (train.shard_base).
+
+    Layers lie in parts, but for the one that computes and the one that is fetched meanwhile;
+    embeddings, head and norms are together for a whole step.
+    """
+    in_layers = sum(weight.parameters for weight in shape.of("linear", "expert"))
+    found, together = [], 0.0
+    for term in terms:
+        if not term.name.startswith("weights"):
+            found.append(term)
+            continue
+        share = {"weights": in_layers / shape.parameters, "weights in NF4": 1.0}
+        layers = term.bytes * share.get(term.name, 1.0 if term.name == "weights in int8" else 0.0)
+        together += 2 * layers / shape.layers
+        mine = int(term.bytes - layers + layers / cards)
+        formula = f"layers' {layers / GIB:.2f} GiB / {cards} cards, and the rest"
+        found.append(term.model_copy(update={"bytes": mine, "formula": formula}))
+    return [
+        *found,
+        Term(
+            name="two layers together",
+            bytes=int(together),
+            formula=f"2 of {shape.layers} layers",
+            source="torch FSDP2: one computes, the next is fetched",
+        ),
+    ]
+
+
+def whole_base_in_ram(shape: ModelShape, s: Situation) -> Term:
+    """Return the RAM in which a process reads a 16-bit base before it is spread."""
+    return Term(
+        name="whole base, while loading",
+        bytes=shape.parameters * s.compute_bytes,
+        formula=f"{shape.parameters:,} x {s.compute_bytes} bytes",
+        source="training/sharded.py",
+    )
+
+
 def other_processes(terms: list[Term], cards: int) -> list[Term]:
     """Return the RAM of the other processes of this machine, as one term."""
     one = sum(term.bytes for term in terms)

@@ -240,8 +240,15 @@ class Session:
         _refuse_to_shard(config, choices)
 
         def load() -> tuple[Any, Engine, Choice]:
+            # A base that no card holds is read into RAM and goes to the cards in parts; one in NF4
+            # is quantised by the card that keeps a part of it.
+            in_ram = config.train.shard_base and choices["quantization"].value == "none"
             base, _, engine = loading.load_for_training(
-                config.model, self.hardware, gradient_checkpointing=checkpointing, choices=choices
+                config.model,
+                self.hardware,
+                gradient_checkpointing=checkpointing,
+                choices=choices,
+                in_ram=in_ram,
             )
             return base, engine, choices["dtype"]  # which loading may have changed
 
@@ -259,7 +266,7 @@ class Session:
         self.kept.adapted(model, moves_the_base=config.lora.init in MOVES_THE_BASE)
         ranks.start_alike(model.parameters())
         if config.train.shard_base:
-            shard(model)
+            shard(model, self.hardware.kind)
             held = local_bytes(model) / 2**20
             self.report.note(
                 f"base spread over {ranks.world().size} processes, {held:,.0f} MiB in each"

@@ -20,13 +20,17 @@ from fastft.training import ranks
 MARK = "_fastft_sharded"
 
 
-def shard(model: Any) -> None:
-    """Spread the frozen weights of the peft model `model` over the processes, layer by layer."""
+def shard(model: Any, device: str) -> None:
+    """Spread the frozen weights of the peft model `model` over the processes, layer by layer, onto
+    `device` (cpu or cuda).
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(model.device.type, (ranks.world().size,))
+    mesh = init_device_mesh(device, (ranks.world().size,))
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for parameter in trained:
+        parameter.data = parameter.data.to(device)  # FSDP2 moves only what it spreads
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, ignored_params=trained)
     fully_shard(model, mesh=mesh, ignored_params=trained)

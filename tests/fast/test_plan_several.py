@@ -27,6 +27,23 @@ def test_two_cards_have_half_the_sequences_and_a_buffer_each():
     assert any("VRAM is per card" in note for note in two.notes)
 
 
+def test_a_spread_base_lies_in_parts():
+    """Qwen3-8B in 16 bit: 15.3 GiB on one card; on four a quarter of its layers, and two of 36."""
+    sixteen = CONFIG.model_copy(
+        update={
+            "model": CONFIG.model.model_copy(update={"quantization": "none"}),
+            "train": CONFIG.train.model_copy(update={"shard_base": True}),
+        }
+    )
+    shape = known_shape("qwen3-8b")
+    terms = plan(sixteen, several.machine_with(named_gpu("l4"), 4), shape, gpus=4).phases["train"]
+    held = {t.name: t.bytes for t in terms.vram_terms}
+    layers = 2 * 36 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288)
+    whole = 2 * shape.parameters
+    assert held["two layers together"] == pytest.approx(2 * layers / 36, rel=1e-6)
+    assert held["weights"] == pytest.approx(whole - layers * 3 / 4, rel=1e-6)
+
+
 def test_more_cards_than_sequences_are_named():
     few = CONFIG.model_copy(
         update={"train": CONFIG.train.model_copy(update={"effective_batch_size": 2})}
