@@ -377,9 +377,8 @@ def export(
     """Export a run as adapter, merged model, GGUF or Ollama model, with a certificate."""
     from fastft import verbs
 
-    targets = [part.strip() for part in to.split(",") if part.strip()] if to is not None else None
     result = verbs.export(
-        run, targets, out=out, base=base, dtype=dtype, imatrix=imatrix, quant=quant, max_kl=max_kl,
+        run, to, out=out, base=base, dtype=dtype, imatrix=imatrix, quant=quant, max_kl=max_kl,
         verify=certify,
     )  # fmt: skip
     if result.certificate is None:

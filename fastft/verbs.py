@@ -204,7 +204,7 @@ def sweep(
 
 def export(
     run: str | Path,
-    to: Sequence[str] | None = None,
+    to: str | Sequence[str] | None = None,
     *,
     out: str | Path | None = None,
     base: str | None = None,
@@ -217,14 +217,16 @@ def export(
 ) -> Exports:
     """Write the targets `to` of `run` (a run, adapter or model folder) and certify them.
 
-    `to`: adapter, merged, gguf:TYPE, gguf-lora, ollama; by default merged, or nothing but the file
-    that `quant` chooses. `quant="auto"` adds the smallest GGUF whose mean KL to the trained model
+    `to`: adapter, merged, gguf:TYPE, gguf-lora, ollama, as a list or as the command's text with
+    commas; by default merged, or nothing but the file that `quant` chooses. `quant="auto"` adds the smallest GGUF whose mean KL to the trained model
     is at most `max_kl` nats a token. `dtype` is that of merged, `imatrix` "auto" or a file. A file
     that is not the trained model raises nothing: ask `result.certificate.verdict`. Raises
     FastFTError for unknown targets, AnswerIsNoError where no type is within `max_kl`.
     """
     from fastft import exporting
 
+    if isinstance(to, str):
+        to = [part.strip() for part in to.split(",") if part.strip()]
     targets = list(to) if to is not None else [] if quant else ["merged"]
     files: list[dict[str, Any]] = []
     refused: list[dict[str, str]] = []

@@ -155,7 +155,14 @@ class GivenRows(TableSource):
 
 
 def _as_bytes(row: Any) -> bytes:
-    text = json.dumps(row, sort_keys=True, default=str, ensure_ascii=False)
+    """Return the row as JSON, which its fingerprint is of; raises FastFTError where it has none."""
+    try:
+        text = json.dumps(row, sort_keys=True, default=str, ensure_ascii=False)
+    except (ValueError, TypeError, RecursionError) as error:  # in itself; keys of several types
+        raise FastFTError(
+            f"a row of data is not what JSON can hold ({error}): {str(row)[:80]}. Rows are objects "
+            "with text keys, lists of messages, or texts."
+        ) from error
     return text.encode("utf-8", "surrogatepass")
 
 

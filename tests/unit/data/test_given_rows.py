@@ -42,9 +42,10 @@ def test_rows_a_dataset_and_a_file_give_the_same_samples(tokenizer, tmp_path):
         (iter(ROWS), "read in several passes"),
         ({"train": ROWS, "test": ROWS}, "splits or keys train, test"),
         ("rows.jsonl", "data is a str"),
+        ([{1: "a", "b": "c"}], "not what JSON can hold"),
     ],
 )
-def test_what_cannot_be_read_twice_is_refused(rows, words):
+def test_what_cannot_be_read_or_not_twice_is_refused(rows, words):
     with pytest.raises(FastFTError, match=words):
         open_rows(rows)
 
