@@ -218,10 +218,11 @@ def export(
     """Write the targets `to` of `run` (a run, adapter or model folder) and certify them.
 
     `to`: adapter, merged, gguf:TYPE, gguf-lora, ollama, as a list or as the command's text with
-    commas; by default merged, or nothing but the file that `quant` chooses. `quant="auto"` adds the smallest GGUF whose mean KL to the trained model
-    is at most `max_kl` nats a token. `dtype` is that of merged, `imatrix` "auto" or a file. A file
-    that is not the trained model raises nothing: ask `result.certificate.verdict`. Raises
-    FastFTError for unknown targets, AnswerIsNoError where no type is within `max_kl`.
+    commas; by default merged, or nothing but the file that `quant` chooses. `quant="auto"` adds the
+    smallest GGUF whose mean KL to the trained model is at most `max_kl` nats a token. `dtype` is
+    that of merged, `imatrix` "auto" or a file. A file that is not the trained model raises nothing:
+    ask `result.certificate.verdict`. Raises FastFTError for unknown targets, AnswerIsNoError where
+    no type is within `max_kl`.
     """
     from fastft import exporting
 
