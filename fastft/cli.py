@@ -301,7 +301,8 @@ def chat(
         str, typer.Argument(metavar="RUN", help="a run, adapter or model folder, or a .gguf file")
     ],
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="one question; without it, a conversation")
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="a question (repeatable); without it, a conversation"),
     ] = None,
     system: Annotated[str | None, typer.Option("--system", help="system prompt")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="most tokens of an answer")] = (
@@ -327,16 +328,16 @@ def chat(
     as_json: Json = False,
 ) -> None:
     """Talk to a run, a model or a GGUF file."""
-    from fastft.inference.conversation import converse, single
+    from fastft.inference.conversation import answers, converse
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     keywords: dict[str, Any] = {"base": base, "dtype": dtype, "loras": lora, "n_ctx": n_ctx}
     keywords["gpu_layers"] = _layers(gpu_layers)
-    if prompt is None:
+    if not prompt:
         if as_json:
             raise FastFTError("--json needs --prompt.")
         return converse(target, system=system, sampling=sampling, compare=compare, **keywords)
-    result = single(
+    result = answers(
         target,
         prompt,
         system=system,

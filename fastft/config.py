@@ -55,10 +55,16 @@ class Section(BaseModel):
         return value
 
 
+EMBEDDED = "quickstart"
+"""As a model's name: the tiny base model that comes with fastft."""
+
+
 class ModelConfig(Section):
     """Which base model is fine-tuned, and how it is loaded."""
 
-    name: str = Field(description="Hub id or local folder of the base model")
+    name: str = Field(
+        description="Hub id or local folder of the base model; quickstart: the embedded tiny one"
+    )
     revision: str | None = Field(None, description="branch, tag or commit on the Hub")
     quantization: Literal["auto", "nf4", "int8", "none"] = Field(
         "auto",
@@ -81,6 +87,8 @@ class ModelConfig(Section):
     @field_validator("name")
     @classmethod
     def _home(cls, value: str) -> str:
+        if value == EMBEDDED and not Path(value).exists():
+            return str(Path(__file__).parent / "quickstart" / "base")
         return str(Path(value).expanduser()) if value.startswith("~") else value
 
 
@@ -391,6 +399,18 @@ class RunConfig(Section):
 
 
 DATA_SUFFIXES = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".arrow", ".gz"}
+
+
+def long_warmup(train: TrainConfig, total_steps: int) -> str | None:
+    """Return what to say of a warm-up that outlasts the run; None where it does not."""
+    warmup = train.warmup_steps
+    if warmup is None or warmup < total_steps:
+        return None
+    return (
+        f"the warm-up of {warmup} steps is longer than the run of {total_steps}: the learning rate "
+        f"reaches {total_steps / warmup:.0%} of train.learning_rate at most. Set "
+        f"train.warmup_steps to {total_steps // 10} or so, or leave it out."
+    )
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

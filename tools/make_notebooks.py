@@ -1,5 +1,8 @@
 """Write the notebooks from quickstart.md (and advice.md) and benchmark.md: python
-tools/make_notebooks.py.
+tools/make_notebooks.py [--repository USER/NAME].
+
+Where the repository's address on GitHub is given, they get a badge that opens them in Colab, and
+install fastft from there; without it they look for a wheel, or ask for one.
 
 The source is Markdown. A fenced block ```python NAME is a code cell with that id, everything
 between is a text cell; <<English||日本語>> is replaced by the one or the other; {{name}} by what
@@ -9,6 +12,7 @@ committed files with what this program writes.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import textwrap
@@ -17,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 HERE = ROOT / "notebooks"
-REPOSITORY = "OWNER/fastft"  # on GitHub; badge and default FASTFT_SOURCE follow from it
+BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 FILES = {"en": "quickstart.ipynb", "ja": "quickstart_ja.ipynb"}
 BENCHMARK = "benchmark.ipynb"
 JAPANESE = r"[\u3001-\u30ff\u4e00-\u9fff\uff00-\uffef]"
@@ -26,26 +30,32 @@ CODE = re.compile(r"^```python (\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 def main() -> None:
     """Write all notebooks."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repository", default="", help="USER/NAME on GitHub, where it has one")
+    repository = parser.parse_args().repository
     for language, name in FILES.items():
-        (HERE / name).write_text(notebook(language), encoding="utf-8", newline="\n")
-    (HERE / BENCHMARK).write_text(benchmark_notebook(), encoding="utf-8", newline="\n")
+        text = notebook(language, repository)
+        (HERE / name).write_text(text, encoding="utf-8", newline="\n")
+    text = benchmark_notebook(repository)
+    (HERE / BENCHMARK).write_text(text, encoding="utf-8", newline="\n")
 
 
-def notebook(language: str) -> str:
+def notebook(language: str, repository: str = "") -> str:
     """Return the quickstart in `language` (en, ja) as the text of an .ipynb file."""
     text = (HERE / "quickstart.md").read_text(encoding="utf-8")
     text = text.replace("{{advice}}", (HERE / "advice.md").read_text(encoding="utf-8"))
-    return _ipynb(in_language(_filled(text, FILES[language]), language), FILES[language])
+    text = _filled(text, FILES[language], repository)
+    return _ipynb(in_language(text, language), FILES[language])
 
 
-def benchmark_notebook() -> str:
+def benchmark_notebook(repository: str = "") -> str:
     """Return the benchmark's notebook as the text of an .ipynb file."""
     text = (HERE / "benchmark.md").read_text(encoding="utf-8")
-    return _ipynb(_filled(text, BENCHMARK), BENCHMARK)
+    return _ipynb(_filled(text, BENCHMARK, repository), BENCHMARK)
 
 
-def _filled(text: str, file: str) -> str:
-    for name, value in values(file).items():
+def _filled(text: str, file: str, repository: str) -> str:
+    for name, value in values(file, repository).items():
         text = text.replace("{{" + name + "}}", value)
     return text
 
@@ -74,13 +84,14 @@ def in_language(text: str, language: str) -> str:
     return re.sub(f"(?<={JAPANESE})\n *(?={JAPANESE})", "", text)
 
 
-def values(file: str) -> dict[str, str]:
+def values(file: str, repository: str) -> dict[str, str]:
     """Return what stands for each {{name}}: the pins come from the requirements files, nowhere
     else.
     """
+    page = f"https://colab.research.google.com/github/{repository}/blob/main/notebooks/{file}"
     return {
-        "badge": f"https://colab.research.google.com/github/{REPOSITORY}/blob/main/notebooks/{file}",
-        "source": f"git+https://github.com/{REPOSITORY}",
+        "badge": f"[![Open In Colab]({BADGE})]({page})\n\n" if repository else "",
+        "source": f"git+https://github.com/{repository}" if repository else "",
         "requirements": textwrap.fill(" ".join(requirements(ROOT / "requirements-colab.txt")), 100),
         "unsloth": " ".join(requirements(ROOT / "requirements" / "unsloth.txt")),
         "llama": " ".join(requirements(ROOT / "requirements" / "gguf.txt")[:2]),

@@ -128,6 +128,12 @@ def misfits(config: RunConfig, train_samples: int, positions: int | None) -> lis
             f"holds all of them once, so an epoch is one step; set at most {train_samples:,}, "
             "or train more epochs"
         )
+    steps = config.train.max_steps
+    if steps is not None and steps * batch < train_samples:
+        notes.append(
+            f"train.max_steps {steps:,} with {batch:,} sequences a step see {steps * batch:,} of "
+            f"the {train_samples:,} samples ({steps * batch / train_samples:.0%})"
+        )
     if positions is not None and longest > positions:
         notes.append(
             f"model.max_seq_length {longest:,} is above the {positions:,} positions that the "

@@ -12,9 +12,9 @@ from fastft.inference.sampling import Sampling
 HELP = "/exit (or an empty line) ends it, /reset forgets what was said, /help shows this."
 
 
-def single(
+def answers(
     target: str,
-    prompt: str,
+    prompts: list[str],
     *,
     system: str | None,
     sampling: Sampling,
@@ -22,19 +22,25 @@ def single(
     show: bool,
     **open_keywords: Any,
 ) -> dict[str, Any]:
-    """Answer one prompt; returns {text, tokens, tokens_per_sec} (and base_text with `compare`)."""
-    messages = messages_of(prompt, system)
+    """Answer each prompt as if it were the only one.
+
+    Returns {text, tokens, tokens_per_sec} (and base_text with `compare`) of one prompt, or
+    {"answers": [that with its "prompt", ...]} of several.
+    """
     model = open_chat(target, **open_keywords)
-    result: dict[str, Any] = {}
-    if compare:
-        base = _open_base(target, open_keywords)
-        result["base_text"] = _show("base", base, messages, sampling, show).text
-    said = _show("adapter" if compare else "", model, messages, sampling, show)
-    return result | {
-        "text": said.text,
-        "tokens": said.tokens,
-        "tokens_per_sec": said.tokens_per_sec,
-    }
+    base = _open_base(target, open_keywords) if compare else None
+    results = []
+    for prompt in prompts:
+        if show and len(prompts) > 1:
+            print(f"? {prompt}")
+        messages = messages_of(prompt, system)
+        result: dict[str, Any] = {"prompt": prompt} if len(prompts) > 1 else {}
+        if base is not None:
+            result["base_text"] = _show("base", base, messages, sampling, show).text
+        said = _show("adapter" if compare else "", model, messages, sampling, show)
+        result |= {"text": said.text, "tokens": said.tokens, "tokens_per_sec": said.tokens_per_sec}
+        results.append(result)
+    return results[0] if len(results) == 1 else {"answers": results}
 
 
 def converse(

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from fastft.config import RunConfig
+from fastft.config import RunConfig, long_warmup
 from fastft.errors import FastFTError
 from fastft.hardware import GIB, Hardware
 from fastft.planning import several
@@ -209,6 +209,7 @@ def _measure(
             *shape.notes,
             *hardware.notes,
             *_notes(config, shape, s, mean_length),
+            *filter(None, [steps and long_warmup(config.train, steps)]),
             *(several.notes(config, gpus) if gpus > 1 else []),
         ],
     )

@@ -16,13 +16,16 @@ import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastft.config import RunConfig, dump_config, make_config, read_yaml
 from fastft.errors import FastFTError
 from fastft.files import write_atomically, written_aside
 from fastft.runs import checkpoint
 from fastft.secrets import redact
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PACKAGES = (
     "fastft", "unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "datasets",
@@ -242,36 +245,39 @@ class RunFolder:
         """
         if not self.writes:
             return None
-        log = self.read_log()
-        train = [(r["step"], r["loss"]) for r in log if "loss" in r]
         before = self.read_record().get("eval_loss_before")
-        held_out = [(0, before)] if before is not None else []
-        held_out += [(r["step"], r["eval_loss"]) for r in log if "eval_loss" in r]
-        if not train:
+        figure = loss_figure(self.read_log(), before, title=self.path.name)
+        if figure is None:
             return None
-        from matplotlib.figure import Figure  # not pyplot: no global state, no display
-
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        steps, losses = zip(*train, strict=True)
-        axes.plot(
-            steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="training, each step"
-        )
-        axes.plot(steps, _running_mean(losses), color="tab:blue", label="training, running mean")
-        if held_out:
-            axes.plot(
-                *zip(*held_out, strict=True),
-                color="tab:red",
-                marker="o",
-                markersize=4,
-                label="held out",
-            )
-        axes.set(xlabel="optimizer step", ylabel="loss per trained token", title=self.path.name)
-        axes.grid(alpha=0.3)
-        axes.legend()
         path = self.path / "loss.png"
         figure.savefig(path, dpi=120)
         return path
+
+
+def loss_figure(log: list[dict[str, Any]], before: float | None, *, title: str) -> Figure | None:
+    """Return the loss curves of the lines of log.jsonl; None where nothing was logged.
+
+    `before` is the held-out loss of the untrained model, where it was measured.
+    """
+    train = [(r["step"], r["loss"]) for r in log if "loss" in r]
+    held_out = [(0, before)] if before is not None else []
+    held_out += [(r["step"], r["eval_loss"]) for r in log if "eval_loss" in r]
+    if not train:
+        return None
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    steps, losses = zip(*train, strict=True)
+    axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="training, each step")
+    axes.plot(steps, _running_mean(losses), color="tab:blue", label="training, running mean")
+    if held_out:
+        dots = list(zip(*held_out, strict=True))
+        axes.plot(*dots, "o-", color="tab:red", markersize=4, label="held out")
+    axes.set(xlabel="optimizer step", ylabel="loss per trained token", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
 
 
 def best_step(history: list[dict[str, Any]]) -> int | None:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from fastft import hub
-from fastft.config import MOVES_THE_BASE, RunConfig, TrainConfig
+from fastft.config import MOVES_THE_BASE, RunConfig, TrainConfig, long_warmup
 from fastft.engines import get_engine, loading
 from fastft.engines.base import Engine
 from fastft.errors import FastFTError
@@ -38,6 +38,7 @@ from fastft.progress import Reporter
 from fastft.runs.adapter import keep_initial
 from fastft.runs.fingerprint import base_fingerprint
 from fastft.runs.folder import INITIAL_ADAPTER, RunFolder
+from fastft.runs.live import LivePlot
 from fastft.runs.mirror import Mirror
 from fastft.training import ranks
 from fastft.training.kept import Kept
@@ -166,6 +167,7 @@ class Session:
         self.kept = kept or Kept()
         self.history: list[dict[str, Any]] = []
         """The lines of log.jsonl up to the present step."""
+        self.live = LivePlot(config.project)
 
     def open(self) -> Opened:
         """Return the engine, the tokenizer, and which base this is."""
@@ -420,6 +422,8 @@ class Session:
             self.report.choice(name, choice)
         self.report.note(f"{prepared.trainable:,} trainable parameters")
         steps = self.total_steps(prepared.data)
+        if misfit := long_warmup(self.config.train, steps):
+            self.report.warn(misfit)
         if self.config.train.max_steps is None and steps < FEW_STEPS:
             self.report.note(
                 f"{steps} steps are few, the model will hardly change; a higher train.epochs "
@@ -540,6 +544,7 @@ class Session:
         self.run.append_log(record)
         self.history.append(record)
         self.report.step(record)
+        self.live.show(self.history)
 
 
 def _refuse_to_shard(config: RunConfig, choices: dict[str, Choice]) -> None:

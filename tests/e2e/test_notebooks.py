@@ -28,7 +28,7 @@ LANGUAGES = ("en", "ja")
 NAMES = """
     PROJECT_NAME BASE_SAVE_DIR BASE_MODEL_ID USE_4BIT DATASET_ID DATASET_SPLIT TEXT_COLUMN MAX_SEQ_LENGTH PACKING LORA_R
     LORA_ALPHA LORA_DROPOUT LORA_TARGET_MODULES BATCH_SIZE GRADIENT_ACCUMULATION_STEPS LEARNING_RATE NUM_TRAIN_EPOCHS
-    WARMUP_STEPS LOGGING_STEPS SAVE_STEPS MAX_STEPS FASTFT_SOURCE
+    WARMUP_STEPS LOGGING_STEPS SAVE_STEPS MAX_STEPS FASTFT_SOURCE USE_8BIT TEMPERATURE TOP_P MAX_NEW_TOKENS
 """
 
 
@@ -236,8 +236,34 @@ def test_the_install_cell_installs_the_pinned_set_and_nothing_else(tmp_path):
     assert "Mounted at" in text, "the wheel lies in Drive, so Drive must be there first"
 
 
+@pytest.mark.parametrize("where", ["in Drive", "beside", "uploaded", "nowhere"])
+def test_without_a_source_a_wheel_is_looked_for_or_asked_for(tmp_path, where):
+    name, uploads = "fastft-0.1.0-py3-none-any.whl", {}
+    places = {"in Drive": "cloud/fastft", "beside": ".", "uploaded": "computer"}
+    if where in places:
+        (tmp_path / places[where]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / places[where] / name).write_bytes(b"wheel")
+    if where == "uploaded":
+        uploads = {"COLAB_UPLOAD": str(tmp_path / "computer" / name)}
+    settings = {"BASE_SAVE_DIR": str(tmp_path / "drive" / "MyDrive" / "fastft")}
+    fresh = FRESH.replace("FAILS", "0")
+    code, text = run_cells(
+        tmp_path, ["install"], settings, before=fresh, after=TELL_PIP, env=uploads
+    )
+    if where == "nowhere":
+        assert code == 1
+        assert (
+            "no wheel of it is here. Put fastft-....whl (`make wheel`) into BASE_SAVE_DIR" in text
+        )
+        return
+    assert code == 0, text
+    assert json.loads(text.split("RAN ")[1])[1][-1].endswith(name)
+    assert ("Upload a wheel of fastft" in text) == (where == "uploaded")
+
+
 def test_a_failed_install_shows_pips_last_words(tmp_path):
-    code, text = run_cells(tmp_path, ["install"], {}, before=FRESH.replace("FAILS", "1"))
+    source = {"FASTFT_SOURCE": "fastft"}
+    code, text = run_cells(tmp_path, ["install"], source, before=FRESH.replace("FAILS", "1"))
     assert code == 1
     assert text.strip().endswith("ERROR: no matching distribution")
 
@@ -280,6 +306,55 @@ subprocess.Popen = Popen
         assert done.stdout.count("building llama-cpp-python: 0.0 min") == 2 * builds
 
 
+PLANNED = """
+import re, fastft
+from pathlib import Path
+IN_COLAB = in_drive = False
+local = Path("runs")
+hardware = None
+"""
+SEED = {
+    "LORA_R": 64, "LORA_ALPHA": 16, "LORA_DROPOUT": 0.05, "LORA_TARGET_MODULES": ["q_proj", "v_proj"],
+    "BATCH_SIZE": 1, "GRADIENT_ACCUMULATION_STEPS": 16, "LEARNING_RATE": 2e-4, "WARMUP_STEPS": 100,
+    "LOGGING_STEPS": 10, "SAVE_STEPS": 500, "MAX_STEPS": -1, "MAX_SEQ_LENGTH": 1024,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ("all-linear", "all-linear"),
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        ('["q_proj", "v_proj"]', ["q_proj", "v_proj"]),
+        ("q_proj, v_proj", ["q_proj", "v_proj"]),
+        ("q_proj", ["q_proj"]),
+    ],
+)
+def test_the_settings_that_people_know_are_taken_as_they_stand(given, taken):
+    cells = code_of("en")
+    known = SEED | {"LORA_TARGET_MODULES": given, "DATASET_ID": "x"}
+    source = with_settings(cells["settings"], known)
+    plan = cells["plan"].split("forecast = ")[0]
+    names = {}
+    exec(PLANNED + source + plan, names)
+    config = names["config"]
+    assert config.lora.target_modules == taken
+    assert (config.train.max_steps, config.train.warmup_steps) == (None, 100)
+    assert (config.lora.r, config.lora.alpha, config.train.effective_batch_size) == (64, 16, 16)
+    for four, eight, kind in ((True, False, "nf4"), (False, True, "int8"), (False, False, "none")):
+        exec(PLANNED + source + f"\nUSE_4BIT, USE_8BIT = {four}, {eight}\n" + plan, names)
+        assert names["config"].model.quantization == kind
+        assert names["config"].model.name.endswith("-bnb-4bit") == four
+
+
+def test_with_a_repository_there_is_a_badge_and_a_source():
+    plain, published = make.notebook("en"), make.notebook("en", "user/name")
+    assert "colab-badge" not in plain
+    assert "OWNER" not in plain
+    assert "colab.research.google.com/github/user/name/blob/main" in published
+    assert 'FASTFT_SOURCE = \\"git+https://github.com/user/name' in published
+
+
 # --- from the first cell to the last
 
 
@@ -297,8 +372,12 @@ def execute(language, tmp_path, settings, environment):
     return notebook
 
 
+def notebook_cell(notebook, name):
+    return next(cell for cell in notebook.cells if cell.get("id") == name)
+
+
 def text_of(notebook, name):
-    cell = next(cell for cell in notebook.cells if cell.get("id") == name)
+    cell = notebook_cell(notebook, name)
     parts = [
         out.get("text", "") or out.get("data", {}).get("text/plain", "") for out in cell.outputs
     ]
@@ -314,7 +393,8 @@ def tiny(tmp_path, language, **more):
         "PROJECT_NAME": "t", "BASE_SAVE_DIR": str(tmp_path / "drive" / "MyDrive" / "fastft"),
         "BASE_MODEL_ID": str(base_path()), "USE_4BIT": False, "MAX_SEQ_LENGTH": 128, "CHAT_TEMPLATE": "chatml",
         "DATASET_ID": str(write_task(tmp_path / "data").train), "BATCH_SIZE": 4, "GRADIENT_ACCUMULATION_STEPS": 4,
-        "LEARNING_RATE": 3e-3, "MAX_STEPS": 40, "SAVE_STEPS": 20, "GGUF_TYPES": "q8_0", "QUESTION": question,
+        "LEARNING_RATE": 3e-3, "MAX_STEPS": 40, "SAVE_STEPS": 20, "GGUF_TYPES": "q8_0",
+        "TEST_PROMPTS": f"{question} | {question}", "TEMPERATURE": 0.0, "MAX_NEW_TOKENS": 16,
     } | more  # fmt: skip
 
 
@@ -334,8 +414,12 @@ def test_run_all(language, tmp_path):
     }
     assert (saved / "export" / "t.Q8_0.gguf").stat().st_size > 1_000_000
 
-    answer = text_of(notebook, "chat").split(settings["QUESTION"])[1]
-    assert len(answer.strip()) > 3
+    said = text_of(notebook, "chat").split("? ")[1:]
+    question = settings["TEST_PROMPTS"].split(" | ")[0]
+    assert len(said) == 2
+    assert all(answer.removeprefix(question).strip() for answer in said)
+    outputs = notebook_cell(notebook, "train").outputs
+    assert [o for o in outputs if "image/png" in o.get("data", {})], "the loss curve"
     assert (tmp_path / "downloads.txt").read_text().splitlines()[0].endswith("t.Q8_0.gguf")
 
     record = json.loads((tmp_path / "runs" / "t" / "run.json").read_text())
@@ -357,6 +441,21 @@ def test_run_all(language, tmp_path):
         if file.suffix in {".json", ".yaml", ".md", ".jsonl"}
     )
     assert TOKEN not in everything, "the token is neither shown nor saved"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_run_all_with_the_settings_that_people_know(language, tmp_path):
+    """Rank 64 on two modules, dropout, one by sixteen, a warm-up of 100 steps on fewer."""
+    settings = tiny(tmp_path, language) | SEED | {"MAX_SEQ_LENGTH": 128, "GGUF_TYPES": "q8_0"}
+    notebook = execute(language, tmp_path, settings, colab(tmp_path))
+    if keep := os.environ.get("FASTFT_KEEP_NOTEBOOKS"):
+        nbformat.write(notebook, Path(keep) / f"seed_{language}.ipynb")
+    said = " ".join(text_of(notebook, "train").split())
+    assert "warm-up of 100 steps is longer than the run" in said
+    record = json.loads((tmp_path / "runs" / "t" / "run.json").read_text())
+    assert record["steps"] == record["total_steps"] < 100
+    assert (tmp_path / "cloud" / "fastft" / "t" / "export" / "t.Q8_0.gguf").is_file()
 
 
 @pytest.mark.long

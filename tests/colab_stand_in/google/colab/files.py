@@ -7,6 +7,8 @@ __all__ = ["download", "upload"]
 
 
 def upload(target_dir=""):
+    if "COLAB_UPLOAD" not in os.environ:  # the user closed the file dialog
+        return {}
     source = Path(os.environ["COLAB_UPLOAD"])
     content = source.read_bytes()
     saved = Path(target_dir) / source.name
