@@ -189,21 +189,27 @@ class TrainConfig(Section):
         None, description="stop cleanly with a checkpoint after so many minutes"
     )
     learning_rate: float = Field(2e-4, gt=0, lt=1, description="peak learning rate")
-    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field("cosine")
-    warmup_steps: MaybeSteps = Field(None, description="overrides warmup_ratio")
+    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="how the learning rate falls after the warm-up"
+    )
+    warmup_steps: MaybeSteps = Field(
+        None, description="steps over which the learning rate rises; overrides warmup_ratio"
+    )
     warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of the steps that warm up")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW, on the LoRA weights")
     max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 turns it off")
     optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
         "auto", description="auto: adamw_8bit on a GPU, fused AdamW elsewhere"
     )
-    seed: int = Field(3407, ge=0, lt=2**32)
-    logging_steps: int = Field(1, ge=1)
-    save_steps: int = Field(50, ge=1)
+    seed: int = Field(
+        3407, ge=0, lt=2**32, description="of the LoRA weights, the order of the data, and dropout"
+    )
+    logging_steps: int = Field(1, ge=1, description="steps between two lines to the trackers")
+    save_steps: int = Field(50, ge=1, description="steps between two checkpoints")
     save_total_limit: int = Field(
         2, ge=1, description="checkpoints kept (the best one is kept besides)"
     )
-    eval_steps: int = Field(50, ge=1)
+    eval_steps: int = Field(50, ge=1, description="steps between two evaluations")
     max_eval_samples: MaybeSteps = Field(
         500,
         description="held-out samples that each evaluation measures, always the same ones; "

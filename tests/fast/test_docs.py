@@ -1,0 +1,22 @@
+"""Pages that are made from the code are what the code says now."""
+
+import re
+from pathlib import Path
+
+import make_settings
+
+from fastft.config import RunConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_settings_page_is_up_to_date():
+    assert make_settings.PAGE.read_text(encoding="utf-8") == make_settings.page(), (
+        "python tools/make_settings.py"
+    )
+
+
+def test_every_setting_says_what_it_means():
+    rows = re.findall(r"^\| `([\w.]+)`.*\| ([^|]*) \|$", make_settings.page(), re.MULTILINE)
+    assert len(rows) > len(RunConfig.model_fields) * 3
+    assert [key for key, meaning in rows if not meaning.strip()] == []
