@@ -403,7 +403,9 @@ def loss_term(shape: ModelShape, s: Situation) -> Term:
 
 
 CUDA_CONTEXT = int(0.45 * GIB)
+"""What the driver takes of a card for a process: typical, not measured."""
 CUDA_SLACK = 0.05
+"""Share of what comes and goes that CUDA\'s allocator rounds up in blocks: assumed."""
 HEAP_FRAGMENTATION = {"off": 0.75, "recompute": 0.5, "offload": 0.5}
 """Resident but unused heap, as a share of what transformers' and peft's own modules save: fitted
 with glibc 2.36 (see docs/plan.md).
@@ -425,6 +427,7 @@ MMAP_LIMIT = 32 * 2**20
 """Larger blocks always go back to the system: glibc's DEFAULT_MMAP_THRESHOLD_MAX."""
 TOKEN_BYTES = 500  # a token and its merge in the tokenizer's tables: fitted
 IMPORTS = {"cpu": int(0.62e9), "cuda": int(3.0e9), "mps": int(1.0e9)}
+"""RAM of Python and the libraries, in bytes; with CUDA and on MPS typical, not measured."""
 
 
 def train_terms(shape: ModelShape, s: Situation) -> list[Term]:

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import make_plan_constants
 import make_settings
 
 from fastft.config import RunConfig
@@ -20,3 +21,16 @@ def test_every_setting_says_what_it_means():
     rows = re.findall(r"^\| `([\w.]+)`.*\| ([^|]*) \|$", make_settings.page(), re.MULTILINE)
     assert len(rows) > len(RunConfig.model_fields) * 3
     assert [key for key, meaning in rows if not meaning.strip()] == []
+
+
+def test_the_plans_constants_are_the_codes():
+    committed = make_plan_constants.PAGE.read_text(encoding="utf-8")
+    assert committed == make_plan_constants.page(committed), "python tools/make_plan_constants.py"
+
+
+def test_every_constant_of_the_plan_says_what_it_means():
+    found = [
+        c for module in make_plan_constants.MODULES for c in make_plan_constants.constants(module)
+    ]
+    assert len(found) > 20
+    assert [name for name, _, meaning in found if not meaning] == []
