@@ -73,6 +73,10 @@ class Family:
     """Tensors of the MLP's width that autograd keeps of a layer on transformers' modules."""
     chunked_loss_on_cpu: bool = False
     """Unsloth's CPU path computes the loss in chunks."""
+    whole_logits_on_gpu: bool = False
+    """On a GPU, too, Unsloth computes the loss over the logits of all tokens at once."""
+    float16_overflows: bool = False
+    """Unsloth computes it in float32 on a card without bfloat16, attention written out."""
     omitted: dict[str, Any] = field(default_factory=dict)
     """What the text_config of published multimodal checkpoints leaves out."""
     wrappers: tuple[str, ...] = ()
@@ -167,6 +171,7 @@ _ROWS = (
         rows="exact",
         fused=ALL_FUSED - {"attention"},
         chunked_loss_on_cpu=True,
+        float16_overflows=True,
         omitted={
             "hidden_size": 2304,
             "num_hidden_layers": 26,
@@ -186,6 +191,7 @@ _ROWS = (
         rows="exact",
         fused=frozenset({"norm", "head"}),
         chunked_loss_on_cpu=True,
+        whole_logits_on_gpu=True,
         gguf=Gguf(
             "phi3", frozenset({"default", "longrope"}), partial_rotary=True, ignores_window=True
         ),
@@ -197,6 +203,7 @@ _ROWS = (
         rows="exact",
         fused=frozenset({"head"}),
         written_out_scores=True,
+        float16_overflows=True,
         mlp_tensors=6,
     ),
     Family(
@@ -227,7 +234,7 @@ _ROWS = (
     ),
     # Known to the plan alone.
     Family("mixtral", "Mixtral"),
-    Family("qwen3_moe", "Qwen3Moe", qk_norms="head"),
+    Family("qwen3_moe", "Qwen3Moe", qk_norms="head", float16_overflows=True),
     Family("olmo2", "Olmo2", qk_norms="projection", chunked_loss_on_cpu=True),
 )
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}

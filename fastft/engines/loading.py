@@ -11,8 +11,8 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from fastft.config import MOVES_THE_BASE, LoraConfig, ModelConfig, RunConfig
 from fastft.engines import choose_engine, get_engine
@@ -20,6 +20,9 @@ from fastft.engines.base import Engine
 from fastft.errors import FastFTError, did_you_mean
 from fastft.hardware import Choice, Hardware, probe
 from fastft.models import check_checkpoint, explained, location
+
+if TYPE_CHECKING:
+    from fastft.planning import Situation
 
 PEFT_INIT = {
     "default": True,
@@ -180,6 +183,28 @@ def choose_loading(config: RunConfig, hardware: Hardware) -> dict[str, Choice]:
         config.model.engine, hardware, quantization=choices["quantization"].value
     )
     return {"engine": engine, **choices}
+
+
+def settle_batching(
+    config: RunConfig, hardware: Hardware, choices: dict[str, Choice], lengths: Iterable[int]
+) -> Situation:
+    """Choose gradient_checkpointing and micro_batch_tokens again, by the tokens of each of the
+    data's sequences; changes `choices` and returns what is planned for.
+
+    Before the data is read, both go by model.max_seq_length, which few sequences reach.
+    """
+    from fastft.planning import load_shape
+    from fastft.planning.resolve import Lengths, settle
+
+    shape = load_shape(config.model.name, config.model.revision)
+    found = Lengths.of(lengths, config.train.effective_batch_size)
+    resolved = settle(config, hardware, shape, choices["quantization"].value, found)
+    seen = f"; the longest of the data's sequences has {found.longest:,} tokens"
+    for name in ("gradient_checkpointing", "micro_batch_tokens"):
+        choice = resolved.choices[name]
+        asked = choice.reason == "asked for"
+        choices[name] = choice if asked else Choice(choice.value, choice.reason + seen)
+    return resolved.situation
 
 
 def attach_lora(

@@ -7,6 +7,7 @@ type (2 or 4).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -52,8 +53,14 @@ class Situation:
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     lora_bytes: int = 4
     checkpointing: Literal["off", "recompute", "offload"] = "off"
-    loss: Literal["chunked", "full", "fused"] = "chunked"
-    """chunked: Unsloth's; fused: fastft's own on a CPU; full: transformers' over whole logits."""
+    loss: Literal["chunked", "full", "fused", "budget"] = "chunked"
+    """chunked: Unsloth's; fused: fastft's own on a CPU; full: transformers' over whole logits;
+    budget: Unsloth's before 2026.10, whose chunks filled half of the free memory of a GPU.
+    """
+    forced_float32: bool = False
+    """Unsloth on a card without bfloat16, in a family that overflows in float16: 16-bit weights,
+    all else in float32, attention over a row's whole scores.
+    """
     upcast: bool = False
     """peft's prepare_model_for_kbit_training: norms, embeddings and head in float32, so hidden
     states are too.
@@ -113,7 +120,7 @@ def weight_terms(shape: ModelShape, s: Situation) -> list[Term]:
         )
     else:
         rest += packed
-    size = 4 if s.upcast else s.compute_bytes
+    size = 4 if s.upcast else 2 if s.forced_float32 else s.compute_bytes
     name = "weights" if s.quantization == "none" else f"weights kept in {size * 8} bit"
     return [*terms, _term(name, rest * size, f"{rest:,} x {size} bytes", "parameter count")]
 
@@ -178,12 +185,14 @@ def layer_bytes_per_token(shape: ModelShape, s: Situation) -> dict[str, float]:
             h if s.kernels == "unsloth" else 0
         )  # the normed input of attention; Unsloth also keeps the MLP's
         lora = (shared + (i if s.kernels == "compiled" else 0)) * c if inputs else 0
+        scores = shape.heads * s.tokens * 2 * c if s.forced_float32 else 0
         return {
             "norms": norms * h * s.hidden_bytes,
             "LoRA inputs": lora,
             "attention": (2 * q + 2 * k) * c + qk_norm * c,
             "MLP": 2 * i * c,
             "rank-r products": s.rank * len(inputs) * c if s.kernels == "compiled" else 0,
+            "attention scores": scores,
         }
     # Under autocast every targeted layer makes its own 16-bit copy of its input; in float32 q, k
     # and v share one, gate and up another.
@@ -394,12 +403,36 @@ def loss_term(shape: ModelShape, s: Situation) -> Term:
         return _term(
             "logits in chunks", size, formula, "unsloth_zoo.cpu.ops, chunked cross entropy"
         )
-    # 16-bit logits, float32 copy, log-softmax, gradient: 14 bytes. Unsloth cuts rows whose logits x
-    # 16 exceed its budget, so the worst row up to T is the one that just fills it.
-    budget = min(GPU_LOSS_BUDGET, s.free_bytes // 2) if s.free_bytes else GPU_LOSS_BUDGET
-    size = min(logits * 14, budget * 14 // 16)
-    formula = f"min(T x V {v:,} x 14 bytes, 14/16 of {budget / GIB:.1f} GiB)"
-    return _term("logits", size, formula, "unsloth_zoo.fused_losses, fused cross entropy")
+    if s.loss == "budget":
+        # 16-bit logits, float32 copy, log-softmax, gradient: 14 bytes. Rows whose logits x 16
+        # exceed the budget are cut, so the worst row up to T is the one that just fills it.
+        budget = min(GPU_LOSS_BUDGET, s.free_bytes // 2) if s.free_bytes else GPU_LOSS_BUDGET
+        size = min(logits * 14, budget * 14 // 16)
+        formula = f"min(T x V {v:,} x 14 bytes, 14/16 of {budget / GIB:.1f} GiB)"
+        return _term("logits", size, formula, "unsloth_zoo.fused_losses before 2026.10")
+    rows, h = unsloth_loss_rows(shape, s), shape.hidden
+    formula = f"{rows:,} rows x (V {v:,} + H) x 4 + T x H x {s.compute_bytes}"
+    size = rows * (v + h) * 4 + s.tokens * h * s.compute_bytes
+    return _term("logits in chunks", size, formula, "unsloth_zoo.fused_losses.fused_linear")
+
+
+def unsloth_loss_rows(shape: ModelShape, s: Situation) -> int:
+    """Return how many tokens' logits Unsloth's loss on a GPU computes at a time (float32 logits,
+    overwritten by their gradient), if all T tokens are trained on.
+
+    The largest power of two below T x H / V, but at least 512 tokens or what makes 512 x 151,936
+    logits, at most 4,096, and no more than fit into 2 GiB or half of the free memory
+    (fused_linear_rows of unsloth_zoo 2026.10.9).
+    """
+    wanted = _power_of_two_below(s.tokens * shape.hidden / shape.vocab)
+    least = min(max(_power_of_two_below(512 * 151_936 / shape.vocab), 512), 4096)
+    budget = min(2 * GIB, s.free_bytes // 2) if s.free_bytes else 2 * GIB
+    room = max(budget // (4 * shape.vocab), 2)
+    return max(min(max(wanted, least), 4096, room, s.tokens), 1)
+
+
+def _power_of_two_below(x: float) -> int:
+    return 1 << math.floor(math.log2(max(x, 1)))
 
 
 CUDA_CONTEXT = int(0.45 * GIB)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -31,6 +32,21 @@ are not.
 
 
 @dataclass(frozen=True)
+class Lengths:
+    """How long the sequences of a run are, in tokens."""
+
+    longest: int
+    step: int
+    """The most tokens that one optimizer step can have."""
+
+    @staticmethod
+    def of(lengths: Iterable[int], effective_batch_size: int) -> Lengths:
+        """Return those of sequences of so many tokens each, however they are shuffled."""
+        falling = sorted((int(length) for length in lengths), reverse=True)
+        return Lengths(falling[0], sum(falling[:effective_batch_size]))
+
+
+@dataclass(frozen=True)
 class Resolved:
     """A situation, and the choices that led to it."""
 
@@ -38,14 +54,19 @@ class Resolved:
     choices: dict[str, Choice]
 
 
-def resolve(config: RunConfig, hardware: Hardware, shape: ModelShape) -> Resolved:
+def resolve(
+    config: RunConfig, hardware: Hardware, shape: ModelShape, lengths: Lengths | None = None
+) -> Resolved:
     """Return the situation that `fastft train` would be in. Raises FastFTError for what cannot be
     trained here.
+
+    `lengths` are the data's, once it is read; without them every sequence is as long as the config
+    allows.
     """
     quantization = pick_quantization(
         config.model.quantization, shape, hardware, lora_init=config.lora.init
     )
-    resolved = _resolve(config, hardware, shape, quantization)
+    resolved = _resolve(config, hardware, shape, quantization, lengths)
     if (
         config.model.quantization != "auto"
         or quantization.value != "none"
@@ -58,23 +79,40 @@ def resolve(config: RunConfig, hardware: Hardware, shape: ModelShape) -> Resolve
     if peak <= (1 - MARGIN) * free:
         return resolved
     why = f"with 16-bit weights a step takes {peak / GIB:.1f} of {free / GIB:.1f} GiB"
-    return _resolve(config, hardware, shape, Choice("nf4", why))
+    return _resolve(config, hardware, shape, Choice("nf4", why), lengths)
+
+
+def settle(
+    config: RunConfig, hardware: Hardware, shape: ModelShape, quantization: str, lengths: Lengths
+) -> Resolved:
+    """Return the situation again once the data is read: what depends on the length of its sequences
+    is decided by theirs, on the base that was chosen (`quantization`).
+    """
+    return _resolve(config, hardware, shape, Choice(quantization, "chosen before"), lengths)
 
 
 def _resolve(
-    config: RunConfig, hardware: Hardware, shape: ModelShape, quantization: Choice[Any]
+    config: RunConfig,
+    hardware: Hardware,
+    shape: ModelShape,
+    quantization: Choice[Any],
+    lengths: Lengths | None,
 ) -> Resolved:
     dtype = compute_dtype(hardware, config.model.dtype)
-    longest, batch = config.model.max_seq_length, config.train.effective_batch_size
+    most = config.model.max_seq_length
+    lengths = lengths or Lengths(most, most * config.train.effective_batch_size)
+    longest, whole = lengths.longest, lengths.step
+    forced = _forced_float32(config, hardware, shape, dtype.value)
     tokens, asked = config.lora.train_tokens, config.train.micro_batch_tokens
     optimizer_choice = optimizer(hardware, config.train.optimizer)
     start = Situation(
         device=hardware.kind,
         kernels=_kernels(config, hardware),
         # What an automatic choice must make room for: one sequence, or the row that was asked for.
-        tokens=longest if asked == "auto" else _row(asked, longest, batch),
+        tokens=longest if asked == "auto" else _row(asked, lengths),
         longest=longest,
-        compute_bytes=4 if dtype.value == "float32" else 2,
+        compute_bytes=4 if forced or dtype.value == "float32" else 2,
+        forced_float32=forced,
         quantization=quantization.value,
         rank=config.lora.r,
         target_modules=_frozen(config.lora.target_modules),
@@ -98,7 +136,7 @@ def _resolve(
     )
     start = replace(start, checkpointing=_how(checkpointing.value, start))
     budget = pick_micro_batch_tokens(
-        asked, shape=shape, situation=start, hardware=hardware, effective_batch_size=batch
+        asked, shape=shape, situation=start, hardware=hardware, whole=whole
     )
     choices: dict[str, Choice[Any]] = {
         "quantization": quantization,
@@ -107,14 +145,20 @@ def _resolve(
         "gradient_checkpointing": checkpointing,
         "micro_batch_tokens": budget,
     }
-    return Resolved(replace(start, tokens=_row(budget.value, longest, batch)), choices)
+    return Resolved(replace(start, tokens=_row(budget.value, lengths)), choices)
 
 
-def _row(budget: int, longest: int, batch: int) -> int:
+def _row(budget: int, lengths: Lengths) -> int:
     """Most tokens of one forward pass: a sequence is never cut, and a step has no more than its
     sequences.
     """
-    return min(max(longest, budget), longest * batch)
+    return min(max(lengths.longest, budget), lengths.step)
+
+
+def _forced_float32(config: RunConfig, hardware: Hardware, shape: ModelShape, dtype: str) -> bool:
+    """Whether Unsloth computes this family in float32 here, whatever was chosen."""
+    overflows = family_of(shape.family).float16_overflows and dtype == "float16"
+    return overflows and _kernels(config, hardware) == "unsloth"
 
 
 def _kernels(config: RunConfig, hardware: Hardware) -> Literal["unsloth", "fused", "peft"]:
@@ -132,12 +176,12 @@ def _loss_of(
     family = family_of(shape.family)
     if _kernels(config, hardware) == "fused" and "head" in family.fused and not changed_head:
         return "fused"
-    stock = config.model.engine == "stock" or hardware.kind == "mps"
-    return (
-        "full"
-        if stock or (hardware.kind == "cpu" and not family.chunked_loss_on_cpu)
-        else "chunked"
+    if config.model.engine == "stock" or hardware.kind == "mps":
+        return "full"
+    whole = (
+        family.whole_logits_on_gpu if hardware.kind == "cuda" else not family.chunked_loss_on_cpu
     )
+    return "full" if whole else "chunked"
 
 
 def _frozen(targets: str | list[str]) -> str | tuple[str, ...]:
@@ -220,20 +264,19 @@ def pick_micro_batch_tokens(
     shape: ModelShape,
     situation: Situation,
     hardware: Hardware,
-    effective_batch_size: int,
+    whole: int,
     together: int = 0,
 ) -> Choice[int]:
     """Return the most tokens of one forward pass, and why: the largest budget that fits with a
     margin of 10 %.
 
-    Never more than a whole step (`effective_batch_size` sequences of `situation.longest`), nor, on
-    a CPU, than keeps it busy or holds the `together` tokens of sequences that share a beginning;
-    never less than the longest sequence, which is a row of its own anyway.
+    Never more than the `whole` step's tokens, nor, on a CPU, than keeps it busy or holds the
+    `together` tokens of sequences that share a beginning; never less than the longest sequence,
+    which is a row of its own anyway.
     """
     if requested != "auto":
         return Choice(int(requested), "asked for")
     longest = situation.longest
-    whole = longest * effective_batch_size
     cap = min(whole, max(CPU_ROW, longest, together)) if hardware.kind == "cpu" else whole
 
     def has_room(tokens: int) -> bool:

@@ -258,9 +258,10 @@ class MemoryCheck(TrainerCallback):
 class _PeakSampler(threading.Thread):
     """The largest resident memory since it was started (reserved VRAM on a GPU), in bytes.
 
-    The kernel's own high-water mark also holds what loading and the held-out loss took before, so
-    the present value is read every few milliseconds; where the high-water mark grew meanwhile,
-    that is the exact peak.
+    On a GPU torch counts; what loading, checking and evaluating had reserved is given back first.
+    On a CPU the kernel's own high-water mark also holds what loading and the held-out loss took
+    before, so the present value is read every few milliseconds; where the high-water mark grew
+    meanwhile, that is the exact peak.
     """
 
     INTERVAL = 0.005
@@ -268,8 +269,12 @@ class _PeakSampler(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         import psutil
+        import torch
 
         self.process, self.done, self.peak = psutil.Process(), threading.Event(), 0
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         self.before = peak_memory_bytes()
 
     def run(self) -> None:

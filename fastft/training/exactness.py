@@ -18,6 +18,7 @@ to `joined`.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -52,6 +53,8 @@ class RowCheck:
     loss_error: float  # relative; the larger one of training and evaluation
     leak: float  # 1 - cosine of the gradients, joined against alone
     longest: int = 0  # tokens of the longest of these sequences
+    long_tokens: int = 0  # of a second row, around the data's longest sequence; 0: not needed
+    long_error: float = 0.0  # its 1 - cosine against its sequences alone
 
     @property
     def exact(self) -> bool:
@@ -63,7 +66,7 @@ class RowCheck:
         boundaries must be at least four times as far away as what was found.
         """
         same = (
-            self.error <= max(ERROR, 2 * self.rounding)
+            max(self.error, self.long_error) <= max(ERROR, 2 * self.rounding)
             and abs(self.norm_ratio - 1) <= LOSS_ERROR
             and self.loss_error <= LOSS_ERROR
         )
@@ -79,6 +82,11 @@ class RowCheck:
             f"{self.rounding:.1e}, ignored boundaries: "
             f"{self.leak:.1e}), its length x{self.norm_ratio:.4f}, the loss off by "
             f"{100 * self.loss_error:.2f} %"
+            + (
+                f"; a row of {self.long_tokens:,} tokens: 1 - cos = {self.long_error:.1e}"
+                if self.long_tokens
+                else ""
+            )
         )
 
 
@@ -225,12 +233,16 @@ def check_rows(
     stepper: Stepper,
     segments: Sequence[Segment],
     context: Callable[[], AbstractContextManager[Any]],
+    *,
+    longest: Sequence[Segment] = (),
 ) -> RowCheck | None:
     """Compare a row of some of `segments` with its sequences alone; None where no two of them fit
     into a row.
 
     `stepper` has the rows to be checked in its policy and is left as it was, gradients empty.
-    `context` makes the mixed precision of training.
+    `context` makes the mixed precision of training. `longest` are the segments of the data's
+    longest sample: where they are longer than that row, a second row around them is compared, so
+    that sliding windows and kernels for large rows are seen, too.
     """
     budget = stepper.policy.micro_batch_tokens
     shared = stepper.policy.rows == "trie"
@@ -240,9 +252,7 @@ def check_rows(
     tokens = sum(len(segment) for segment in chosen)
     in_a_row = replace(stepper.policy, micro_batch_tokens=tokens)
     alone = replace(stepper.policy, micro_batch_tokens=1, rows="padded")
-    # What is compared runs eagerly: compiling the layers for these few passes alone would cost 25 s
-    # (16 bit) to 100 s (4 bit) on a GPU, and rows without padding do not run compiled in training.
-    with _without_dropout(stepper.model), torch.compiler.set_stance("force_eager"):
+    with _eagerly(stepper.model):
         expected_loss, expected = _gradient(stepper, alone, chosen, context)
         _, padded = _gradient(stepper, replace(stepper.policy, rows="padded"), chosen, context)
         loss, found = _gradient(stepper, in_a_row, chosen, context)
@@ -250,6 +260,7 @@ def check_rows(
         expected_eval, found_eval = (
             _evaluate(stepper, policy, chosen, context) for policy in (alone, in_a_row)
         )
+    row = _long_row(chosen, longest, stepper.policy.micro_batch_tokens)
     return RowCheck(
         sequences=len(chosen),
         tokens=tokens,
@@ -259,7 +270,47 @@ def check_rows(
         loss_error=max(_relative(loss, expected_loss), _relative(found_eval, expected_eval)),
         leak=_distance(joined, expected),
         longest=max(len(segment) for segment in chosen),
+        long_tokens=sum(map(len, row)),
+        long_error=_compare_long(stepper, alone, row, context) if row else 0.0,
     )
+
+
+def _long_row(chosen: list[Segment], longest: Sequence[Segment], budget: int) -> list[Segment]:
+    """Return a row around the longest segment, with one of `chosen` before and after it if they
+    fit; empty where it is no longer than the row that was compared already.
+    """
+    useful = [segment for segment in longest if segment.supervised]
+    if not useful or max(map(len, useful)) <= sum(map(len, chosen)):
+        return []
+    long = max(useful, key=len)
+    first, second = sorted(chosen, key=len)[:2]
+    return [first, long, second] if len(first) + len(long) + len(second) <= budget else [long]
+
+
+def _compare_long(
+    stepper: Stepper,
+    alone: StepPolicy,
+    row: list[Segment],
+    context: Callable[[], AbstractContextManager[Any]],
+) -> float:
+    """Return 1 - cosine of the gradient of `row` against that of its sequences alone."""
+    with _eagerly(stepper.model):
+        _, expected = _gradient(stepper, alone, row, context)
+        in_a_row = replace(stepper.policy, micro_batch_tokens=sum(map(len, row)))
+        return _distance(_gradient(stepper, in_a_row, row, context)[1], expected)
+
+
+@contextlib.contextmanager
+def _eagerly(model: Any) -> Iterator[None]:
+    """Inside, no dropout and nothing compiled.
+
+    Compiling the layers for these few passes alone would cost 25 s (16 bit) to 100 s (4 bit) on a
+    GPU, and rows without padding do not run compiled in training.
+    """
+    compiles = "torch._dynamo" in sys.modules  # whatever compiles a layer imports it
+    eager = torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext()
+    with _without_dropout(model), eager:
+        yield
 
 
 def _choose(segments: Sequence[Segment], budget: int) -> list[Segment]:

@@ -14,6 +14,7 @@ own sequences instead of `read_data`.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import signal
 import sys
@@ -34,6 +35,7 @@ from fastft.engines.base import Engine
 from fastft.errors import FastFTError
 from fastft.hardware import Choice, Hardware
 from fastft.models import load_tokenizer
+from fastft.planning import several
 from fastft.progress import Reporter
 from fastft.runs.adapter import keep_initial
 from fastft.runs.fingerprint import base_fingerprint
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from fastft.data import Prepared as PreparedData
     from fastft.data.batches import Order, Rows, StepBatches
     from fastft.kernels.fused import FusedLayers
+    from fastft.planning import Situation
     from fastft.training.callbacks import MemoryCheck
     from fastft.training.exactness import RowCheck
     from fastft.training.loop import StepTrainer
@@ -105,6 +108,8 @@ class Prepared:
     fused: FusedLayers | None
     choices: dict[str, Choice]
     """Every automatic choice with its reason, as it was made in the end."""
+    situation: Situation
+    """What the plan expects of a step, by the data's real lengths."""
 
     @property
     def policy(self) -> StepPolicy:
@@ -238,6 +243,7 @@ class Session:
     def prepare(self, opened: Opened, data: Sequences) -> Prepared:
         """Load the base, attach LoRA, and choose how rows and layers are computed."""
         config, choices = self.config, dict(self.choices)
+        situation = loading.settle_batching(self._share, self.hardware, choices, data.train.lengths)
         checkpointing = choices["gradient_checkpointing"].value
         _refuse_to_shard(config, choices)
 
@@ -287,6 +293,7 @@ class Session:
             "padded",
             None,
             choices,
+            situation,
         )
         prepared = self._choose_layers(self._choose_rows(loaded))
         self._report(prepared)
@@ -338,7 +345,7 @@ class Session:
         from fastft.data import trie
         from fastft.data.batches import segments_of
         from fastft.planning import load_shape
-        from fastft.planning.resolve import pick_micro_batch_tokens, resolve
+        from fastft.planning.resolve import Lengths, pick_micro_batch_tokens
 
         steps = self._steps(loaded.data)
         firsts = [segments_of(steps[i]) for i in range(min(len(steps), LOOKED_AT))]
@@ -346,15 +353,20 @@ class Session:
         budget = loaded.choices["micro_batch_tokens"]
         if max(trees, default=0) <= budget.value:
             return
-        shape = load_shape(self.config.model.name, self.config.model.revision)
+        batch = self._share.train.effective_batch_size
         loaded.choices["micro_batch_tokens"] = pick_micro_batch_tokens(
             "auto",
-            shape=shape,
-            situation=resolve(self.config, self.hardware, shape).situation,
+            shape=load_shape(self.config.model.name, self.config.model.revision),
+            situation=loaded.situation,
             hardware=self.hardware,
-            effective_batch_size=self.config.train.effective_batch_size,
+            whole=Lengths.of(loaded.data.train.lengths, batch).step,
             together=max(trees),
         )
+
+    @property
+    def _share(self) -> RunConfig:
+        """The config of what this process computes of each step."""
+        return several.share_of(self.config, ranks.world().size)
 
     def _steps(self, data: Sequences) -> StepBatches:
         from fastft.data.batches import StepBatches
@@ -388,11 +400,13 @@ class Session:
             on_note=self.report.warn,
         )
         steps = self._steps(loaded.data)
+        longest = loaded.data.train[int(np.argmax(loaded.data.train.lengths))]
         mixed = dtype != torch.float32
         return check_rows(
             stepper,
             segments_of(steps[0]),
             lambda: torch.autocast(device.type, dtype, enabled=mixed),
+            longest=segments_of([longest]),
         )
 
     def _choose_layers(self, loaded: Prepared) -> Prepared:
@@ -469,7 +483,7 @@ class Session:
                 self.mirror,
             )
         )
-        memory = self._memory_check(trainer)
+        memory = self._memory_check(trainer, prepared.situation)
         trainer.add_callback(memory)
         return Loop(trainer, memory)
 
@@ -517,17 +531,15 @@ class Session:
         drawn = np.random.default_rng(self.config.train.seed).choice(len(held), most, replace=False)
         return held[np.sort(drawn)]
 
-    def _memory_check(self, trainer: StepTrainer) -> MemoryCheck:
+    def _memory_check(self, trainer: StepTrainer, situation: Situation) -> MemoryCheck:
         """The plan of this run, to be compared with its first steps."""
         from fastft.planning import load_shape
-        from fastft.planning.resolve import resolve
         from fastft.training.callbacks import MemoryCheck, free_for_this_process
 
-        shape = load_shape(self.config.model.name, self.config.model.revision)
         return MemoryCheck(
             trainer,
-            shape,
-            resolve(self.config, self.hardware, shape).situation,
+            load_shape(self.config.model.name, self.config.model.revision),
+            situation,
             adjustable=self.config.train.micro_batch_tokens == "auto"
             and not is_sharded(trainer.model),
             report=self.report,
@@ -626,3 +638,15 @@ def stop_signals(trainer: StepTrainer) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def give_back_memory() -> None:
+    """Free what a finished session still holds, so that the next one finds the whole card.
+
+    A trainer and its model refer to each other, so only the collector frees them; and torch keeps
+    freed VRAM for itself, out of other processes' reach.
+    """
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()

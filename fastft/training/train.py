@@ -13,6 +13,7 @@ import importlib.util
 import json
 import socket
 import time
+import traceback
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -35,7 +36,7 @@ from fastft.runs.folder import RunFolder, best_step, machine, now, out_of_patien
 from fastft.runs.mirror import FLUSH_SECONDS, INTERRUPTED_FLUSH_SECONDS, Mirror
 from fastft.training import ranks
 from fastft.training.kept import Kept
-from fastft.training.session import Loop, Opened, Prepared, Session
+from fastft.training.session import Loop, Opened, Prepared, Session, give_back_memory
 from fastft.training.sharded import is_sharded
 
 if TYPE_CHECKING:
@@ -84,8 +85,26 @@ def train(
     later call with the same rows goes on. `stop_after` ends after so many more steps and leaves the
     schedule as it is. Raises FastFTError (input), CouldNotFinishError (out of memory, NaN, disk),
     InterruptedRunError (Ctrl-C, SIGTERM); state is saved. `kept` holds what earlier runs of this
-    process have loaded (a sweep).
+    process have loaded (a sweep); all else is freed, on the GPU too, before this returns.
     """
+    try:
+        return _train_run(config, data, stop_after, reporter, kept)
+    except FastFTError as error:
+        # A notebook keeps the last traceback, and its frames would keep the model on the GPU.
+        traceback.clear_frames(error.__traceback__)
+        raise
+    finally:
+        give_back_memory()
+
+
+def _train_run(
+    config: RunConfig,
+    data: Any,
+    stop_after: int | None,
+    reporter: Reporter | None,
+    kept: Kept | None,
+) -> RunResult:
+    """Choose, open the run's folder, and start or go on."""
     started = time.monotonic()
     ranks.join(config.train.lost_after_minutes)
     report = (reporter or Reporter()) if ranks.first() else silent()

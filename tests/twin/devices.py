@@ -192,6 +192,8 @@ class FunctionMode(TorchFunctionMode):
 class DispatchMode(TorchDispatchMode):
     """What autograd and C++ do."""
 
+    supports_higher_order_operators = True  # flex_attention
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

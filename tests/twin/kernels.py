@@ -29,11 +29,33 @@ def install(*, interpret_rope: bool = False) -> None:
         with _disable_current_modes(), torch._C.DisableTorchFunction():
             if name == "_rope_embedding_QK" and not interpret_rope:
                 return rope(*args, **kwargs)
-            return launch(self, *args, **kwargs)
+            return _in_float32(launch, self, args, kwargs)
 
     GridExecutor.__call__ = call
     arch = int("".join(map(str, STATE.card.capability)))
     driver.set_active(_Driver(types.SimpleNamespace(backend="cuda", arch=arch, warp_size=32)))
+
+
+def _in_float32(launch: Any, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Launch with bfloat16 tensors widened: the interpreter computes on their bits as integers."""
+    wide: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def widened(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.bfloat16:
+            return value
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in wide:
+            narrow = torch.empty(0, dtype=torch.bfloat16).set_(storage)
+            wide[storage.data_ptr()] = (narrow, narrow.float())
+        flat = wide[storage.data_ptr()][1]
+        return flat.as_strided(value.size(), value.stride(), value.storage_offset())
+
+    result = launch(
+        kernel, *map(widened, args), **{name: widened(value) for name, value in kwargs.items()}
+    )
+    for narrow, computed in wide.values():
+        narrow.copy_(computed)
+    return result
 
 
 class _Driver:

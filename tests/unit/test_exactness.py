@@ -185,6 +185,34 @@ def test_planted_faults_are_found(model_of, fault, context, monkeypatch):
     assert not found.exact, found.reason
 
 
+def test_a_window_that_only_a_long_row_reaches_is_checked(model_of, monkeypatch):
+    model = model_of("mistral")  # its window has 16 tokens
+    chosen, long = sequences((9, 12, 11)), sequences((400,))
+    assert check_rows(stepper(model, "varlen"), chosen, FLOAT32).long_tokens == 0
+    found = check_rows(stepper(model, "varlen"), chosen, FLOAT32, longest=long)
+    assert found.exact
+    assert (found.long_tokens, found.tokens) == (9 + 400 + 11, 32)
+    honest = varlen.varlen_attention
+
+    def forgetful(*args, cu_seq_lens_q, sliding_window=None, **kwargs):
+        return honest(*args, cu_seq_lens_q=cu_seq_lens_q, sliding_window=None, **kwargs)
+
+    monkeypatch.setattr(varlen, "varlen_attention", forgetful)
+    assert check_rows(stepper(model, "varlen"), chosen, FLOAT32).exact  # too short to tell
+    found = check_rows(stepper(model, "varlen"), chosen, FLOAT32, longest=long)
+    assert found.long_error > 0.01
+    assert not found.exact
+
+
+def test_nothing_is_compiled_for_the_check(model_of, monkeypatch):
+    model, graphs = model_of("llama"), []
+    layer = type(model.get_base_model().model.layers[0])
+    compiled = torch.compile(layer.forward, backend=lambda graph, _: graphs.append(1) or graph)
+    monkeypatch.setattr(layer, "forward", compiled)
+    assert check_rows(stepper(model, "varlen"), sequences(), FLOAT32).exact
+    assert not graphs
+
+
 def test_a_loss_that_is_averaged_over_each_micro_batch_is_found(model_of, monkeypatch):
     model = model_of("llama")
     inner = type(model.get_base_model())

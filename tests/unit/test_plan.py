@@ -192,7 +192,7 @@ def test_checkpointing_is_off_where_memory_allows_and_budgets_fit():
         assert choice.value is expected, choice.reason
     hardware = named_gpu("l4")
     chosen = pick_micro_batch_tokens(
-        "auto", shape=shape, situation=s, hardware=hardware, effective_batch_size=64
+        "auto", shape=shape, situation=s, hardware=hardware, whole=64 * s.longest
     )
     assert 2048 <= chosen.value < 64 * 2048
     assert (
@@ -203,7 +203,7 @@ def test_checkpointing_is_off_where_memory_allows_and_budgets_fit():
         > 0.9 * hardware.vram_free_bytes
     )
     asked = pick_micro_batch_tokens(
-        512, shape=shape, situation=s, hardware=hardware, effective_batch_size=8
+        512, shape=shape, situation=s, hardware=hardware, whole=8 * s.longest
     )
     assert asked == (512, "asked for")
 
@@ -214,7 +214,7 @@ def test_a_smaller_machine_never_gets_a_larger_budget():
     budgets = [
         pick_micro_batch_tokens(
             "auto", shape=shape, situation=s, hardware=replace(named_gpu("h100"), vram_free_bytes=gib * GIB),
-            effective_batch_size=64,
+            whole=64 * 1024,
         ).value
         for gib in (4, 8, 16, 32, 64)
     ]  # fmt: skip
