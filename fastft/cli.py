@@ -678,6 +678,25 @@ def doctor(
     raise typer.Exit(report.exit_code)
 
 
+@app.command(epilog=example("fastft selftest --minutes 10"))
+def selftest(
+    minutes: Annotated[float, typer.Option("--minutes", help="the whole test takes at most")] = 10,
+    out: Annotated[
+        Path, typer.Option("--out", help="where selftest.json and selftest.md go")
+    ] = Path("selftest"),
+    as_json: Json = False,
+) -> None:
+    """Find out whether this machine trains exactly, fits as planned and is as fast as it should be;
+    exit 1 where it does not.
+    """
+    from fastft.verification.selftest import selftest as test
+
+    found = test(minutes=minutes, out=out, say=lambda line: print(line, file=sys.stderr))
+    kept = f"\nkept: {out / 'selftest.md'}, {out / 'selftest.json'}"
+    print_result(found, as_json, text=found.page + kept)
+    raise typer.Exit(int(found.verdict == "fail"))
+
+
 # --- how fast it is
 
 app.add_typer(bench_app, name="bench")
