@@ -161,7 +161,7 @@ class Case(_Model):
     title: str
     device: Literal["cpu", "cuda"]
     card: str | None = None
-    """The card it is meant for (t4, l4, a100, h200); on a larger one it runs under the memory cap
+    """The card it is meant for (a name of KNOWN_GPUS); on a larger one it runs under the memory cap
     and is labelled so.
     """
     memory_cap_gb: float | None = Field(None, gt=0)

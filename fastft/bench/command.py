@@ -44,7 +44,10 @@ def measure(
     context: typer.Context,
     case: Cases = None,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", help="all cases of this card: t4, l4, a100, h200")
+        str | None,
+        typer.Option(
+            "--gpu", help="all cases of this card: t4, l4, a100, h100, h200, rtx3060, rtx4090"
+        ),
     ] = None,
     arms: Annotated[
         str | None, typer.Option("--arms", help="only these, comma-separated: peft,unsloth,fastft")

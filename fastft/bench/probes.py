@@ -456,7 +456,9 @@ def profile_of(work: Callable[[], Any]) -> dict[str, Any]:
 
 
 def _guarded(name: str, look: Callable[[], Finding]) -> Finding:
-    """Return what `look` finds; what it raises is a finding, too."""
+    """Return what `look` finds; what it raises, a kernel or a library, is a finding, too: the other
+    families and parts are still of interest.
+    """
     try:
         return look()
     except Exception as error:

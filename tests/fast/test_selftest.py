@@ -33,7 +33,7 @@ def test_rows_on_a_slow_path_are_named():
 
 def test_parts_end_in_time_and_are_written_as_they_end(tmp_path):
     parts = [
-        Part("unknown family", "rows", ["no_such_family"], 60),
+        Part("half a case", "plan", {"name": "half a case"}, 60),
         Part("unknown part", "nothing", None, 60),
     ]
     said = []
@@ -41,7 +41,7 @@ def test_parts_end_in_time_and_are_written_as_they_end(tmp_path):
         minutes=2, out=tmp_path, say=said.append, parts=parts, hardware=named_gpu("t4")
     )
     verdicts = {check.name: check.verdict for check in found.checks}
-    assert verdicts["rows: no_such_family"] == "fail"
+    assert verdicts["plan: half a case"] == "fail"
     assert verdicts["unknown part"] == "fail"
     assert found.verdict == "fail"
     assert found.card == "Tesla T4"

@@ -22,6 +22,7 @@ from fastft.planning.shape import ModelShape, Weight
 PROMISED = {
     "smoke", "cpu-135m", "cpu-0.5b", "t4-llama3.1-8b-qlora", "l4-llama3.1-8b-qlora", "a100-llama3.1-8b-qlora",
     "a100-llama3.1-8b-lora", "a100-qwen-14b-qlora", "h200-llama3.1-8b-qlora", "t4-gemma3-4b-qlora",
+    "h100-llama3.1-8b-qlora", "h100-llama3.2-1b-lora", "rtx4090-llama3.1-8b-qlora", "rtx3060-llama3.2-3b-qlora",
 }  # fmt: skip
 
 
