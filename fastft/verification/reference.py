@@ -118,30 +118,43 @@ def load_trained(base: str, adapter: str | None) -> tuple[Any, str]:
     config = AutoConfig.from_pretrained(base)
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
-    device, free = _roomiest_device()
-    fits = 4 * parameters * 1.15 < free
-    dtype = torch.float32 if fits else torch.bfloat16
+    kind, device = place_for(parameters, *_free_memory())
+    dtype = getattr(torch, kind)
+    # Straight onto the card: a Colab T4 has more VRAM than RAM.
+    where = {"device_map": {"": device}} if device == "cuda" else {}
     model: Any = AutoModelForCausalLM.from_pretrained(
-        base, dtype=dtype, attn_implementation="eager"
+        base, dtype=dtype, attn_implementation="eager", **where
     )
     if adapter is not None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter)
-    return model.eval().to(device), f"{str(dtype).removeprefix('torch.')} on {device}"
+    return model.eval(), f"{kind} on {device}"
 
 
-def _roomiest_device() -> tuple[str, int]:
-    """Return the device with the most free memory and how many bytes that is."""
+ROOM = 1.15
+"""Weights, and what a pass over one sample takes beside them."""
+
+
+def place_for(parameters: int, vram_free_bytes: int, ram_free_bytes: int) -> tuple[str, str]:
+    """Return (dtype, device) for a model of so many parameters: in float32 where that fits, on the
+    GPU where it fits there.
+    """
+    rooms = {"cuda": vram_free_bytes, "cpu": ram_free_bytes}
+    for kind, size in (("float32", 4), ("bfloat16", 2)):
+        for device, free in rooms.items():
+            if size * parameters * ROOM < free:
+                return kind, device
+    return "bfloat16", "cpu"  # which can page
+
+
+def _free_memory() -> tuple[int, int]:
+    """Return the free bytes of VRAM (0 without a GPU) and of RAM."""
     import psutil
     import torch
 
-    ram = psutil.virtual_memory().available
-    if torch.cuda.is_available():
-        vram = torch.cuda.mem_get_info()[0]
-        if vram > ram:
-            return "cuda", vram
-    return "cpu", ram
+    vram = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+    return vram, psutil.virtual_memory().available
 
 
 def encode_sample(sample: Any, tokenizer: Any) -> dict[str, list[int]]:

@@ -7,6 +7,7 @@ import pytest
 from fastft.bench import probes
 from fastft.errors import FastFTError
 from fastft.hardware import named_gpu
+from fastft.verification.reference import place_for
 from fastft.verification.selftest import Check, Part, parts_for, selftest
 
 MEMORY = {"predicted_bytes": 2_000_000_000, "measured_bytes": 1_900_000_000}
@@ -61,6 +62,15 @@ def test_without_time_nothing_is_begun(tmp_path):
         selftest(minutes=0.5)
     with pytest.raises(FastFTError, match="nan"):
         selftest(minutes=float("nan"))
+
+
+def test_a_certificate_is_computed_on_the_gpu_where_the_model_fits():
+    gib = 2**30
+    assert place_for(3 * 10**9, int(14.7 * gib), 64 * gib) == ("float32", "cuda")
+    assert place_for(8 * 10**9, int(14.7 * gib), 64 * gib) == ("float32", "cpu")
+    assert place_for(8 * 10**9, 22 * gib, 12 * gib) == ("bfloat16", "cuda")
+    assert place_for(8 * 10**9, 0, 64 * gib) == ("float32", "cpu")
+    assert place_for(70 * 10**9, 22 * gib, 64 * gib) == ("bfloat16", "cpu")
 
 
 def test_a_card_is_tested_by_what_it_can_do():
