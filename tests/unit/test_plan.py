@@ -83,7 +83,7 @@ def test_automatic_choices_do_not_make_a_run_misfit():
     assert on_t4.verdict != "does_not_fit", on_t4.reason
     large_adapter = config("llama-3.2-3b", lora__r=256, train__micro_batch_tokens=2048)
     card = replace(
-        named_gpu("rtx3080"), vram_bytes=int(11.7 * GIB), vram_free_bytes=int(11.7 * GIB)
+        named_gpu("rtx3080"), vram_bytes=int(11.2 * GIB), vram_free_bytes=int(11.2 * GIB)
     )
     quantization, why = plan(large_adapter, card).choices["quantization"]
     assert quantization == "nf4"
