@@ -92,15 +92,42 @@ class ModelConfig(Section):
         return str(Path(value).expanduser()) if value.startswith("~") else value
 
 
+DataFormat = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text"
+]
+
+
+class SourceConfig(Section):
+    """One of several sources; what is not set here is as in data."""
+
+    source: str = Field(description="file, folder, or Hub dataset id")
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="share of the samples drawn, relative to the other weights; null everywhere: "
+        "every sample once",
+    )
+    name: str | None = Field(None, description="configuration of a Hub dataset")
+    split: str | None = Field(None, description="split of this source")
+    format: DataFormat | None = Field(None, description="format of this source")
+    columns: dict[str, str] | None = Field(None, description="columns of this source")
+    take: Literal["chosen"] | None = Field(None, description="as data.take, for this source")
+    ignore: list[str] | None = Field(None, description="as data.ignore, for this source")
+    eval_source: str | None = Field(None, description="own evaluation file of this source")
+    eval_fraction: float | None = Field(None, ge=0, lt=1, description="share held out of this one")
+
+
 class DataConfig(Section):
     """What is trained on."""
 
     source: str = Field(description="file, folder, or Hub dataset id")
+    sources: list[SourceConfig] = Field(
+        default_factory=list,
+        description="several sources instead of one, mixed by a seeded draw",
+    )
     name: str | None = Field(None, description="configuration of a Hub dataset")
     split: str = Field("train", description="split of a Hub dataset or a saved dataset folder")
-    format: Literal[
-        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text"
-    ] = Field("auto", description="auto: detected from the columns, and said")
+    format: DataFormat = Field("auto", description="auto: detected from the columns, and said")
     columns: dict[str, str] = Field(
         default_factory=dict, description="what the format calls a column: what your file calls it"
     )
@@ -121,6 +148,17 @@ class DataConfig(Section):
     train_on: Literal["responses", "everything"] = Field(
         "responses", description="tokens that carry loss"
     )
+    turns: Literal["all", "last"] = Field(
+        "all",
+        description="answers of a conversation that are trained; last costs one pass where a "
+        "template rewrites history",
+    )
+    deduplicate: bool = Field(
+        False, description="remove rows that give exactly the same samples as an earlier row"
+    )
+    documents: Literal["auto", "file", "paragraph", "line"] = Field(
+        "auto", description="what one document of a .txt or .md file is; auto says what it took"
+    )
     long_text: Literal["split", "truncate", "drop"] = Field(
         "split",
         description="plain text: documents joined by EOS and cut to max_seq_length, or truncated, "
@@ -139,6 +177,37 @@ class DataConfig(Section):
     strict: bool = Field(
         False, description="a row that cannot be used is an error instead of being counted"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_or_several(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("sources") and not values.get("source"):
+            return {**values, "source": ""}
+        return values
+
+    @model_validator(mode="after")
+    def _not_both(self) -> DataConfig:
+        weights = [one.weight is None for one in self.sources]
+        if bool(self.source) == bool(self.sources):
+            raise ValueError("set either source or sources")
+        if any(weights) and not all(weights):
+            raise ValueError(
+                "sources: give every source a weight, or none (then every sample is taken once)"
+            )
+        if self.sources and self.eval_source:
+            raise ValueError("with sources, set eval_source in each of them")
+        return self
+
+    @property
+    def all_sources(self) -> list[str]:
+        """Everything that rows are read from, evaluation files too."""
+        each: list[DataConfig | SourceConfig] = [self, *self.sources]
+        return [path for one in each for path in (one.source, one.eval_source) if path]
+
+    @property
+    def named(self) -> str:
+        """The training sources in words."""
+        return self.source or ", ".join(one.source for one in self.sources)
 
 
 # These start from the base's own weights and take what they start with out of the base.

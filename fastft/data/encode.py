@@ -25,33 +25,19 @@ from typing import Any
 import numpy as np
 
 from fastft.data.template import (
-    SENTINEL,
     TRAINING_DATE,
     ChatTemplate,
     Message,
     Messages,
-    TurnEnd,
     UnusableRowError,
-    turn_end,
 )
+from fastft.data.turns import Found, Turn, read_turn
 from fastft.errors import FastFTError
 
 IGNORE = -100
 _GUARD = (
     0xF1000  # private use, plane 15: stands for a control token that somebody wrote into a text
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Turn:
-    """One assistant's turn: what it is asked for with, what is trained, whether EOS must be
-    added.
-    """
-
-    index: int
-    prompt: str
-    answer: str
-    adds_eos: bool
 
 
 @dataclasses.dataclass
@@ -86,8 +72,8 @@ class Coder:
         self.unguard_table = {ord(char): token for token, char in self.guards.items()}
         self._plain_ids: dict[str, list[int]] = {}
         self._suffix_ids: dict[str, list[int]] = {}
-        self.ends: dict[Any, TurnEnd] = {}
-        self.writes_results: bool | None = None
+        self.found = Found()
+        self._prefetched: dict[tuple[str, bool], Any] = {}
         probe = "a  b\n c"
         self.keeps_spaces = (
             self.backend.decode(self.ids(probe), skip_special_tokens=False).strip() == probe
@@ -137,7 +123,22 @@ class Coder:
         """Return the ids of somebody's text, in which control tokens are text."""
         return self._encode_as_text(text).ids
 
+    def prefetch(self, texts: Sequence[str], *, as_text: bool = False) -> None:
+        """Tokenise many texts in one call, on all cores; later calls for them take the result."""
+        if self.backend.truncation is not None:
+            self.backend.no_truncation()
+        self.backend.encode_special_tokens = as_text
+        try:
+            made = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        finally:
+            self.backend.encode_special_tokens = False
+        keys = [(text, as_text) for text in texts]
+        self._prefetched = dict(zip(keys, made, strict=True))
+
     def _encoding(self, text: str) -> Any:
+        known = self._prefetched.pop((text, self.backend.encode_special_tokens), None)
+        if known is not None:
+            return known
         if self.backend.truncation is not None:  # somebody's earlier call left it on
             self.backend.no_truncation()
         return self.backend.encode(text, add_special_tokens=False)
@@ -275,6 +276,7 @@ def encode_turns(
     tools: Sequence[Any] | None = None,
     *,
     train_all: bool = False,
+    last_only: bool = False,
 ) -> list[Encoded]:
     """Return the sequences in which each of the assistant's turns is trained exactly once, the
     longest first.
@@ -282,28 +284,62 @@ def encode_turns(
     Mostly that is one. Where a template writes an earlier turn otherwise than it was generated
     (Qwen3 drops old thinking, gpt-oss ends old turns with another token), that turn is trained in
     a sequence that ends with it. `train_all`: every token carries loss, and there is one sequence.
+    `last_only`: of the answers, only the last that may be trained is.
     Raises UnusableRowError with the reason, TemplateRefusedError with the template's words.
     """
     coder = Coder.of(tokenizer, template)
+    planned = plan_turns(coder, messages, tools, train_all=train_all, last_only=last_only)
+    return [encode_planned(coder, sequence) for sequence in planned]
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A sequence before it is tokenised: its text, and the turns of it that are trained (None:
+    everything is).
+    """
+
+    text: str
+    turns: list[Turn] | None
+    adds_eos: bool = False
+
+
+def plan_turns(
+    coder: Coder,
+    messages: Messages,
+    tools: Sequence[Any] | None = None,
+    *,
+    train_all: bool = False,
+    last_only: bool = False,
+) -> list[Planned]:
+    """Return the sequences of `encode_turns`, rendered and not yet tokenised, so that those of
+    many rows can be tokenised in one call.
+    """
     guarded = [coder.guard(message) for message in messages]
     tools = coder.guard(list(tools)) if tools else None
     if train_all:
         return [_everything(coder, guarded, tools)]
-    left = [
-        _turn(coder, guarded, tools, i) for i, m in enumerate(guarded) if _is_trained(guarded, i, m)
-    ]
-    if not left:
+    trained = [i for i, m in enumerate(guarded) if _is_trained(guarded, i, m)]
+    if not trained:
         raise UnusableRowError(
             "no_answer", "no assistant's turn with something before it that could be trained"
         )
+    chosen = trained[-1:] if last_only else trained
+    left = [read_turn(coder.template, coder.found, guarded, tools, i) for i in chosen]
     sequences = []
     while left:
         last = left.pop()
         text = last.prompt + last.answer
         here = [turn for turn in left if _stands_in(turn, text)]
         left = [turn for turn in left if turn not in here]
-        sequences.append(_sequence(coder, text, [*here, last]))
+        sequences.append(Planned(text, [*here, last], last.adds_eos))
     return sequences
+
+
+def encode_planned(coder: Coder, planned: Planned) -> Encoded:
+    """Tokenise a planned sequence, mask it, and prove it."""
+    if planned.turns is None:
+        return _encode_everything(coder, planned)
+    return _sequence(coder, planned.text, planned.turns)
 
 
 def prove(
@@ -352,105 +388,6 @@ def check_mask(
     coder = Coder.of(tokenizer, template)
     expected = encode_turns(tokenizer, template, messages, tools)[0]
     prove(coder, input_ids, labels, expected.answers)
-
-
-def _turn(coder: Coder, messages: Messages, tools: Sequence[Any] | None, index: int) -> Turn:
-    template, message = coder.template, messages[index]
-    reasoning = bool(message.get("reasoning_content"))
-    thinking = reasoning if template.switch else None
-    prompt = template.render(messages[:index], tools, prompt=True, thinking=thinking)
-    _check_asked(coder, messages[:index], tools, prompt)
-    whole = template.render(messages[: index + 1], tools, thinking=thinking)
-    if not whole.startswith(prompt):
-        whole = _bridged(template, message, prompt, whole)
-    end = _end_of(coder, messages, tools, index, thinking)
-    answer = whole[len(prompt) :]
-    if end.token is not None:
-        if not answer.endswith(end.tail):
-            raise UnusableRowError(
-                "template_mismatch",
-                f"the answer does not end with {end.tail!r} in the rendered text",
-            )
-        answer = answer[: len(answer) - len(end.tail) + len(end.token)]
-    content = message["content"].strip()
-    names = [call["function"]["name"] for call in message.get("tool_calls") or []]
-    lost = [part for part in (*names, content) if part and part not in answer]
-    if lost and not (content in lost and template.reasoning_key and "</think>" in content):
-        raise UnusableRowError(
-            "answer_not_rendered", f"the chat template {template.name} leaves out {lost[0][:60]!r}"
-        )
-    return Turn(index, prompt, answer, adds_eos=end.token is None)
-
-
-def _check_asked(coder: Coder, before: Messages, tools: Sequence[Any] | None, prompt: str) -> None:
-    """Raise where the template leaves out what is answered: the user's last message, or a tool's
-    last result.
-    """
-    asked = next((m for m in reversed(before) if m["role"] in ("user", "tool")), None)
-    if (
-        asked is None
-        or asked["content"].strip() in prompt
-        or "".join(asked["content"].split()) in "".join(prompt.split())
-    ):
-        return
-    role = asked["role"]
-    # A tool's result may be written as JSON: whether it is written at all shows a result that needs
-    # no escaping.
-    if role == "tool" and coder.writes_results is None:
-        probe = [{**m, "content": SENTINEL} if m is asked else m for m in before]
-        coder.writes_results = SENTINEL in coder.template.render(probe, tools, prompt=True)
-    if role == "user" or not coder.writes_results:
-        raise UnusableRowError(
-            "question_not_rendered",
-            f"the chat template {coder.template.name} leaves out the {role}'s "
-            f"{asked['content'].strip()[:60]!r}",
-        )
-
-
-def _bridged(template: ChatTemplate, message: Message, prompt: str, whole: str) -> str:
-    r"""Return the text for a template that asks with a think block which it leaves out of finished
-    turns.
-
-    prompt  ...<Assistant><think>\n          whole   ...<Assistant>Hello!<end>
-    return  ...<Assistant><think>\n the reasoning \n</think>\n\nHello!<end>
-
-    A block that the prompt has closed already (Gemma 4, thinking off) is followed by the answer at
-    once.
-    """
-    shared = next(
-        (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b),
-        min(len(prompt), len(whole)),
-    )
-    asked, answered = prompt[shared:], whole[shared:]
-    first = message["content"].strip()[:20]
-    if not asked.strip().endswith(">") or not answered.lstrip().startswith(first or "<"):
-        raise UnusableRowError(
-            "template_mismatch",
-            f"the chat template {template.name} asks for an answer with {prompt[-60:]!r}, but "
-            "writes none there",
-        )
-    if asked.count("<think>") > asked.count("</think>"):
-        return f"{prompt}{message.get('reasoning_content') or ''}\n</think>\n\n{answered.lstrip()}"
-    return prompt + answered
-
-
-def _end_of(
-    coder: Coder, messages: Messages, tools: Any, index: int, thinking: bool | None
-) -> TurnEnd:
-    message = messages[index]
-    calls = message.get("tool_calls") or []
-    text_arguments = bool(calls) and isinstance(calls[-1]["function"].get("arguments"), str)
-    shape = (
-        len(calls),
-        text_arguments,
-        bool(message["content"]),
-        bool(message.get("reasoning_content")),
-        thinking,
-    )
-    if shape not in coder.ends:
-        switches = coder.template._switched(thinking)
-        coder.ends[shape] = turn_end(coder.template, messages[:index], message, tools, switches)
-    return coder.ends[shape]
 
 
 def _is_trained(messages: Messages, index: int, message: Message) -> bool:
@@ -508,16 +445,18 @@ def _prove_prompt(coder: Coder, prompt: str, ids: np.ndarray, first: int) -> Non
         )
 
 
-def _everything(coder: Coder, messages: Messages, tools: Sequence[Any] | None) -> Encoded:
+def _everything(coder: Coder, messages: Messages, tools: Sequence[Any] | None) -> Planned:
     """One sequence with loss on every token (`train_on: everything`)."""
     if messages[-1]["role"] == "assistant" and len(messages) > 1:
-        turn = _turn(coder, messages, tools, len(messages) - 1)
-        text, adds_eos = turn.prompt + turn.answer, turn.adds_eos
-    else:
-        text, adds_eos = coder.template.render(messages, tools), False
-    ids = coder.encode(text)
-    answer = coder.unguard(text)
-    if adds_eos and coder.tokenizer.eos_token_id is not None:
+        turn = read_turn(coder.template, coder.found, messages, tools, len(messages) - 1)
+        return Planned(turn.prompt + turn.answer, None, turn.adds_eos)
+    return Planned(coder.template.render(messages, tools), None)
+
+
+def _encode_everything(coder: Coder, planned: Planned) -> Encoded:
+    ids = coder.encode(planned.text)
+    answer = coder.unguard(planned.text)
+    if planned.adds_eos and coder.tokenizer.eos_token_id is not None:
         ids, answer = [*ids, coder.tokenizer.eos_token_id], answer + coder.tokenizer.eos_token
     input_ids = np.array(ids, np.int32)
     prove(coder, input_ids, input_ids, [answer])

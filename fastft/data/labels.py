@@ -31,7 +31,7 @@ _ANSWERS = re.compile(
     r"completion|answers?|response|output|messages|conversations?|contents|assistant"
     r"|回答|応答|出力|答え", re.IGNORECASE
 )  # fmt: skip
-_TURN = re.compile(r"(?:^|\n)\s*(Human|Assistant|User)\s*:\s*", re.IGNORECASE)
+_TURN = re.compile(r"(?:^|\n)[ \t]*(Human|Assistant|User)[ \t]*:[ \t]*", re.IGNORECASE)
 _TAKE = "Set data.take: chosen to train on the good answers alone"
 
 

@@ -51,7 +51,7 @@ _TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0
 _THINK = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 MEDIA = re.compile(r"image|video|audio|picture|photo|inline_?data|file_?data|input_file")
 _PLACEHOLDER = re.compile(
-    r"^\s*<(image|video|audio)>|<(image|video|audio)>\s*$|^<(image|video|audio)>$"
+    r"^[ \t]*<(image|video|audio)>|<(image|video|audio)>[ \t]*$"
     r"|<\|(?:image|video|audio)(?:_pad|_1)?\|>|<\|vision_start\|>|<image_soft_token>|<start_of_image>",
     re.MULTILINE,
 )

@@ -12,13 +12,12 @@ large.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import heapq
 import itertools
 import json
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,20 +26,22 @@ from typing import Any
 import numpy as np
 
 from fastft.config import DataConfig
+from fastft.data import cache
 from fastft.data import split as splitting
 from fastft.data.encode import IGNORE
 from fastft.data.formats import Format, FormatError, detect, listed
 from fastft.data.labels import LabelledDataError
 from fastft.data.light import light
+from fastft.data.mix import each_config, mix, template_of
 from fastft.data.read import Bad, Source, open_rows, open_source
 from fastft.data.report import DataReport, Dropped, ReportSample, histogram, many
 from fastft.data.rows import KEEP_EXAMPLES, Conversation, Counts, RowMaker, RowMarks, Settings
-from fastft.data.store import Packed, TokenDataset, Writer, in_memory, is_whole, open_folder
+from fastft.data.store import Packed, TokenDataset, Writer, in_memory
 from fastft.data.template import ChatTemplate, choose_template
 from fastft.data.workers import map_in_order
 from fastft.errors import FastFTError
 
-VERSION = 3
+VERSION = 4
 """Part of the fingerprint: raised where the same rows become other samples."""
 SMALL_BYTES = 32 << 20
 """Sources up to this size are tokenised here and held in memory; larger ones in workers, into the
@@ -96,34 +97,60 @@ def prepare(
     """Read, tokenise, mask, prove and split the data of `config`. The order of samples is the
     source's.
 
-    `seed` changes nothing here (the split depends on the content only) and is part of no
-    fingerprint. `rows` (a list, or a `datasets.Dataset`) are read instead of the config's source.
+    `seed` decides what is drawn where there are several sources with weights, and nothing else:
+    the split depends on the content only. `rows` (a list, or a `datasets.Dataset`)
+    are read instead of the config's source.
     Large data is kept below `cache_dir` (default: FASTFT_CACHE or ~/.cache/fastft),
     found again by its fingerprint. Raises FastFTError where nothing can be trained on, or, with
     `strict`, where any row cannot.
     """
-    del seed
+    if config.sources and rows is None:
+        one = functools.partial(
+            prepare,
+            tokenizer=tokenizer,
+            max_seq_length=max_seq_length,
+            cache_dir=cache_dir,
+            project_secrets_check=project_secrets_check,
+            processes=processes,
+        )
+        return _mixture(config, [one(each) for each in each_config(config)], seed)
     started = time.perf_counter()
     template = choose_template(tokenizer, config.chat_template)
     settings = Settings(
-        max_seq_length, config.train_on, config.long_text, config.over_long, project_secrets_check
+        max_seq_length,
+        config.train_on,
+        config.long_text,
+        config.over_long,
+        project_secrets_check,
+        config.turns,
     )
     source = (
-        open_source(config.source, name=config.name, split=config.split, streaming=config.streaming)
+        open_source(
+            config.source,
+            name=config.name,
+            split=config.split,
+            streaming=config.streaming,
+            documents=config.documents,
+        )
         if rows is None
         else open_rows(rows)
     )
     own_eval = (
-        open_source(config.eval_source, name=config.name, split=config.split)
+        open_source(
+            config.eval_source, name=config.name, split=config.split, documents=config.documents
+        )
         if config.eval_source
         else None
     )
     fingerprint = _fingerprint(config, tokenizer, template, settings, source, own_eval)
     large = config.streaming or source.size is None or source.size > SMALL_BYTES
     folder = _cache_folder(cache_dir) / fingerprint[:16] if large else None
-    if folder is not None and (folder / "prepared.json").is_file():
-        return _from_cache(folder, template, fingerprint)
-    with _work_folder(folder) as work:
+    damage = None
+    if folder is not None and folder.is_dir():
+        damage = cache.problem(folder)
+        if damage is None:
+            return _from_cache(folder, template, fingerprint)
+    with cache.WorkFolder(folder) as work:
         if processes is None:
             processes = (os.cpu_count() or 1) if large else 1
         main = _tokenise(
@@ -137,6 +164,7 @@ def prepare(
             own_eval,
             work and work / "eval_samples",
             processes,
+            is_eval=True,
         )
         _refuse(config, main)
         if other:
@@ -145,13 +173,44 @@ def prepare(
         seconds = time.perf_counter() - started
         prepared.report.seconds = round(seconds, 3)
         prepared.report.rows_per_sec = round(prepared.report.rows_total / max(seconds, 1e-9), 1)
+        if damage is not None:
+            prepared.report.notices.append(
+                f"the tokenised data in {folder} was not whole ({damage}) and was made anew"
+            )
         if work is not None:
-            _write_index(work, prepared)
+            cache.write(
+                work,
+                {"train": prepared.train, "eval": prepared.eval},
+                {
+                    "report": prepared.report.model_dump(),
+                    "thinking": prepared.template.thinking,
+                    "held_out": [dataclasses.asdict(c) for c in prepared.held_out],
+                },
+            )
     if folder is not None:
         return dataclasses.replace(
             _from_cache(folder, template, fingerprint), report=prepared.report
         )
     return prepared
+
+
+def _mixture(config: DataConfig, prepared: list[Prepared], seed: int) -> Prepared:
+    mixed = mix(
+        config.sources,
+        [one.train for one in prepared],
+        [one.eval for one in prepared],
+        [one.report for one in prepared],
+        [one.held_out for one in prepared],
+        [one.fingerprint for one in prepared],
+        seed,
+    )
+    seconds = sum(one.report.seconds for one in prepared)
+    mixed.report.seconds = round(seconds, 3)
+    mixed.report.rows_per_sec = round(mixed.report.rows_total / max(seconds, 1e-9), 1)
+    template = template_of([one.template for one in prepared], [one.report for one in prepared])
+    return Prepared(
+        mixed.train, mixed.eval, mixed.report, template, mixed.fingerprint, mixed.held_out
+    )
 
 
 def _fingerprint(
@@ -173,6 +232,8 @@ def _fingerprint(
         "format": config.format,
         "columns": config.columns,
         "take": config.take,
+        "deduplicate": config.deduplicate,
+        "documents": config.documents,
         "ignore": sorted(config.ignore),
         "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "check_secrets"},
     }
@@ -185,36 +246,6 @@ def _cache_folder(cache_dir: Path | None) -> Path:
     )
 
 
-class _work_folder:
-    """A folder beside the final one, renamed when all is written and removed when not; None for
-    data in memory.
-    """
-
-    def __init__(self, final: Path | None) -> None:
-        self.final = final
-        self.work: Path | None = None
-
-    def __enter__(self) -> Path | None:
-        if self.final is not None:
-            try:
-                self.final.parent.mkdir(parents=True, exist_ok=True)
-                self.work = Path(tempfile.mkdtemp(dir=self.final.parent, prefix=".tokenising-"))
-            except OSError as error:
-                raise FastFTError(
-                    f"the data cache {self.final.parent} cannot be written: {error}."
-                ) from error
-        return self.work
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if self.work is None or self.final is None:
-            return
-        if kind is None:
-            shutil.rmtree(self.final, ignore_errors=True)
-            self.work.rename(self.final)
-        else:
-            shutil.rmtree(self.work, ignore_errors=True)
-
-
 def _tokenise(
     config: DataConfig,
     tokenizer: Any,
@@ -223,12 +254,20 @@ def _tokenise(
     source: Source,
     folder: Path | None,
     processes: int,
+    *,
+    is_eval: bool = False,
 ) -> _Side:
+    first = _first_rows(source)
+    columns = config.columns
+    if is_eval and not any(
+        c in row for row in first if isinstance(row, dict) for c in columns.values()
+    ):
+        columns = {}  # the mapping is the training file's; this one has columns of its own
     try:
         format = detect(
-            _first_rows(source),
+            first,
             format=config.format,
-            columns=config.columns,
+            columns=columns,
             take=config.take,
             ignore=config.ignore,
         )
@@ -331,6 +370,8 @@ def _divide(
     fingerprint: str,
     work: Path | None,
 ) -> Prepared:
+    if config.deduplicate:
+        main = _without_copies(main)
     groups = splitting.group_rows(main.marks)
     held = (
         np.zeros(len(main.marks.lines), bool)
@@ -350,13 +391,24 @@ def _divide(
         train = _joined_documents(train, settings.max_seq_length, work and work / "train")
     if (other or main).format.name == "text" and settings.long_text == "split":
         evaluation = _joined_documents(evaluation, settings.max_seq_length, work and work / "eval")
+    held_pieces = 0
+    if main.format.name == "text" and not other and not len(evaluation) and len(train) >= 20:
+        # One long document, or a few: the end of it is held out.
+        held_pieces = round(len(train) * config.eval_fraction)
+        if held_pieces:
+            train, evaluation = train[:-held_pieces], train[-held_pieces:]
     thinks = (
         main.counts.reasoning_turns * 2 >= main.counts.turns > 0 and main.counts.reasoning_turns > 0
     )
     template = template.with_thinking(thinks) if main.format.name != "text" else template
     leak = splitting.leaked(train_marks, held_marks) if len(held_marks.lines) else 0
     report = _report(config, template, settings, main, train, evaluation, groups, leak)
-    if not other and len(evaluation):
+    if held_pieces:
+        report.notices.append(
+            f"the documents are too few to hold some out, so the last {held_pieces:,} pieces of "
+            f"{len(train) + held_pieces:,} are held out"
+        )
+    elif not other and len(evaluation):
         report.notices += splitting.explain_share(held, groups, config.eval_fraction)
     if other:
         report.notices += _eval_notices(other)
@@ -369,6 +421,18 @@ def _divide(
     return Prepared(
         train, evaluation if len(evaluation) else None, report, template, fingerprint, conversations
     )
+
+
+def _without_copies(side: _Side) -> _Side:
+    """Return the side without rows that give the same samples as an earlier one."""
+    _, first = np.unique(side.marks.exact, return_index=True)
+    keep = np.zeros(len(side.marks.exact), bool)
+    keep[first] = True
+    counts = dataclasses.replace(side.counts, dropped=dict(side.counts.dropped))
+    for line in side.marks.lines[~keep].tolist():
+        counts.drop(line, "duplicate", "an earlier row gives exactly the same samples")
+    samples = side.samples[np.flatnonzero(np.repeat(keep, side.marks.samples))]
+    return dataclasses.replace(side, samples=samples, marks=side.marks.subset(keep), counts=counts)
 
 
 def _joined_documents(documents: TokenDataset, length: int, folder: Path | None) -> TokenDataset:
@@ -465,6 +529,10 @@ def _report(
         near_duplicates=groups.near_duplicates,
         leakage=leak,
         max_seq_length=settings.max_seq_length,
+        unrolled_tokens=counts.unrolled_tokens,
+        one_pass_tokens=counts.one_pass_tokens,
+        turns=counts.turns,
+        reasoning_turns=counts.reasoning_turns,
         lengths={k: int(np.percentile(lengths, q)) for k, q in quantile.items()}
         | {"mean": int(lengths.mean())},
         histogram=histogram(lengths),
@@ -499,10 +567,21 @@ def _notices(config: DataConfig, template: ChatTemplate, main: _Side) -> list[st
                 f"so thinking is {state} unless it is asked for otherwise"
             )
     if counts.unrolled:
+        times = counts.unrolled_tokens / max(counts.one_pass_tokens, 1)
         notices.append(
             f"{many(counts.unrolled, 'conversation')} became several samples: this template "
             "writes earlier answers "
-            "differently once they are history, so each answer is trained as it is generated"
+            "differently once they are history, so each answer is trained as it is generated. "
+            f"That costs {counts.unrolled_tokens:,} tokens where one pass has "
+            f"{counts.one_pass_tokens:,} ({times:.1f} times); data.turns: last trains only the "
+            "last answer of each, in one pass"
+        )
+    copies = len(main.marks.exact) - len(np.unique(main.marks.exact))
+    if copies * 10 > len(main.marks.exact):
+        notices.append(
+            f"{copies:,} of {len(main.marks.exact):,} rows "
+            f"({copies / len(main.marks.exact):.0%}) are exact copies of an earlier row, which "
+            "is learned more often than the others; data.deduplicate: true removes them"
         )
     said = [
         (
@@ -564,36 +643,12 @@ def _preview(template: ChatTemplate, train: TokenDataset, count: int = 3) -> lis
     return made
 
 
-def _write_index(work: Path, prepared: Prepared) -> None:
-    """Write what `_from_cache` reads, `prepared.json` last."""
-    for name in ("train", "eval"):
-        dataset = getattr(prepared, name)
-        if dataset is not None and not is_whole(work / name):
-            np.save(work / f"{name}.order.npy", dataset.order)
-    values = {
-        "report": prepared.report.model_dump(),
-        "thinking": prepared.template.thinking,
-        "held_out": [dataclasses.asdict(c) for c in prepared.held_out],
-    }
-    (work / "prepared.json").write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
-
-
 def _from_cache(folder: Path, template: ChatTemplate, fingerprint: str) -> Prepared:
-    values = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
-    datasets: dict[str, TokenDataset | None] = {}
-    for name, own in (("train", "samples"), ("eval", "eval_samples")):
-        order = folder / f"{name}.order.npy"
-        if is_whole(folder / name):
-            datasets[name] = open_folder(folder / name)
-        elif order.is_file():
-            store = folder / own if is_whole(folder / own) else folder / "samples"
-            datasets[name] = open_folder(store)[np.load(order)]
-        else:
-            datasets[name] = None
-    train = datasets["train"]
-    assert train is not None
+    datasets, values = cache.read(folder)
     if values["thinking"] is not None:
         template = template.with_thinking(values["thinking"])
     report = DataReport.model_validate(values["report"] | {"cached": True})
     held_out = [Conversation(**c) for c in values["held_out"]]
-    return Prepared(train, datasets["eval"], report, template, fingerprint, held_out)
+    return Prepared(
+        datasets["train"], datasets.get("eval"), report, template, fingerprint, held_out
+    )

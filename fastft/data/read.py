@@ -29,6 +29,7 @@ from fastft.errors import FastFTError
 
 CHUNK_ROWS = 1000
 CHUNK_BYTES = 1 << 20
+MOST_COLUMNS = 10_000
 _HEAD = 1 << 22  # bytes looked at to tell encoding and kind
 SUFFIXES = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv",
@@ -96,14 +97,22 @@ class Source:
     reading).
     """
 
-    def __init__(self, files: Sequence[Path], kind: str, name: str, notices: list[str]) -> None:
+    def __init__(
+        self,
+        files: Sequence[Path],
+        kind: str,
+        name: str,
+        notices: list[str],
+        documents: str = "auto",
+    ) -> None:
         self.files, self.kind, self.name, self.notices = list(files), kind, name, notices
+        self.documents = documents
         self.size: int | None = sum(f.stat().st_size for f in self.files)
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield all rows in order."""
         for file in self.files:
-            for chunk in _read_file(file, self.notices):
+            for chunk in _read_file(file, self.notices, self.documents):
                 yield dataclasses.replace(chunk, file=file.name) if len(self.files) > 1 else chunk
 
     def digest(self) -> str:
@@ -187,10 +196,15 @@ def open_rows(rows: Any) -> Source:
 
 
 def open_source(
-    source: str, *, name: str | None = None, split: str = "train", streaming: bool = False
+    source: str,
+    *,
+    name: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    documents: str = "auto",
 ) -> Source:
     """Return the dataset at `source`: a file, a folder (of files, or saved by `datasets`), or a
-    Hub id.
+    Hub id. `documents`: what one document of a text file is (see `DataConfig.documents`).
 
     Raises FastFTError where there is nothing that can be read.
     """
@@ -201,7 +215,7 @@ def open_source(
             "same rows again, or set data.source to a file that holds them."
         )
     if path.is_file():
-        return _open_files([path], source)
+        return _open_files([path], source, documents=documents)
     if path.is_dir():
         if any(
             (path / marker).is_file()
@@ -219,7 +233,7 @@ def open_source(
                 f"{', '.join(sorted(SUFFIXES))}, also compressed."
             )
         files, notices = _chosen(files, path, split)
-        return _open_files(files, source, notices)
+        return _open_files(files, source, notices, documents)
     if (
         path.exists()
     ):  # a pipe, a socket, a device: can be read once at most, and data is read in several passes
@@ -340,7 +354,9 @@ def _split_of(path: Path) -> str:
     return "train"
 
 
-def _open_files(files: list[Path], name: str, said: Sequence[str] = ()) -> Source:
+def _open_files(
+    files: list[Path], name: str, said: Sequence[str] = (), documents: str = "auto"
+) -> Source:
     for file in files:
         if file.stat().st_size == 0:
             raise FastFTError(
@@ -349,14 +365,41 @@ def _open_files(files: list[Path], name: str, said: Sequence[str] = ()) -> Sourc
             )
     notices = list(said)
     kinds = []
+    texts = sum(kind_of(file) == "text" for file in files)
+    taken = documents
     for file in files:
         head = _head(file)
         kinds.append(_kind(file, head))
+        if kinds[-1] == "text" and documents == "auto" and taken == "auto":
+            taken = "file" if texts > 1 else _documents_of(file, head)
+            notices.append(_ABOUT_DOCUMENTS[taken])
         encoding = _encoding_of(file, kinds[-1], head)
         if encoding not in (None, "utf-8"):
             notices.append(f"{file.name} is read as {encoding}, not UTF-8")
     kind = "/".join(dict.fromkeys(kinds))
-    return Source(files, kind, name, notices)
+    return Source(files, kind, name, notices, taken)
+
+
+_ABOUT_DOCUMENTS = {
+    "file": "each text file is one document (data.documents: auto; paragraph and line are the "
+    "other ways)",
+    "paragraph": "each paragraph, as empty lines part them, is one document (data.documents: "
+    "auto; set file to keep the text in one piece)",
+    "line": "each line is one document (data.documents: auto; set file to keep the text in one "
+    "piece)",
+}
+
+
+def _documents_of(file: Path, head: bytes) -> str:
+    """Return what one document of the only text file most likely is."""
+    text = head.decode(_encoding(head), "ignore").lstrip("\ufeff")
+    if kind_of(file) == "text" and file.suffix.lower() == ".md":
+        return "file"  # headings and code belong together
+    if re.search(r"\S[ \t]*\r?\n[ \t]*\r?\n\s*\S", text):
+        return "paragraph"
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    whole = sum(line.endswith(tuple(".!?。！？」』…)\"'")) for line in lines)
+    return "line" if len(lines) > 1 and 2 * whole >= len(lines) else "file"
 
 
 def _head(file: Path) -> bytes:
@@ -494,16 +537,16 @@ def _oddness(text: str) -> int:
     return sum("\uff61" <= c <= "\uff9f" or "\ue000" <= c <= "\uf8ff" for c in text) * 2 - common
 
 
-def _read_file(file: Path, notices: list[str]) -> Iterator[Chunk]:
+def _read_file(file: Path, notices: list[str], documents: str) -> Iterator[Chunk]:
     try:
-        yield from _chunks_of(file, notices)
+        yield from _chunks_of(file, notices, documents)
     except _UNREADABLE as error:
         raise FastFTError(
             f"{file} cannot be read to its end: {str(error).rstrip('.')}. Is it whole?"
         ) from error
 
 
-def _chunks_of(file: Path, notices: list[str]) -> Iterator[Chunk]:
+def _chunks_of(file: Path, notices: list[str], documents: str) -> Iterator[Chunk]:
     head = _head(file)
     kind = _kind(file, head)
     if kind == "parquet":
@@ -523,7 +566,7 @@ def _chunks_of(file: Path, notices: list[str]) -> Iterator[Chunk]:
     elif kind == "json":
         yield from _in_chunks(_json(file, encoding))
     elif kind == "text":
-        yield from _in_chunks([(1, {"text": "".join(_text(file, encoding))})])
+        yield from _in_chunks(_documents(_text(file, encoding), documents))
     else:
         yield from _in_chunks(_csv(file, encoding, "\t" if kind == "tsv" else ",", notices))
 
@@ -566,6 +609,25 @@ def _in_chunks(rows: Iterable[tuple[int, Any]], *, padded: bool = False) -> Iter
 def _text(file: Path, encoding: str) -> IO[str]:
     encoding = "utf-8-sig" if encoding == "utf-8" else encoding
     return io.TextIOWrapper(_open(file), encoding=encoding, errors="surrogateescape", newline="")
+
+
+def _documents(stream: IO[str], documents: str) -> Iterator[tuple[int, Any]]:
+    """Yield the documents of a text with the numbers of their first lines."""
+    if documents in ("file", "auto"):
+        yield 1, {"text": "".join(stream)}
+        return
+    first, kept = 1, list[str]()
+    for number, line in enumerate(stream, 1):
+        if line.strip() and documents == "paragraph":
+            first = first if kept else number
+            kept.append(line)
+        elif kept:
+            yield first, {"text": "".join(kept).strip()}
+            kept = []
+        if line.strip() and documents == "line":
+            yield number, {"text": line.strip()}
+    if kept:
+        yield first, {"text": "".join(kept).strip()}
 
 
 def _json(file: Path, encoding: str) -> Iterator[tuple[int, Any]]:
@@ -624,6 +686,7 @@ def _csv(
                 fields[0] = fields[0].lstrip("\ufeff")
             if header is None:
                 header = [name.strip() for name in fields]
+                _refuse_wide(file, len(header))
                 twice = sorted({name for name in header if name and header.count(name) > 1})
                 if twice:
                     raise FastFTError(
@@ -645,6 +708,14 @@ def _csv(
         raise FastFTError(f"{file} has no rows.")
 
 
+def _refuse_wide(file: Path, columns: int) -> None:
+    if columns > MOST_COLUMNS:
+        raise FastFTError(
+            f"{file} has {columns:,} columns; fastft reads at most {MOST_COLUMNS:,}. Keep those "
+            "that are asked and answered (is it a table of numbers?)."
+        )
+
+
 def _csv_row(header: list[str], fields: list[str]) -> Any:
     if any(
         "\udc80" <= char <= "\udcff" for field in fields for char in field if not field.isascii()
@@ -659,7 +730,9 @@ def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
 
     try:
         number = 0
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=CHUNK_ROWS):
+        opened = pyarrow.parquet.ParquetFile(file)
+        _refuse_wide(file, opened.metadata.num_columns)
+        for batch in opened.iter_batches(batch_size=CHUNK_ROWS):
             for row in _rows_of(batch):
                 number += 1
                 yield number, row

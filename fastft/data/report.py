@@ -43,6 +43,20 @@ class Sharing(BaseModel):
     )
 
 
+class SourceShare(BaseModel):
+    """One of several sources: what it gives to the mixture."""
+
+    source: str
+    weight: float | None
+    rows_total: int
+    rows_used: int
+    samples: int = Field(description="training samples that it has")
+    drawn: int = Field(description="training samples drawn from it an epoch")
+    tokens: int = Field(description="tokens of those drawn")
+    share: float = Field(description="of all tokens drawn")
+    eval_samples: int
+
+
 class DataReport(BaseModel):
     """The numbers of a prepared dataset. `model_dump()` is what `fastft data --json` prints."""
 
@@ -67,6 +81,12 @@ class DataReport(BaseModel):
     near_duplicates: int
     leakage: int = Field(description="held-out rows that stand in the training rows too")
     max_seq_length: int
+    unrolled_tokens: int = Field(
+        0, description="tokens of the conversations that became several samples"
+    )
+    one_pass_tokens: int = Field(0, description="the same conversations, each read once")
+    turns: int = Field(0, description="answers in the conversations")
+    reasoning_turns: int = Field(0, description="of them, with reasoning")
     lengths: dict[str, int] = Field(description="min, median, mean, p95, p99, max in tokens")
     histogram: list[tuple[int, int, int]] = Field(description="[from, to) in tokens, samples")
     secrets: dict[str, int]
@@ -74,6 +94,9 @@ class DataReport(BaseModel):
     notices: list[str]
     preview: list[ReportSample]
     sharing: Sharing | None = Field(None, description="fastft data: common beginnings in a step")
+    sources: list[SourceShare] = Field(
+        default_factory=list, description="where there are several: each one's part"
+    )
     seconds: float = 0.0
     rows_per_sec: float = 0.0
     cached: bool = False
@@ -183,6 +206,16 @@ def _print_table(report: DataReport, console: Any) -> None:
     ]
     if report.sharing is not None:
         rows.append(("beginnings", _shared(report.sharing)))
+    for one in report.sources:
+        passes = one.drawn / max(one.samples, 1)
+        rows.append(
+            (
+                "",
+                f"{one.source}: {one.drawn:,} of {one.samples:,} samples an epoch ({passes:.2f} "
+                f"times each), {one.share:.1%} of the tokens; {one.rows_used:,} of "
+                f"{one.rows_total:,} rows used, {one.eval_samples:,} held out",
+            )
+        )
     if report.secrets:
         rows.append(
             (

@@ -4,17 +4,18 @@ processes too.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import heapq
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from fastft.data.encode import Coder, Encoded, encode_turns
+from fastft.data.encode import Coder, Encoded, Planned, encode_planned, plan_turns
 from fastft.data.formats import Example, Format, convert
 from fastft.data.messages import BadRowError
 from fastft.data.read import Bad, Chunk
@@ -35,7 +36,7 @@ SECRETS = {
     "Google API key": r"\bAIza[0-9A-Za-z_-]{35}",
     "Slack token": r"\bxox[abprs]-[0-9A-Za-z-]{10,}",
     "private key": r"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----",
-    "JSON web token": r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}",
+    "JSON web token": r"\beyJ[A-Za-z0-9_-]{10,2000}\.eyJ[A-Za-z0-9_-]{10,2000}\.[A-Za-z0-9_-]{10,}",
 }
 _ANY_SECRET = re.compile(
     "|".join(f"(?P<s{i}>{pattern})" for i, pattern in enumerate(SECRETS.values()))
@@ -55,6 +56,7 @@ class Settings:
     long_text: str
     over_long: str
     check_secrets: bool
+    turns: str = "all"
 
 
 @dataclasses.dataclass
@@ -76,6 +78,9 @@ class Counts:
     over_long: int = 0
     truncated_tokens: int = 0
     unrolled: int = 0
+    unrolled_tokens: int = 0
+    one_pass_tokens: int = 0
+    """Of the unrolled conversations: their tokens as rows, and if each were read once."""
     lossy: int = 0
     control_characters: int = 0
     special_token_text: int = 0
@@ -134,6 +139,8 @@ class RowMarks:
     lines: np.ndarray
     content: np.ndarray
     asked: np.ndarray
+    exact: np.ndarray
+    """A hash of the row's samples: what is read and what is trained, to the token."""
     signatures: np.ndarray
     samples: np.ndarray
 
@@ -145,10 +152,7 @@ class RowMarks:
     def joined(cls, parts: list[RowMarks]) -> RowMarks:
         """Return the marks of several chunks as one."""
         if not parts:
-            empty = np.zeros(0, np.uint64)
-            return cls(
-                empty, empty, empty, np.zeros((0, SIGNATURE), np.uint32), np.zeros(0, np.int64)
-            )
+            return _marks([])
         return cls(
             *(np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(cls))
         )
@@ -184,6 +188,7 @@ class RowMaker:
         self.coder = Coder.of(tokenizer, template)
         self._kept_keys: list[int] = []
         self._bos: list[int] = []
+        self._longest_token: int | None = None
         first = tokenizer("a")["input_ids"][:1]
         if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]:
             self._bos = first
@@ -192,40 +197,62 @@ class RowMaker:
         """Return the samples and counts of a chunk."""
         counts, packed, marks = Counts(), [], []
         examples: list[tuple[int, Conversation]] = []
+        read: list[tuple[int, Example, list[Planned]]] = []
         for line, row in chunk.parsed():
             counts.rows_total += 1
-            try:
-                if isinstance(row, Bad):
-                    raise BadRowError(row.reason, row.message)
-                example = convert(
-                    row,
-                    self.format,
-                    input_heading=self.template.input_heading,
-                    padded=chunk.padded,
-                )
-                made = self._samples(example, counts)
-            except (BadRowError, UnusableRowError) as error:
-                counts.drop(
-                    line, error.reason, f"{chunk.file}: {error}" if chunk.file else str(error)
-                )
-                continue
-            except TemplateRefusedError as error:
-                counts.drop(
-                    line, "template_refused", f"{chunk.file}: {error}" if chunk.file else str(error)
-                )
-                continue
-            except RecursionError:
-                counts.drop(line, "bad_json", "lists or objects nested too deep")
+            with self._counted(chunk, line, counts):
+                read.append((line, *self._planned(row, padded=chunk.padded)))
+        # One call for the whole chunk: the tokenizer's threads share it.
+        if self.format.name == "text":
+            texts = [example.text for _, example, _ in read if example.text is not None]
+        else:
+            texts = [sequence.text for _, _, planned in read for sequence in planned]
+        self.coder.prefetch(texts, as_text=self.format.name == "text")
+        for line, example, planned in read:
+            made: list[Packed] = []
+            with self._counted(chunk, line, counts):
+                made = self._samples(example, planned, counts)
+            if not made:
                 continue
             counts.unread(line, example.unread)
             packed.extend(made)
             asked, whole, said = self._look(example, line, counts)
             content = _hash(whole)
-            marks.append((line, content, _hash(asked), signature(said), len(made)))
+            marks.append((line, content, _hash(asked), _hash_of(made), signature(said), len(made)))
             if example.text is None and self._may_be_kept(content):
                 examples.append((content, _conversation(example)))
         kept = heapq.nsmallest(KEEP_EXAMPLES, examples, key=lambda item: item[0])
         return ChunkResult(*_flatten(packed), _marks(marks), counts, kept)
+
+    @contextlib.contextmanager
+    def _counted(self, chunk: Chunk, line: int, counts: Counts) -> Iterator[None]:
+        """Count a row that cannot be used under its reason."""
+        where = f"{chunk.file}: " if chunk.file else ""
+        try:
+            yield
+        except (BadRowError, UnusableRowError) as error:
+            counts.drop(line, error.reason, f"{where}{error}")
+        except TemplateRefusedError as error:
+            counts.drop(line, "template_refused", f"{where}{error}")
+        except RecursionError:
+            counts.drop(line, "bad_json", f"{where}lists or objects nested too deep")
+
+    def _planned(self, row: Any, *, padded: bool) -> tuple[Example, list[Planned]]:
+        """Return a row as an example, and the sequences that it becomes."""
+        if isinstance(row, Bad):
+            raise BadRowError(row.reason, row.message)
+        heading = self.template.input_heading
+        example = convert(row, self.format, input_heading=heading, padded=padded)
+        if example.text is not None:
+            return example, []
+        example = self._bounded(example)
+        return example, plan_turns(
+            self.coder,
+            example.messages,
+            example.tools,
+            train_all=self.settings.train_on == "everything",
+            last_only=self.settings.turns == "last",
+        )
 
     def _may_be_kept(self, key: int) -> bool:
         """Whether `key` is among the smallest KEEP_EXAMPLES of this maker's rows so far; only
@@ -238,13 +265,12 @@ class RowMaker:
         )
         return True
 
-    def _samples(self, example: Example, counts: Counts) -> list[Packed]:
+    def _samples(
+        self, example: Example, planned: Sequence[Planned], counts: Counts
+    ) -> list[Packed]:
         if example.text is not None:
             return [self._document(example.text, counts)]
-        train_all = self.settings.train_on == "everything"
-        sequences = encode_turns(
-            self.tokenizer, self.template, example.messages, example.tools, train_all=train_all
-        )
+        sequences = [encode_planned(self.coder, sequence) for sequence in planned]
         made = [self._fitted(sequence, counts) for sequence in sequences]
         kept = [sample for sample in made if sample is not None]
         if not kept:
@@ -261,12 +287,52 @@ class RowMaker:
                 "the answer to train on",
             )
         counts.unrolled += len(kept) > 1
+        if len(kept) > 1:
+            counts.unrolled_tokens += sum(len(sample.tokens) for sample in kept)
+            counts.one_pass_tokens += max(len(sample.tokens) for sample in kept)
         counts.lossy += any(s.lossy for s in sequences)
         counts.tools_left_out += bool(example.tools) and not self.template.writes_tools
         answers = [m for m in example.messages if m["role"] == "assistant"]
         counts.turns += len(answers)
         counts.reasoning_turns += sum(bool(m.get("reasoning_content")) for m in answers)
         return kept
+
+    def _bounded(self, example: Example) -> Example:
+        """Return a conversation without what surely lies behind max_seq_length, so that a row of
+        30 MB costs no more than one that just fills it.
+
+        A token is at most as long as the longest of the vocabulary, so what lies behind
+        `max_seq_length` times this many characters cannot be among the tokens that are kept.
+        """
+        limit = self.settings.max_seq_length
+        lengths = [len(message["content"]) for message in example.messages]
+        if sum(lengths) < limit * 16:
+            return example
+        if self._longest_token is None:
+            vocabulary = self.coder.backend.get_vocab()
+            self._longest_token = max(map(len, vocabulary), default=1)
+        most = limit * max(self._longest_token, 16)
+        if sum(lengths) <= most + 1:
+            return example
+        if self.settings.over_long == "drop":
+            raise UnusableRowError(
+                "over_long", f"{sum(lengths):,} characters; max_seq_length is {limit} tokens"
+            )
+        kept, room = [], most
+        for message, length in zip(example.messages, lengths, strict=True):
+            if length > room:
+                if message["role"] == "assistant":
+                    kept.append({**message, "content": message["content"][: room + 1]})
+                break
+            kept.append(message)
+            room -= length
+        if not any(m["role"] == "assistant" and m.get("weight", 1) != 0 for m in kept):
+            raise UnusableRowError(
+                "answer_cut_off",
+                f"the prompt alone has more than {most:,} characters, which fills max_seq_length "
+                f"{limit}: truncation leaves nothing of the answer to train on",
+            )
+        return dataclasses.replace(example, messages=kept)
 
     def _fitted(self, sequence: Encoded, counts: Counts) -> Packed | None:
         """Cut an over-long sequence, or return None where it is dropped or nothing trained would
@@ -397,11 +463,21 @@ def _flatten(packed: list[Packed]) -> tuple[list[np.ndarray], list[np.ndarray]]:
     return flat, lengths
 
 
-def _marks(rows: list[tuple[int, int, int, np.ndarray, int]]) -> RowMarks:
-    if not rows:
-        return RowMarks.joined([])
-    lines, content, asked, signatures, samples = zip(*rows, strict=True)
+def _hash_of(samples: list[Packed]) -> int:
+    total = hashlib.blake2b(digest_size=8)
+    for sample in samples:
+        for name in ARRAYS:
+            total.update(getattr(sample, name).tobytes())
+            total.update(b"|")
+    return int.from_bytes(total.digest(), "little")
+
+
+def _marks(rows: list[tuple[int, int, int, int, np.ndarray, int]]) -> RowMarks:
+    lines, content, asked, exact, signatures, samples = (
+        zip(*rows, strict=True) if rows else ([] for _ in range(6))
+    )
     return RowMarks(
         np.array(lines, np.uint64), np.array(content, np.uint64), np.array(asked, np.uint64),
-        np.stack(signatures), np.array(samples, np.int64),
+        np.array(exact, np.uint64),
+        np.array(signatures, np.uint32).reshape(-1, SIGNATURE), np.array(samples, np.int64),
     )  # fmt: skip

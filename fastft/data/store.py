@@ -14,8 +14,7 @@ in memory.
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +69,9 @@ class FileArray:
         self._path = path
         self._length = path.stat().st_size // 4
 
+    def __len__(self) -> int:
+        return self._length
+
     def __getitem__(self, part: slice) -> np.ndarray:
         start, stop, _ = part.indices(self._length)
         wanted = max(stop - start, 0)
@@ -88,6 +90,25 @@ class FileArray:
         return read
 
 
+class JoinedArray:
+    """Several flat arrays as one. A slice lies in one of them, as the samples do, or is all."""
+
+    def __init__(self, parts: Sequence[np.ndarray | FileArray | JoinedArray]) -> None:
+        self._parts = list(parts)
+        self._starts = np.cumsum([0, *(len(part) for part in parts)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, wanted: slice) -> np.ndarray:
+        start, stop, _ = wanted.indices(len(self))
+        if start == 0 and stop == len(self):
+            return np.concatenate([part[:] for part in self._parts])
+        at = int(np.searchsorted(self._starts, start, side="right")) - 1
+        begin = int(self._starts[at])
+        return self._parts[at][start - begin : stop - begin]
+
+
 class TokenDataset:
     """Samples by number. `dataset[i]` is a `Sample`; a slice or a list of numbers gives a view of
     those samples.
@@ -95,11 +116,12 @@ class TokenDataset:
 
     def __init__(
         self,
-        arrays: dict[str, np.ndarray | FileArray],
-        bounds: dict[str, np.ndarray],
+        arrays: Mapping[str, np.ndarray | FileArray | JoinedArray],
+        bounds: Mapping[str, np.ndarray],
         order: np.ndarray | None = None,
+        folder: Path | None = None,
     ) -> None:
-        self._arrays, self._bounds = arrays, bounds
+        self._arrays, self._bounds, self.folder = arrays, bounds, folder
         self._order = np.arange(len(bounds["tokens"]) - 1) if order is None else order
 
     def __len__(self) -> int:
@@ -107,7 +129,7 @@ class TokenDataset:
 
     def __getitem__(self, index: int | slice | Sequence[int] | np.ndarray) -> Any:
         if isinstance(index, slice | list | np.ndarray):
-            return TokenDataset(self._arrays, self._bounds, self._order[index])
+            return TokenDataset(self._arrays, self._bounds, self._order[index], self.folder)
         at = int(self._order[index])
         ids = np.array(self._part("tokens", at))
         labels = np.full(len(ids), IGNORE, np.int32)
@@ -130,6 +152,21 @@ class TokenDataset:
                 np.concatenate([np.zeros(1, np.int64), *(counted[i] for counted in lengths)])
             )
         return cls(arrays, bounds)
+
+    @classmethod
+    def mixed(cls, parts: Sequence[TokenDataset]) -> TokenDataset:
+        """Return all samples of several datasets, one after the other; nothing is copied."""
+        arrays, bounds = {}, {}
+        for name in ARRAYS:
+            arrays[name] = JoinedArray([part._arrays[name] for part in parts])
+            ends = np.cumsum([0, *(int(part._bounds[name][-1]) for part in parts)])
+            shifted = [
+                part._bounds[name][1:] + end for part, end in zip(parts, ends[:-1], strict=True)
+            ]
+            bounds[name] = np.concatenate([np.zeros(1, np.int64), *shifted])
+        stored = np.cumsum([0, *(len(part._bounds["tokens"]) - 1 for part in parts)])
+        order = [part._order + start for part, start in zip(parts, stored[:-1], strict=True)]
+        return cls(arrays, bounds, np.concatenate(order))
 
     @property
     def order(self) -> np.ndarray:
@@ -182,9 +219,7 @@ def in_memory(samples: Iterable[Packed]) -> TokenDataset:
 
 
 class Writer:
-    """Appends samples to a folder; `close` writes the index last, so a folder without one is not
-    whole.
-    """
+    """Appends samples to a folder; `close` writes the bounds. What makes it whole: cache.py."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -222,9 +257,6 @@ class Writer:
                 self.folder / f"{name}.bounds.npy",
                 np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             )
-        (self.folder / "index.json").write_text(
-            json.dumps({"samples": int(sum(map(len, self._lengths["tokens"])))})
-        )
         return open_folder(self.folder)
 
 
@@ -235,9 +267,5 @@ def open_folder(folder: Path) -> TokenDataset:
     arrays: dict[str, np.ndarray | FileArray] = {
         name: FileArray(folder / f"{name}.bin") for name in ARRAYS
     }
-    return TokenDataset(arrays, {name: np.load(folder / f"{name}.bounds.npy") for name in ARRAYS})
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether a Writer closed this folder."""
-    return (folder / "index.json").is_file()
+    bounds = {name: np.load(folder / f"{name}.bounds.npy") for name in ARRAYS}
+    return TokenDataset(arrays, bounds, folder=folder)

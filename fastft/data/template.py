@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -17,6 +18,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fastft.data.bounded import (
+    GROWTH_BYTES,
+    OUTPUT_CHARACTERS,
+    SECONDS,
+    TemplateLimitError,
+    huge_constant,
+    limited,
+)
 from fastft.data.named_templates import INPUT_HEADINGS, NAMED
 from fastft.errors import FastFTError, one_of
 
@@ -119,7 +128,17 @@ class ChatTemplate:
             text = self._try([{"role": "user", "content": _USER}, answer], self._switched(True))
             if text is not None and text.count(_THOUGHT) == 1 and text.count(_ANSWER) == 1:
                 return key
-        return None
+        # Some write the thought only beside a call.
+        empty, as_text = self.call_shape
+        arguments = f'{{"x": "{_ANSWER}"}}' if as_text else {"x": _ANSWER}
+        return next(
+            (
+                k
+                for k in REASONING_KEYS
+                if self._calls(arguments, content=empty, **{k: _USER + "t"})
+            ),
+            None,
+        )
 
     @cached_property
     def folds_system(self) -> bool:
@@ -132,6 +151,96 @@ class ChatTemplate:
             return False
         text = self._try([system, *rest])
         return text is None or _THOUGHT not in text
+
+    @cached_property
+    def always_asks(self) -> str:
+        """What stands after a question where the template asks for an answer whether it is told to
+        or not (Command-R7B); empty where it does as it is told.
+        """
+        probe: list[Message] = [{"role": "user", "content": _USER}]
+        try:
+            asked, history = self.render(probe, prompt=True), self.render(probe)
+        except TemplateRefusedError:
+            return ""
+        return history.rpartition(_USER)[2] if asked == history else ""
+
+    @cached_property
+    def heading_tokens(self) -> frozenset[str]:
+        """The control tokens of the generation prompt: they begin a turn, and end none."""
+        probe: list[Message] = [{"role": "user", "content": _USER}]
+        try:
+            asked, history = self.render(probe, prompt=True), self.render(probe)
+        except TemplateRefusedError:
+            return frozenset()
+        heading = asked.removeprefix(history) if asked.startswith(history) else ""
+        return frozenset(match.group() for match in self.control_pattern.finditer(heading))
+
+    @cached_property
+    def wants_parts(self) -> bool:
+        """Whether the template writes a content only as a list of parts (those for pictures do)."""
+        if self._answers(_ANSWER):
+            return False
+        return self._answers([{"type": "text", "text": _ANSWER}])
+
+    @cached_property
+    def splits_at(self) -> str | None:
+        """The mark behind which the template looks for the answer in a content: </think> ..."""
+        found = re.search(r"split\(\s*(['\"])([^'\"\n]{3,60})\1\s*\)\s*\[-1\]", self.source)
+        return found.group(2) if found else None
+
+    @cached_property
+    def call_shape(self) -> tuple[str | None, bool]:
+        """How the template wants a call: the content beside it where there is none ("" or null),
+        and whether its arguments must be JSON text.
+        """
+        as_text = f'{{"x": "{_ANSWER}"}}'
+        for content in ("", None):
+            for arguments in ({"x": _ANSWER}, as_text):
+                if self._calls(arguments, content=content):
+                    return content, arguments is as_text
+        return "", False
+
+    @cached_property
+    def wants_nine_characters(self) -> bool:
+        """Whether the template refuses ids of calls that are not nine characters (Mistral's)."""
+        empty, as_text = self.call_shape
+        arguments = f'{{"x": "{_ANSWER}"}}' if as_text else {"x": _ANSWER}
+        return not self._calls(arguments, "call_0123456789", empty) and self._calls(
+            arguments, content=empty
+        )
+
+    def _answers(self, content: Any) -> bool:
+        asked = content if isinstance(content, str) else [{"type": "text", "text": _USER}]
+        text = self._try(
+            [{"role": "user", "content": asked}, {"role": "assistant", "content": content}]
+        )
+        return text is not None and _ANSWER in text
+
+    def _calls(
+        self, arguments: Any, id: str = "abcdefghi", content: str | None = "", **more: str
+    ) -> bool:
+        call = {"type": "function", "id": id, "function": {"name": "f", "arguments": arguments}}
+        messages: list[Message] = [
+            {"role": "user", "content": _USER},
+            {"role": "assistant", "content": content, "tool_calls": [call], **more},
+            {"role": "tool", "name": "f", "tool_call_id": id, "content": _THOUGHT},
+        ]
+        if self.wants_parts:
+            return False
+        text = self._try(messages) or self._try(messages[:2])
+        return text is not None and all(part in text for part in (_ANSWER, *more.values()))
+
+    @cached_property
+    def needs_values(self) -> tuple[str, ...]:
+        """What the template cannot do without: tools (a list, if an empty one), functions."""
+        probe = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}]
+        for needed in ((), ("tools",), ("functions",)):
+            try:
+                self._rendered(probe, None, needed)
+            except TemplateRefusedError:
+                continue
+            return needed
+        return ()
 
     @cached_property
     def writes_tools(self) -> bool:
@@ -221,9 +330,11 @@ class ChatTemplate:
 
         Raises TemplateRefusedError with the template's own words.
         """
-        messages = [self._adapted(message) for message in messages]
         if self.folds_system:
             messages = _fold_system(messages)
+        if self.wants_nine_characters:
+            messages = _with_short_ids(messages)
+        messages = [self._adapted(message) for message in messages]
         if not messages:
             raise TemplateRefusedError("no messages")
         thinking = self.thinking if thinking is None else thinking
@@ -248,6 +359,13 @@ class ChatTemplate:
             message[self.reasoning_key] = reasoning
         elif reasoning:
             message["content"] = f"<think>\n{reasoning}\n</think>\n\n{message['content']}"
+        if message.get("tool_calls"):
+            empty, text_arguments = self.call_shape
+            message["content"] = message["content"] or empty
+            if text_arguments:
+                message["tool_calls"] = list(map(_as_text_arguments, message["tool_calls"]))
+        if self.wants_parts:
+            message["content"] = [{"type": "text", "text": message["content"]}]
         return message
 
     def _plain_render(
@@ -259,18 +377,49 @@ class ChatTemplate:
         date: datetime.date = TRAINING_DATE,
         switches: dict[str, bool] | None = None,
     ) -> str:
+        return self._rendered(
+            messages, tools, self.needs_values, prompt=prompt, date=date, switches=switches
+        )
+
+    def _rendered(
+        self,
+        messages: Messages,
+        tools: Sequence[Any] | None,
+        needed: tuple[str, ...],
+        *,
+        prompt: bool = False,
+        date: datetime.date = TRAINING_DATE,
+        switches: dict[str, bool] | None = None,
+    ) -> str:
         from jinja2 import TemplateError, TemplateSyntaxError
 
+        values: dict[str, Any] = dict(switches or {})
+        if "functions" in needed:  # Firefunction's
+            values |= {
+                "functions": json.dumps(tools or [], ensure_ascii=False),
+                "datetime": str(date),
+            }
+        given = list(tools) if tools else [] if needed else None
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=list(tools) if tools else None,
-                chat_template=self.source,
-                add_generation_prompt=prompt,
-                tokenize=False,
-                strftime_now=date.strftime,
-                **(switches or {}),
-            )
+            with limited():
+                text: str = self.tokenizer.apply_chat_template(
+                    list(messages),
+                    tools=given,
+                    chat_template=self.source,
+                    add_generation_prompt=prompt,
+                    tokenize=False,
+                    strftime_now=date.strftime,
+                    **values,
+                )
+            if len(text) > OUTPUT_CHARACTERS:
+                raise TemplateLimitError
+            return text
+        except (TemplateLimitError, MemoryError) as error:
+            raise FastFTError(
+                f"the chat template {self.name} does not come to an end: it ran for {SECONDS:g} "
+                f"seconds, or took more than {GROWTH_BYTES >> 30} GiB or "
+                f"{OUTPUT_CHARACTERS:,} characters. Is it the model's own?"
+            ) from error
         except TemplateSyntaxError:
             raise  # no messages could mend that
         except (
@@ -337,6 +486,47 @@ def parse_arguments(arguments: Any) -> Any:
     return arguments
 
 
+def _as_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    if isinstance(function.get("arguments"), str):
+        return call
+    text = json.dumps(function.get("arguments"), ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}
+
+
+def _with_short_ids(messages: Messages) -> list[Message]:
+    """Return the messages with nine letters and digits as the id of each call, the same where it
+    is answered. A result without an id answers the first call that has none yet.
+    """
+    made: list[Message] = []
+    waiting: list[str] = []
+    number = 0
+    for message in messages:
+        message = dict(message)
+        if message.get("tool_calls"):
+            calls = []
+            for call in message["tool_calls"]:
+                number += 1
+                short = _short_id(call.get("id") or f"call {number}")
+                waiting.append(short)
+                calls.append({**call, "id": short})
+            message["tool_calls"] = calls
+        elif message["role"] == "tool":
+            given = message.get("tool_call_id")
+            short = _short_id(given) if given else waiting[0] if waiting else _short_id("none")
+            if short in waiting:
+                waiting.remove(short)
+            message["tool_call_id"] = short
+        made.append(message)
+    return made
+
+
+def _short_id(name: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9]{9}", name):
+        return name
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:9]
+
+
 def _fold_system(messages: Messages) -> list[Message]:
     if not messages or messages[0]["role"] != "system":
         return list(messages)
@@ -377,6 +567,12 @@ def _checked(template: ChatTemplate, *, own: bool) -> ChatTemplate:
     """
     from jinja2 import TemplateSyntaxError
 
+    huge = huge_constant(template.source)
+    if huge is not None:
+        raise FastFTError(
+            f"chat template {template.name}, {huge}: that would make something huge in one step, "
+            "so it is not run."
+        )
     probe: list[Message] = [
         {"role": "user", "content": _USER},
         {"role": "assistant", "content": _ANSWER},
@@ -519,7 +715,17 @@ def turn_end(
             min(len(tail), len(other)),
         )
         break
+    if template.always_asks:
+        # The tail then goes on with the heading of the next answer, which ends nothing.
+        heading = template.always_asks
+        own = next(
+            n for n in range(len(heading), -1, -1) if tail.endswith(heading[len(heading) - n :])
+        )
+        next_turn = template.control_pattern.search(tail, len(tail) - own)
+        shared = min(shared, next_turn.end()) if next_turn else shared
     ends = [match for match in controls if match.end() <= shared] or controls[:1]
+    while len(ends) > 1 and ends[-1].group() in template.heading_tokens:
+        ends.pop()  # with it the next turn begins
     return TurnEnd(ends[-1].group(), tail[ends[-1].start() :])
 
 

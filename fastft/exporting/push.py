@@ -307,11 +307,7 @@ def _scrub(text: str, target: Target, base: str) -> str:
     sources = []
     if target.run is not None:
         data = target.run.read_config().data
-        sources = [
-            source
-            for source in (data.source, data.eval_source)
-            if source and Path(source).expanduser().exists()
-        ]
+        sources = [source for source in data.all_sources if Path(source).expanduser().exists()]
     for source in sources:
         folders[source] = Path(source).name
         folders[str(Path(source).expanduser().resolve())] = Path(source).name

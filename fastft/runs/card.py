@@ -57,7 +57,7 @@ def model_card(
     losses = record.get("eval_loss_before"), record.get("eval_loss_after")
     rows = {
         "Base model": f"{base}" + (f" @ {config.model.revision}" if config.model.revision else ""),
-        "Data": f"{config.data.source}: {dataset.get('rows_used', '?')} examples, "
+        "Data": f"{config.data.named}: {dataset.get('rows_used', '?')} examples, "
         f"{dataset.get('trained_tokens', '?')} trained tokens",
         "Chat template": (record.get("template") or {}).get("name", "the base model's"),
         "LoRA": f"r {lora.r}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, {lora.target_modules}"

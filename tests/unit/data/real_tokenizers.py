@@ -39,7 +39,10 @@ def template(name: str) -> str:
 def special_tokens_in(source: str) -> list[str]:
     """Return what looks like a special token in a template's source."""
     found = re.findall(
-        r"<\|[^\s<>'\"|]{1,40}\|>|<(?:start|end)_of_turn>|\[/?[A-Z_]{3,}\]|<\|?/?turn\|?>", source
+        r"<\|[^\s<>'\"|]{1,40}\|>|<(?:start|end)_of_turn>|\[/?[A-Z_]{3,}\]|<\|?/?turn\|?>"
+        r"|<｜[^\s<>｜'\"]{1,40}｜>|<SPECIAL_\d+>|<seed:[a-z]+>|</?ctx[^<>\s]*>|\]~!b\[|\]~b\]|\[e~\["
+        r"|<\|[a-z_]{1,20}>|<[a-z_]{1,20}\|>",
+        source,
     )
     return sorted(set(found))
 

@@ -1,0 +1,146 @@
+"""Limits of time and memory for chat templates, which are programs that somebody else wrote.
+
+Jinja's sandbox keeps a template from reading files, not from counting to ten to the tenth or from
+doubling a text until the memory is full. A watching thread asks a few times a second whether a
+template has been running for too long, or the process has grown by too much, and ends it by an
+exception between two of its steps. What one step would do with a huge constant is found before it
+runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator
+from functools import lru_cache
+
+SECONDS = 20.0
+"""How long one rendering may take; real templates take a thousandth of it, on long chats too."""
+GROWTH_BYTES = 2 << 30
+"""How much memory may be added to the process while a template runs."""
+OUTPUT_CHARACTERS = 1 << 28
+_LARGEST_NUMBER = 10_000_000
+_POLL_SECONDS = 0.1
+
+
+class TemplateLimitError(Exception):
+    """A template ran for too long, or filled the memory."""
+
+
+class _Watch:
+    """The watching thread, started at the first rendering."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._watched: dict[int, float] = {}  # thread -> when it must have ended
+        self._before = 0  # bytes of the process while nothing was watched
+        self._ended: set[int] = set()
+        self._thread: threading.Thread | None = None
+        self._process = os.getpid()
+
+    def begin(self, thread: int) -> None:
+        with self._lock:
+            if (
+                self._thread is None or self._process != os.getpid()
+            ):  # threads do not survive a fork
+                self._process, self._before = os.getpid(), _resident()
+                self._thread = threading.Thread(
+                    target=self._run, name="template limits", daemon=True
+                )
+                self._thread.start()
+            self._watched[thread] = time.monotonic() + SECONDS
+
+    def end(self, thread: int) -> bool:
+        """Stop watching; return whether the thread was told to end."""
+        with self._lock:
+            self._watched.pop(thread, None)
+            told = thread in self._ended
+            self._ended.discard(thread)
+            return told
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(_POLL_SECONDS)
+            with self._lock:
+                now, resident = time.monotonic(), _resident()
+                young = all(
+                    now < end - SECONDS + 2 * _POLL_SECONDS for end in self._watched.values()
+                )
+                if young:  # none has run for two looks yet: growth so far is somebody else's
+                    self._before = resident
+                most = self._before + GROWTH_BYTES
+                for thread, deadline in self._watched.items():
+                    if thread not in self._ended and (now > deadline or resident > most):
+                        self._ended.add(thread)
+                        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                            ctypes.c_ulong(thread), ctypes.py_object(TemplateLimitError)
+                        )
+
+
+_WATCH = _Watch()
+
+
+@contextlib.contextmanager
+def limited() -> Iterator[None]:
+    """Raise TemplateLimitError in this block when it takes more than SECONDS or GROWTH_BYTES."""
+    thread = threading.get_ident()
+    _WATCH.begin(thread)
+    told = False
+    try:
+        yield
+    except TemplateLimitError:
+        told = _WATCH.end(thread)
+        raise
+    finally:
+        # The exception may be on its way when the block has just ended: let it arrive here.
+        if not told and _WATCH.end(thread):
+            with contextlib.suppress(TemplateLimitError):
+                for _ in range(1000):
+                    time.sleep(0.001)
+
+
+@lru_cache(maxsize=64)
+def huge_constant(source: str) -> str | None:
+    """Return the arithmetic of a template that makes something huge in one step; None as a rule."""
+    from jinja2 import Environment, nodes
+    from jinja2.exceptions import TemplateSyntaxError
+
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"]).parse(source)
+    except TemplateSyntaxError:
+        return None  # tags of the renderer's own; rendering says what is wrong
+    for power in tree.find_all(nodes.Pow):
+        base, exponent = (
+            side.value if isinstance(side, nodes.Const) else None
+            for side in (power.left, power.right)
+        )
+        small = (
+            isinstance(base, int | float)
+            and isinstance(exponent, int | float)
+            and abs(exponent) * math.log10(max(abs(base), 2)) <= math.log10(_LARGEST_NUMBER)
+        )
+        if not small:
+            return f"line {power.lineno}: a power"
+    numbers = [
+        (product.lineno, side)
+        for product in tree.find_all(nodes.Mul)
+        for side in (product.left, product.right)
+    ]
+    numbers += [(f.lineno, argument) for f in tree.find_all(nodes.Filter) for argument in f.args]
+    for line, number in numbers:
+        value = number.value if isinstance(number, nodes.Const) else None
+        if isinstance(value, int | float) and abs(value) > _LARGEST_NUMBER:
+            return f"line {line}: the number {value:,}"
+    return None
+
+
+def _resident() -> int:
+    try:
+        with open("/proc/self/statm", encoding="ascii") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):  # no /proc: the time alone is limited
+        return 0
