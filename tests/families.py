@@ -446,11 +446,12 @@ def make_tokenizer(spec: Family, folder: Path, kind: str, tokenizer_model: bool 
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     build = {"spm": _sentencepiece, "gemma": _sentencepiece}.get(kind, _byte_level)
+    build = _unigram if kind.startswith("unigram") else build
     raw = build(spec, kind, folder if tokenizer_model else None)
     names = {"eos_token": spec.eos, "pad_token": spec.pad}
     if spec.bos:
         names["bos_token"] = spec.bos
-    if kind in {"spm", "gemma"}:
+    if kind in {"spm", "gemma"} or kind.startswith("unigram"):
         names["unk_token"] = "<unk>"
     fast = PreTrainedTokenizerFast(
         tokenizer_object=raw, clean_up_tokenization_spaces=False, **names
@@ -589,6 +590,59 @@ def _sentencepiece(spec: Family, kind: str, folder: Path | None) -> Any:
             pair=f"{spec.bos} $A {spec.bos}:1 $B:1",
             special_tokens=[(spec.bos, raw.token_to_id(spec.bos))],
         )
+    if folder is not None:
+        (folder / "tokenizer.model").write_bytes(written.getvalue())
+    return raw
+
+
+def _unigram(spec: Family, kind: str, folder: Path | None) -> Any:
+    """A SentencePiece Unigram with byte fall-back, like LLM-jp and Sarashina ("unigram"), or with NFKC
+    and no space in front, like rinna ("unigram-nfkc")."""
+    import sentencepiece
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+    nfkc = kind == "unigram-nfkc"
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES),
+        model_writer=written,
+        model_type="unigram",
+        vocab_size=560,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="nfkc" if nfkc else "identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=not nfkc,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        minloglevel=2,
+    )
+    model = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+    vocab = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
+    raw = Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=True))
+    steps = [normalizers.Replace(" ", "▁")]
+    if nfkc:
+        from sentencepiece import sentencepiece_model_pb2
+
+        proto = sentencepiece_model_pb2.ModelProto.FromString(written.getvalue())
+        charsmap = proto.normalizer_spec.precompiled_charsmap
+        steps = [normalizers.Precompiled(charsmap), *steps]
+    else:
+        steps = [normalizers.Prepend("▁"), *steps]
+    raw.normalizer = normalizers.Sequence(steps)
+    ends = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    raw.decoder = decoders.Sequence(ends if nfkc else [*ends, decoders.Strip(" ", 1, 0)])
+    raw.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in _special_names(spec)]
+    )
+    raw.post_processor = processors.TemplateProcessing(
+        single=f"{spec.bos} $A",
+        pair=f"{spec.bos} $A {spec.bos}:1 $B:1",
+        special_tokens=[(spec.bos, raw.token_to_id(spec.bos))],
+    )
     if folder is not None:
         (folder / "tokenizer.model").write_bytes(written.getvalue())
     return raw

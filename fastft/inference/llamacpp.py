@@ -327,6 +327,12 @@ class GgufModel:
                 return buffer.raw[:count]
             size = -count
 
+    def is_byte_or_unknown(self, token: int) -> bool:
+        """Return whether a token stands for one byte, or for what no piece covers."""
+        attributes = self._api.llama_vocab_get_attr(self._vocab, token)
+        either = self._api.LLAMA_TOKEN_ATTR_BYTE | self._api.LLAMA_TOKEN_ATTR_UNKNOWN
+        return bool(attributes & either)
+
     def text(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Return the text of token ids (the space that SentencePiece puts in front of a text is
         not part of it).

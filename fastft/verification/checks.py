@@ -463,7 +463,7 @@ def known_limit(
 
     It does not compose characters, as some tokenizers do (NFC); and its SentencePiece puts no
     space behind a special token where some published tokenizers do, so that the number of spaces
-    there differs.
+    there differs. Its Unigram has no byte fall-back.
     """
     import unicodedata
 
@@ -474,9 +474,24 @@ def known_limit(
     def words(tokens: list[int]) -> list[bytes]:
         return [piece for t in tokens if (piece := model.piece(t, special=True).strip())]
 
-    if model.metadata("tokenizer.ggml.model") == "llama" and words(ids) == words(expected):
+    kind = model.metadata("tokenizer.ggml.model")
+    if kind in {"llama", "t5"} and words(ids) == words(expected):
         return "another number of spaces beside a special token"
+    if kind == "t5" and known_pieces(model, ids) == known_pieces(model, expected):
+        return (
+            "llama.cpp's Unigram has no bytes for what no piece covers: it reads one unknown token"
+        )
     return None
+
+
+def known_pieces(model: GgufModel, ids: list[int]) -> list[bytes]:
+    """Return the pieces of `ids`, with a gap in place of each run of bytes or unknown tokens."""
+    found: list[bytes] = []
+    for index in ids:
+        piece = b"" if model.is_byte_or_unknown(index) else model.piece(index, special=True)
+        if piece or not found or found[-1]:
+            found.append(piece)
+    return found
 
 
 def token_cases(reference: dict[str, Any]) -> Iterator[tuple[str, str, list[int], bool]]:

@@ -19,7 +19,7 @@ from fastft.exporting.gguf import export_gguf
 from fastft.exporting.gguf.imatrix import gguf_names
 from fastft.exporting.merged import export_merged
 from fastft.exporting.weights import Weights
-from tests.families import make_checkpoint, make_multimodal
+from tests.families import SENTENCES, make_checkpoint, make_multimodal
 from tests.gguf.oracle import hf_logits, kl, llama_cpp_logits
 from tests.unit.test_export_weights import load, train_adapter
 
@@ -172,6 +172,30 @@ def test_rows_that_were_never_trained_are_found():
     embedding[9] = 1.5 * embedding[3]  # the same direction
     assert untrained_rows(embedding, [5, 6, 7, 8, 9, 10]) == [7, 8, 9]
     assert untrained_rows(embedding, []) == []
+
+
+@pytest.mark.parametrize("kind", ["unigram", "unigram-nfkc"])
+def test_a_unigram_of_japanese_bases_is_written_exactly(tmp_path, kind):
+    from transformers import AutoTokenizer
+
+    from fastft.inference.llamacpp import open_gguf
+    from fastft.verification.checks import known_limit
+
+    base = make_checkpoint("mistral", tmp_path / "base", tokenizer=kind, sliding_window=None)
+    (record,) = export_gguf(base, tmp_path / "out", ["f32"])
+    assert record["writer"] == "streaming"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    with open_gguf(record["path"], n_ctx=64, exact=True) as model:
+        for text in SENTENCES[:40]:
+            assert model.tokens(text, add_special=True) == tokenizer(text).input_ids, text
+        covered = "😀 鑫 名前"  # no piece covers the first two: bytes there, one unknown token here
+        expected = tokenizer(covered).input_ids
+        got = model.tokens(covered, add_special=True)
+        assert got != expected
+        assert "Unigram has no bytes" in known_limit(model, covered, got, expected, True)
+        assert known_limit(model, covered, got, expected[:-1], True) is None
+    ids = [i % 400 for i in range(3, 500, 9)]
+    assert kl(hf_logits(load(base), ids), llama_cpp_logits(Path(record["path"]), ids)) < 1e-6
 
 
 def test_unsloth_would_train_a_named_head_in_full():

@@ -8,7 +8,9 @@ texts.
 
 from __future__ import annotations
 
+import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +64,9 @@ def tokenizer_metadata(
     `base`: the base model's folder, for what a trained tokenizer's folder lacks (tokenizer.model,
     which transformers does not save, and generation_config.json). `vocab_size` is the number of
     embedding rows; rows without a token become unused ones, and added tokens without a row that
-    the model can do without are left out. Raises Unsupported where the tokenizer
-    is neither a byte-level BPE nor a SentencePiece BPE, or where llama.cpp has no splitting rule
-    that gives the same ids; FastFTError where there are more tokens than embedding rows.
+    the model can do without are left out. Raises Unsupported where the tokenizer is neither a
+    byte-level BPE nor a SentencePiece BPE or Unigram, or where llama.cpp has no splitting rule that
+    gives the same ids; FastFTError where there are more tokens than embedding rows.
     """
     tokenizer = read_tokenizer(folder)
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -75,9 +77,11 @@ def tokenizer_metadata(
         added = spec.get("added_tokens", [])
         spec["added_tokens"] = [token for token in added if token["id"] < vocab_size]
     model = spec["model"]
-    if model.get("type") != "BPE":
+    if model.get("type") not in {"BPE", "Unigram"}:
         raise Unsupported(f"a {model.get('type')} tokenizer")
-    if "ByteLevel" in json.dumps([spec.get("pre_tokenizer"), spec.get("decoder")]):
+    if model["type"] == "Unigram":
+        found = _unigram(spec, vocab_size)
+    elif "ByteLevel" in json.dumps([spec.get("pre_tokenizer"), spec.get("decoder")]):
         found = _byte_level(tokenizer, spec, vocab_size)
     elif model.get("byte_fallback"):
         found = _sentencepiece(_file("tokenizer.model", folder, base), spec, vocab_size, arch)
@@ -85,6 +89,8 @@ def tokenizer_metadata(
         raise Unsupported("a BPE tokenizer that is neither byte-level nor has byte fall-back")
     found |= _specials(tokenizer, _file("generation_config.json", folder, base))
     found |= _templates(tokenizer)
+    if model["type"] == "Unigram":
+        _refuse_other_pieces(tokenizer, spec, found)
     if found["tokenizer.ggml.model"][0] == "gpt2":
         found["tokenizer.ggml.pre"] = (find_pre(tokenizer, found), "STRING")
     return found
@@ -149,7 +155,7 @@ def _sentencepiece(
             types[index] = (
                 CONTROL if model.is_control(index) else UNUSED if model.is_unused(index) else NORMAL
             )
-        if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+        if _is_byte(text):
             types[index] = BYTE
         elif text == spec["model"].get("unk_token"):
             types[index] = UNKNOWN
@@ -169,6 +175,74 @@ def _sentencepiece(
     if not _adds_a_space(spec):
         found["tokenizer.ggml.add_space_prefix"] = (False, "BOOL")
     return found
+
+
+def _unigram(spec: dict[str, Any], vocab_size: int) -> dict[str, tuple[Any, str]]:
+    """A SentencePiece Unigram (LLM-jp, Sarashina, rinna), for llama.cpp's Viterbi search: "t5"."""
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    scores = [-10000.0] * vocab_size
+    types = [UNUSED] * vocab_size
+    for index, (text, score) in enumerate(spec["model"]["vocab"]):
+        tokens[index], scores[index], types[index] = text, score, NORMAL
+        if _is_byte(text):
+            types[index] = BYTE
+        elif index == spec["model"].get("unk_id"):
+            types[index] = UNKNOWN
+    for added in spec.get("added_tokens", []):
+        text, index = added["content"], added["id"]
+        control = added["special"] or _looks_special(text)
+        tokens[index] = text if control else text.replace("▁", " ")
+        if types[index] != UNKNOWN:
+            types[index] = CONTROL if control else USER_DEFINED
+    found: dict[str, tuple[Any, str]] = {
+        "tokenizer.ggml.model": ("t5", "STRING"),
+        "tokenizer.ggml.pre": ("default", "STRING"),
+        "tokenizer.ggml.tokens": (tokens, "STRINGS"),
+        "tokenizer.ggml.scores": (scores, "FLOAT32S"),
+        "tokenizer.ggml.token_type": (types, "INT32S"),
+        "tokenizer.ggml.add_space_prefix": (_adds_a_space(spec), "BOOL"),
+    }
+    normalizers = spec.get("normalizer") or {}
+    steps = normalizers.get("normalizers", [normalizers])
+    maps = [step for step in steps if step.get("type") == "Precompiled"]
+    if maps and maps[0].get("precompiled_charsmap"):
+        charsmap = base64.b64decode(maps[0]["precompiled_charsmap"])
+        found["tokenizer.ggml.precompiled_charsmap"] = (list(charsmap), "UINT8S")
+    if any(step.get("type") == "Replace" and "Regex" in step.get("pattern", {}) for step in steps):
+        found["tokenizer.ggml.remove_extra_whitespaces"] = (True, "BOOL")
+    return found
+
+
+def _is_byte(text: str) -> bool:
+    return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+
+
+def _refuse_other_pieces(
+    tokenizer: Any, spec: dict[str, Any], found: dict[str, tuple[Any, str]]
+) -> None:
+    """Raise Unsupported where llama.cpp cuts a text of known pieces otherwise than the tokenizer.
+
+    What no piece covers comes out as bytes in the tokenizer, and as one unknown token in llama.cpp:
+    such texts say nothing here, and the certificate speaks of them.
+    """
+    pieces = spec["model"]["vocab"]
+    beyond = {i for i, (text, _) in enumerate(pieces) if _is_byte(text)}
+    beyond.add(spec["model"].get("unk_id"))
+    texts = [line for text in PROBES for line in text.splitlines() if line.strip()]
+    encoded = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    known = [(t, ids) for t, ids in zip(texts, encoded, strict=True) if not beyond & set(ids)]
+    if not known:
+        return
+    with scratch("fastft-gguf-") as work:
+        path = work / "vocabulary.gguf"
+        write_vocabulary(path, found)
+        right = probe(
+            path, ["default"], [ids for _, ids in known], texts=[text for text, _ in known]
+        ).get("default", 0)
+    if right < len(known):
+        raise Unsupported(
+            f"llama.cpp's Unigram gives this tokenizer's ids for {right} of {len(known)} texts"
+        )
 
 
 def _adds_a_space(spec: dict[str, Any]) -> bool:
@@ -341,8 +415,10 @@ def write_vocabulary(path: Path, metadata: dict[str, tuple[Any, str]]) -> None:
     path.write_bytes(header_bytes("llama", fields | metadata, [])[0])
 
 
-def probe(path: Path, names: list[str], expected: list[list[int]]) -> dict[str, int]:
-    """Return how many PROBES each name gets right, stopping at the first that gets all.
+def probe(
+    path: Path, names: list[str], expected: list[list[int]], texts: Sequence[str] = PROBES
+) -> dict[str, int]:
+    """Return how many of `texts` each name gets right, stopping at the first that gets all.
 
     llama.cpp may end the process on a rule that does not go with a vocabulary; we go on after the
     name that did.
@@ -351,7 +427,7 @@ def probe(path: Path, names: list[str], expected: list[list[int]]) -> dict[str, 
     left = list(names)
     while left:
         answers, died = run_isolated(
-            do="probe", path=str(path), names=left, texts=PROBES, expected=expected
+            do="probe", path=str(path), names=left, texts=texts, expected=expected
         )
         right |= dict(answers)
         if not died:

@@ -30,7 +30,13 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 32
 CHUNK_VALUES = 2**20  # 4 MiB of float32: stays in the cache, and a few chunks a thread are nothing
-KINDS = {"UINT32": (4, "<I"), "INT32": (5, "<i"), "FLOAT32": (6, "<f"), "BOOL": (7, "<?")}
+KINDS = {
+    "UINT8": (0, "<B"),
+    "UINT32": (4, "<I"),
+    "INT32": (5, "<i"),
+    "FLOAT32": (6, "<f"),
+    "BOOL": (7, "<?"),
+}
 STRING, ARRAY = 8, 9
 
 
