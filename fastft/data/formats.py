@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fastft.data.labels import Labels, find_labels
@@ -34,61 +34,14 @@ from fastft.data.messages import (
 from fastft.data.template import Message
 from fastft.errors import FastFTError, did_you_mean
 
-FORMATS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "prompt_completion": ("prompt", "completion"),
-    "question_answer": ("question", "answer"),
-    "text": ("text",),
-}
-"""Format -> the columns it needs, in the order in which they are looked for."""
-
-OPTIONAL = {
-    "messages": ("system", "tools"),
-    "sharegpt": ("system", "tools"),
-    "alpaca": ("input", "system", "history"),
-    "prompt_completion": ("input", "system", "tools", "history"),
-    "question_answer": ("input", "system", "history"),
-    "text": (),
-}
 _SYSTEM = ("system_prompt", "system_message", "systemInstruction", "system_instruction",
            "システム")  # fmt: skip
 _CONTEXT = ("context", "article", "passage", "paragraph", "document", "background", "文脈", "本文")
-ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
-    "messages": {"messages": ("contents", "dialog", "dialogue", "dialogs", "dialogues", "turns")},
-    "sharegpt": {"conversations": ("conversation",)},
-    "alpaca": {
-        "instruction": ("指示",),
-        "input": ("入力", *_CONTEXT, "question", "query", "質問"),
-        "output": ("出力", "応答", "回答", "response", "completion", "answer"),
-    },
-    "prompt_completion": {
-        "completion": ("response", "output", "answer"),
-        "input": ("入力", *_CONTEXT),
-    },
-    "question_answer": {
-        "question": ("質問", "query", "problem", "問題", "user", "human", "input"),
-        "answer": (
-            "回答",
-            "response",
-            "output",
-            "completion",
-            "answers",
-            "応答",
-            "出力",
-            "solution",
-            "assistant",
-            "gpt",
-            "bot",
-            "答え",
-        ),
-        "input": _CONTEXT,
-    },
-    "text": {},
+_EVERYWHERE: dict[str, tuple[str, ...]] = {
+    "system": _SYSTEM,
+    "tools": ("functions",),
+    "history": ("履歴",),
 }
-"""Other names that are common for a format's column, used where the real one is missing."""
-_EVERYWHERE = {"system": _SYSTEM, "tools": ("functions",), "history": ("履歴",)}
 
 # Columns that may carry a part of what is asked. One that is not read must stand in what is.
 _CARRIERS = re.compile(
@@ -133,6 +86,26 @@ class Format:
     def settled(self) -> frozenset[str]:
         """Columns that are read, or of which it is known that nothing is lost without them."""
         return frozenset((*self.columns.values(), *self.ignored))
+
+
+Converter = Callable[[dict[str, Any], Format, str | None], Example]
+"""From a row's values, the format as it was found, and the heading of an input to an example."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What one format is: its columns, and how a row of it is read."""
+
+    needed: tuple[str, ...]
+    optional: tuple[str, ...]
+    aliases: Mapping[str, tuple[str, ...]]
+    """Other names that are common for a column, used where the real one is missing."""
+    convert: Converter
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All of them, in the order in which they are looked for."""
+        return self.needed + self.optional
 
 
 def detect(
@@ -194,12 +167,12 @@ def _best(
     """Return the first of the formats that most rows have; a few rows of another shape do not
     decide.
     """
-    fits = {name: min(seen[used[c]] for c in FORMATS[name]) for name, used in found.items()}
+    fits = {name: min(seen[used[c]] for c in FORMATS[name].needed) for name, used in found.items()}
     name = max(found, key=lambda name: (_mapped(name, columns), fits[name]))
     # An optional column that no looked-at row has may come later; it is then called by its own
     # name.
-    used = {c: c for c in OPTIONAL[name] if c not in found[name].values()} | found[name]
-    what = " and ".join(used[c] for c in FORMATS[name])
+    used = {c: c for c in FORMATS[name].optional if c not in found[name].values()} | found[name]
+    what = " and ".join(used[c] for c in FORMATS[name].needed)
     how = "asked for" if format != "auto" else "detected"
     evidence = f"{how}: {fits[name]} of the first {len(rows)} rows have {what}"
     unused = tuple(c for c in present if c.strip() and c not in used.values())
@@ -216,7 +189,7 @@ def _unknown_columns(rows: Sequence[Any], present: list[str], format: str) -> st
     fix = (
         f"{{prompt: {mine[0]}, completion: {mine[1]}}}" if len(mine) > 1 else f"{{text: {mine[0]}}}"
     )
-    known = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in FORMATS.items())
+    known = "; ".join(f"{name}: {', '.join(shape.needed)}" for name, shape in FORMATS.items())
     return (
         f"cannot tell what the rows mean{'' if format == 'auto' else f' as {format}'}: their "
         f"columns are {listed(present) or '(none)'}. Say which of them is asked and which is "
@@ -250,13 +223,13 @@ def convert(
     row = format.labels.apply(row)
     columns = format.columns or {"messages": "messages"}
     value = {name: row.get(column) for name, column in columns.items()}
-    missing = [columns.get(n, n) for n in FORMATS[format.name] if value.get(n) is None]
+    missing = [columns.get(n, n) for n in FORMATS[format.name].needed if value.get(n) is None]
     if missing:
         raise BadRowError(
             "missing_column",
             f"no {', '.join(missing)} in this row (it has {listed(map(str, row)) or 'nothing'})",
         )
-    example = _CONVERTERS[format.name](value, format, input_heading)
+    example = FORMATS[format.name].convert(value, format, input_heading)
     if example.text is None:
         _check(example)
         _check_nothing_lost(row, format, example)
@@ -264,7 +237,7 @@ def convert(
 
 
 def _messages(value: dict[str, Any], format: Format, _: str | None) -> Example:
-    name = FORMATS[format.name][0]
+    name = FORMATS[format.name].needed[0]
     messages, unread = read_messages(value[name], name)
     return _example(messages, value, unread)
 
@@ -309,14 +282,44 @@ def _plain(value: dict[str, Any], _: Format, __: str | None) -> Example:
     return Example(text=as_text(value["text"], "text"))
 
 
-_CONVERTERS = {
-    "messages": _messages,
-    "sharegpt": _messages,
-    "alpaca": _alpaca,
-    "prompt_completion": _prompt_completion,
-    "question_answer": _question_answer,
-    "text": _plain,
-}
+FORMATS: dict[str, Shape] = {
+    "messages": Shape(
+        ("messages",), ("system", "tools"),
+        {"messages": ("contents", "dialog", "dialogue", "dialogs", "dialogues", "turns")},
+        _messages,
+    ),
+    "sharegpt": Shape(
+        ("conversations",), ("system", "tools"), {"conversations": ("conversation",)}, _messages
+    ),
+    "alpaca": Shape(
+        ("instruction", "output"), ("input", "system", "history"),
+        {
+            "instruction": ("指示",),
+            "input": ("入力", *_CONTEXT, "question", "query", "質問"),
+            "output": ("出力", "応答", "回答", "response", "completion", "answer"),
+        },
+        _alpaca,
+    ),
+    "prompt_completion": Shape(
+        ("prompt", "completion"), ("input", "system", "tools", "history"),
+        {"completion": ("response", "output", "answer"), "input": ("入力", *_CONTEXT)},
+        _prompt_completion,
+    ),
+    "question_answer": Shape(
+        ("question", "answer"), ("input", "system", "history"),
+        {
+            "question": ("質問", "query", "problem", "問題", "user", "human", "input"),
+            "answer": ("回答", "response", "output", "completion", "answers", "応答", "出力",
+                       "solution", "assistant", "gpt", "bot", "答え"),
+            "input": _CONTEXT,
+        },
+        _question_answer,
+    ),
+    "text": Shape(("text",), (), {}, _plain),
+}  # fmt: skip
+"""Every format, in the order in which they are looked for. A new one is a row here, and its name in
+`data.format` (config.py).
+"""
 
 
 def _with_context(asked: str, value: Mapping[str, Any], format: Format) -> str:
@@ -454,7 +457,7 @@ def _check(example: Example) -> None:
 
 
 def _check_columns(columns: Mapping[str, str], format: str, present: list[str]) -> None:
-    known = _all_names() if format == "auto" else (*FORMATS[format], *OPTIONAL[format])
+    known = _all_names() if format == "auto" else FORMATS[format].columns
     problems = [
         f"unknown name {n!r}{did_you_mean(n, known)}; known: {', '.join(known)}"
         for n in columns
@@ -471,7 +474,7 @@ def _check_columns(columns: Mapping[str, str], format: str, present: list[str]) 
 
 
 def _all_names() -> tuple[str, ...]:
-    return tuple(dict.fromkeys(c for name in FORMATS for c in (*FORMATS[name], *OPTIONAL[name])))
+    return tuple(dict.fromkeys(c for shape in FORMATS.values() for c in shape.columns))
 
 
 def _order(columns: Mapping[str, str]) -> list[str]:
@@ -481,7 +484,7 @@ def _order(columns: Mapping[str, str]) -> list[str]:
 
 def _mapped(name: str, columns: Mapping[str, str]) -> int:
     """Return how many columns of the format `name` the user mapped."""
-    return sum(c in columns for c in (*FORMATS[name], *OPTIONAL[name]))
+    return sum(c in columns for c in FORMATS[name].columns)
 
 
 def _resolved(
@@ -492,8 +495,8 @@ def _resolved(
     """
     used: dict[str, str] = {}
     lowered = {key.strip().lower(): key for key in seen if key not in ignore}
-    for column in (*FORMATS[name], *OPTIONAL[name]):
-        aliases = ALIASES[name].get(column) or _EVERYWHERE.get(column, ())
+    for column in FORMATS[name].columns:
+        aliases = FORMATS[name].aliases.get(column) or _EVERYWHERE.get(column, ())
         taken = set(used.values()) | {v for k, v in columns.items() if k != column}
         found = columns.get(column) or next(
             (
@@ -505,7 +508,7 @@ def _resolved(
         )
         if found is not None:
             used[column] = found
-        elif column in FORMATS[name]:
+        elif column in FORMATS[name].needed:
             return None
     return used
 
@@ -527,7 +530,7 @@ def _looks_right(name: str, rows: Sequence[Any], resolved: Mapping[str, str]) ->
     """
     if name not in ("messages", "sharegpt"):
         return True
-    column = resolved[FORMATS[name][0]]
+    column = resolved[FORMATS[name].needed[0]]
     values = [row.get(column) for row in rows if isinstance(row, Mapping) and row.get(column)]
     return not values or any(
         isinstance(v, list | tuple | Mapping) or (isinstance(v, str) and v.lstrip()[:1] == "[")

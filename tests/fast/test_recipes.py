@@ -35,10 +35,10 @@ def test_a_format_is_its_columns_and_a_converter(monkeypatch):
     def convert(value, format, heading):
         return formats._pair(f"Translate: {value['source']}", value["target"], value, "target")
 
-    monkeypatch.setitem(formats.FORMATS, "translation", ("source", "target"))
-    monkeypatch.setitem(formats.OPTIONAL, "translation", ("system", "history"))
-    monkeypatch.setitem(formats.ALIASES, "translation", {"target": ("reference",)})
-    monkeypatch.setitem(formats._CONVERTERS, "translation", convert)
+    shape = formats.Shape(
+        ("source", "target"), ("system", "history"), {"target": ("reference",)}, convert
+    )
+    monkeypatch.setitem(formats.FORMATS, "translation", shape)
     rows = [{"source": "dog", "reference": "犬"}, {"source": "cat", "reference": "猫"}]
     found = formats.detect(rows)
     assert (found.name, found.columns["target"]) == ("translation", "reference")
