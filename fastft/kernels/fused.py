@@ -28,7 +28,7 @@ from torch.autograd import Function
 
 from fastft.families import FAMILIES, Family, family_of
 from fastft.kernels import native
-from fastft.kernels.native import Sum, multiply
+from fastft.kernels.native import Matrix, Quantised, Sum, multiply
 from fastft.kernels.row_attention import RowPlan, plan_nodes, plan_row, row_attention
 from fastft.kernels.varlen import text_config
 
@@ -39,7 +39,7 @@ from fastft.kernels.varlen import text_config
 class Projection:
     """y = x W^T + bias + scale (x A^T) B^T; without an adapter, A and B are None."""
 
-    weight: torch.Tensor  # (out, in), frozen
+    weight: Matrix  # (out, in), frozen
     bias: torch.Tensor | None  # (out,), frozen
     a: torch.nn.Parameter | None  # (r, in)
     b: torch.nn.Parameter | None  # (out, r)
@@ -404,20 +404,9 @@ class FusedLayers:
         """Return what a linear layer or peft's layer around one computes, where that is plain
         LoRA, else None.
         """
-        from peft.tuners.lora import Linear as LoraLinear
-
-        if type(module) is torch.nn.Linear:
-            plain = None if adapted_only else module
-            return (
-                Projection(plain.weight, plain.bias, None, None, 0.0)
-                if plain and self._frozen(plain)
-                else None
-            )
-        if (
-            type(module) is not LoraLinear
-            or type(module.base_layer) is not torch.nn.Linear
-            or len(module.active_adapters) != 1
-        ):
+        if (weight := self._weight(module)) is not None:
+            return None if adapted_only else Projection(weight, module.bias, None, None, 0.0)
+        if type(module) not in lora_kinds() or len(module.active_adapters) != 1:
             return None
         base, name = module.base_layer, module.active_adapters[0]
         if (
@@ -434,10 +423,24 @@ class FusedLayers:
             and a.bias is None
             and b.bias is None
         )
-        if not is_plain or module.fan_in_fan_out or not self._frozen(base):
+        weight = self._weight(base)
+        if not is_plain or module.fan_in_fan_out or weight is None:
             return None
         self.adapters += [a.weight, b.weight]
-        return Projection(base.weight, base.bias, a.weight, b.weight, float(module.scaling[name]))
+        return Projection(weight, base.bias, a.weight, b.weight, float(module.scaling[name]))
+
+    def _weight(self, module: Any) -> Matrix | None:
+        """The frozen weight of a linear layer, in the computing type or in NF4; None for others."""
+        if type(module) is torch.nn.Linear:
+            return module.weight if self._frozen(module) else None
+        if type(module).__name__ != "Linear4bit" or not native.serves_nf4(
+            module.weight, self.dtype
+        ):
+            return None
+        plain = module.bias is None or (
+            module.bias.dtype == self.dtype and not module.bias.requires_grad
+        )
+        return Quantised(module.weight) if plain else None
 
     def _frozen(self, linear: Any) -> bool:
         parameters = [linear.weight] + ([] if linear.bias is None else [linear.bias])
@@ -570,6 +573,19 @@ def _queries_grow_beyond(config: Any) -> int:
     rope = getattr(config, "rope_parameters", None) or {}
     grows = rope.get("llama_4_scaling_beta")
     return int(rope["original_max_position_embeddings"]) if grows else 0
+
+
+def lora_kinds() -> set[type]:
+    """Return peft's LoRA layers around a linear one, plain or (where bitsandbytes is there) NF4."""
+    from peft import import_utils
+    from peft.tuners import lora
+
+    kinds: set[type] = {lora.Linear}
+    if import_utils.is_bnb_4bit_available():
+        from peft.tuners.lora.bnb import Linear4bit
+
+        kinds.add(Linear4bit)
+    return kinds
 
 
 def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +147,63 @@ def _call(name: str, dtype: torch.dtype, *arguments: object) -> None:
 # --- sums of matrix products
 
 
+class Quantised:
+    """A frozen weight (out, in) in bitsandbytes' NF4, or its transpose; never whole in memory where
+    compiled: each task of a product dequantises the block that it multiplies by.
+    """
+
+    def __init__(self, parameter: Any, transposed: bool = False) -> None:
+        """`parameter` is bitsandbytes' Params4bit."""
+        self.parameter, self.transposed = parameter, transposed
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns), as a tensor would have it."""
+        rows, columns = self.parameter.quant_state.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def t(self) -> Quantised:
+        """Return the transpose."""
+        return Quantised(self.parameter, not self.transposed)
+
+    def absmax(self) -> torch.Tensor:
+        """Return the scales (out * in / block,) float32: bitsandbytes keeps them in 8 bits, with
+        scales of their own.
+        """
+        from bitsandbytes.functional import dequantize_blockwise
+
+        state = self.parameter.quant_state
+        if not state.nested:
+            return state.absmax.float()  # type: ignore[no-any-return]
+        scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
+        return scales.float().contiguous()  # type: ignore[no-any-return]
+
+    def whole(self) -> torch.Tensor:
+        """Return the matrix, dequantised by bitsandbytes."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        found: torch.Tensor = dequantize_4bit(self.parameter.data, self.parameter.quant_state)
+        return found.t() if self.transposed else found
+
+
+Matrix = torch.Tensor | Quantised
+
+
+def serves_nf4(parameter: Any, dtype: torch.dtype) -> bool:
+    """Return whether `multiply` takes bitsandbytes' `parameter` without dequantising it whole."""
+    state = getattr(parameter, "quant_state", None)
+    return (
+        state is not None
+        and state.quant_type == "nf4"
+        and state.dtype == dtype
+        and state.blocksize % 16 == 0
+        and len(state.shape) == 2
+        and state.shape[1] % 64 == 0
+        and not getattr(state, "packing_format_for_cpu", False)
+        and tiles_serve(dtype)
+    )
+
+
 @dataclass(frozen=True)
 class Sum:
     """out = bias + the sum of a @ b over the terms, added up in float32 and rounded once where
@@ -153,14 +211,15 @@ class Sum:
     """
 
     out: torch.Tensor  # (rows, columns); its rows may be part of a wider matrix's
-    terms: Sequence[tuple[torch.Tensor, torch.Tensor]]  # (rows, depth) @ (depth, columns)
+    terms: Sequence[tuple[torch.Tensor, Matrix]]  # (rows, depth) @ (depth, columns)
     bias: torch.Tensor | None = None  # (columns,)
 
 
 def multiply(*sums: Sum) -> None:
     """Fill every `out`; the sums must not depend on each other."""
     if all(_is_compiled(s) for s in sums):
-        program = [number for s in sums for number in _instructions(s)]
+        scales: list[torch.Tensor] = []  # they live until the call is over
+        program = [number for s in sums for number in _instructions(s, scales)]
         library().multiply_bfloat16(  # type: ignore[union-attr]
             (ctypes.c_int64 * len(program))(*program),
             ctypes.c_int64(len(sums)),
@@ -168,7 +227,7 @@ def multiply(*sums: Sum) -> None:
         )
         return
     for s in sums:
-        (a, b), *rest = s.terms
+        (a, b), *rest = [(a, b.whole() if isinstance(b, Quantised) else b) for a, b in s.terms]
         if s.out.dtype != a.dtype:
             s.out.copy_(a @ b)
         elif s.bias is None:
@@ -187,21 +246,26 @@ def _is_compiled(s: Sum) -> bool:
     def even(t: torch.Tensor, depth: int) -> bool:
         return depth % 2 == 0 and t.stride(0) % 2 == 0 and t.data_ptr() % 4 == 0
 
+    def fits(b: torch.Tensor) -> bool:
+        along = b.stride(1) == 1 or (b.stride(0) == 1 and even(b.t(), b.shape[0]))
+        return b.dtype == torch.bfloat16 and along
+
     return (
         tiles_serve(s.terms[0][0].dtype)
         and s.out.dtype in _SUFFIX
         and s.out.stride(1) == 1
         and (s.bias is None or (s.bias.dtype == torch.bfloat16 and s.bias.is_contiguous()))
         and all(
-            a.dtype == b.dtype == torch.bfloat16
+            a.dtype == torch.bfloat16
             and (even(a, a.shape[1]) if a.stride(1) == 1 else a.stride(0) == 1)
-            and (b.stride(1) == 1 or (b.stride(0) == 1 and even(b.t(), b.shape[0])))
+            and (isinstance(b, Quantised) or fits(b))
             for a, b in s.terms
         )
     )
 
 
-def _instructions(s: Sum) -> list[int]:
+def _instructions(s: Sum, scales: list[torch.Tensor]) -> list[int]:
+    """The numbers that say what `s` is; scales of quantised matrices are added to `scales`."""
     rows, columns = s.out.shape
     bias = 0 if s.bias is None else s.bias.data_ptr()
     numbers = [
@@ -215,11 +279,20 @@ def _instructions(s: Sum) -> list[int]:
     ]
     for a, b in s.terms:
         assert (a.shape[0], a.shape[1], b.shape[1]) == (rows, b.shape[0], columns)
-        for t in (a, b):
-            along = t.stride(1) == 1
-            numbers += [t.data_ptr(), t.stride(0) if along else t.stride(1), int(not along)]
-        numbers.append(a.shape[1])
+        numbers += _place(a)
+        if isinstance(b, Quantised):
+            state = b.parameter.quant_state
+            scales.append(b.absmax())
+            numbers += [b.parameter.data_ptr(), state.shape[1], int(b.transposed), a.shape[1]]
+            numbers += [scales[-1].data_ptr(), state.blocksize]
+        else:
+            numbers += [*_place(b), a.shape[1], 0, 0]
     return numbers
+
+
+def _place(t: torch.Tensor) -> list[int]:
+    along = t.stride(1) == 1
+    return [t.data_ptr(), t.stride(0) if along else t.stride(1), int(not along)]
 
 
 def tiles_serve(dtype: torch.dtype) -> bool:

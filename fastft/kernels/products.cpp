@@ -38,11 +38,15 @@ const int64_t STEPS = DEPTH / 2 + MOST_TERMS * WORD_STEP;  // words of the summe
 
 // One product. A (rows, depth): word s of row r lies along a row, or, where `a_transposed`, A is held as (depth, rows).
 // B (depth, columns) is held so, or, where `b_transposed`, as (columns, depth). Strides are in elements.
+// Where `absmax` is given, B is in NF4 instead: b holds two numbers a byte, the first in the high half, whole rows of b_stride
+// numbers; absmax one float32 for each b_block numbers. b_stride and b_block are multiples of 16.
 struct Term {
     const bf16* a;
     int64_t a_stride, a_transposed;
     const bf16* b;
     int64_t b_stride, b_transposed, depth;
+    const float* absmax;
+    int64_t b_block;
 };
 
 struct Sum {
@@ -61,9 +65,30 @@ struct Stretch {
     int64_t steps() const { return rounded_up((depth + 1) / 2, WORD_STEP); }
 };
 
+// The 16 quantiles of a normal distribution that NF4 stands for (QLoRA, arXiv 2305.14314, appendix E).
+alignas(64) const float NF4[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+                                   -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+                                   0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+                                   0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
+// Rows [row, row + rows) and columns [column, column + columns) of an NF4 matrix as bfloat16, `step` apart; `column` is a
+// multiple of 16, and so many numbers are written to a row that its length is, too.
+void dequantise(const Term& t, int64_t row, int64_t rows, int64_t column, int64_t columns, bf16* out, int64_t step) {
+    const __m512 values = _mm512_load_ps(NF4);
+    const __m128i low_half = _mm_set1_epi8(15);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < columns; c += 16) {
+            const int64_t at = (row + r) * t.b_stride + column + c;
+            const __m128i bytes = _mm_loadl_epi64((const __m128i*)((const uint8_t*)t.b + at / 2));
+            const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), low_half), low = _mm_and_si128(bytes, low_half);
+            const __m512i index = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(high, low));
+            const __m512 x = _mm512_mul_ps(_mm512_permutexvar_ps(index, values), _mm512_set1_ps(t.absmax[at / t.b_block]));
+            _mm256_storeu_si256((__m256i*)(out + r * step + c), (__m256i)_mm512_cvtneps_pbh(x));
+        }
+}
+
 // B's columns [first, first + count) of a stretch as panels of (steps, PANEL) words, zero behind `count` and `depth`.
-void pack_b(const Stretch& s, int64_t first, int64_t count, word* out) {
-    const Term& t = *s.term;
+void pack_plain_b(const Term& t, const Stretch& s, int64_t first, int64_t count, word* out) {
     const int64_t words = (s.depth + 1) / 2, panel = s.steps() * PANEL, odd = count % PANEL;
     if (odd) std::memset(out + count / PANEL * panel, 0, panel * sizeof(word));
     if (t.b_transposed) {
@@ -106,9 +131,24 @@ void pack_a(const Stretch& s, int64_t row, int64_t count, int64_t padded, word* 
 struct Scratch {
     Buffer<word> a, b;
     Buffer<float> c;
+    Buffer<bf16> block;  // of a quantised B
     std::vector<Stretch> stretches;
 
     Scratch() : a(STEPS * TILE_ROWS), b(STEPS * COLUMNS), c(MOST_ROWS * COLUMNS) {}
+
+    void pack_b(const Stretch& s, int64_t first, int64_t count, word* out) {
+        Term t = *s.term;
+        if (!t.absmax) return pack_plain_b(t, s, first, count, out);
+        // Only the block that this task multiplies by is ever whole.
+        const int64_t rows = t.b_transposed ? count : s.depth, columns = t.b_transposed ? s.depth : count;
+        const int64_t row = t.b_transposed ? first : s.from, column = t.b_transposed ? s.from : first;
+        const int64_t step = rounded_up(columns, 16);
+        block.resize(rows * step);
+        dequantise(t, row, rows, column, columns, block.data(), step);
+        t.b = block.data();
+        t.b_stride = step;
+        pack_plain_b(t, {&t, 0, s.depth, s.at}, 0, count, out);
+    }
 
     // The next stretches of `sum`'s terms that fit into B; `term` and `from` say where to begin, and move on.
     void take(const Sum& sum, int64_t& term, int64_t& from) {
@@ -170,7 +210,7 @@ void task(const Sum& sum, int64_t first, int64_t row, int64_t rows, Scratch& own
     for (bool begun = false; term < sum.count; begun = true) {
         own.take(sum, term, from);
         const bool whole = !begun && term == sum.count;  // then a tile's sums are done at once, and its place is used again
-        for (const Stretch& s : own.stretches) pack_b(s, first, count, own.b.data() + s.at * COLUMNS);
+        for (const Stretch& s : own.stretches) own.pack_b(s, first, count, own.b.data() + s.at * COLUMNS);
         for (int64_t r = 0; r < rows; r += TILE_ROWS) {
             const int64_t high = std::min(TILE_ROWS, rows - r), padded = amx_serves ? rounded_up(high, ROW_STEP) : high;
             float* c = own.c.data() + (whole ? 0 : r * COLUMNS);
@@ -223,7 +263,7 @@ void multiply(const std::vector<Sum>& sums, int threads) {
 }  // namespace
 
 // program: for each sum c, c_stride, c_is_float, rows, columns, bias, how many terms; then its terms, each a, a_stride,
-// a_transposed, b, b_stride, b_transposed, depth. Pointers are to the first element.
+// a_transposed, b, b_stride, b_transposed, depth, absmax, b_block. Pointers are to the first element; absmax may be null.
 extern "C" void multiply_bfloat16(const int64_t* program, int64_t count, int threads) {
     std::vector<Sum> sums(count);
     std::vector<std::vector<Term>> terms(count);
@@ -231,9 +271,9 @@ extern "C" void multiply_bfloat16(const int64_t* program, int64_t count, int thr
         const int64_t* p = program;
         sums[i] = {(void*)p[0], p[1], p[2], p[3], p[4], (const bf16*)p[5], p[6], nullptr};
         program += 7;
-        for (int64_t n = 0; n < sums[i].count; n++, program += 7)
+        for (int64_t n = 0; n < sums[i].count; n++, program += 9)
             terms[i].push_back({(const bf16*)program[0], program[1], program[2], (const bf16*)program[3], program[4],
-                                program[5], program[6]});
+                                program[5], program[6], (const float*)program[7], program[8]});
         sums[i].terms = terms[i].data();
     }
     multiply(sums, threads);

@@ -410,8 +410,8 @@ class Session:
         )
 
     def _choose_layers(self, loaded: Prepared) -> Prepared:
-        """Fastft's own layers, where the model has some that they stand for: CPU, weights not
-        quantised.
+        """Fastft's own layers, where the model has some that they stand for: on a CPU, weights in
+        the computing type or (with AVX512-BF16) in NF4.
         """
         import torch
 

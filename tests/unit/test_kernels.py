@@ -358,13 +358,13 @@ def test_the_loss_counts_only_supervised_tokens():
 # --- whole models
 
 
-def make_model(dtype=torch.float32, **lora):
+def make_model(dtype=torch.float32, intermediate=160, **lora):
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=200, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=200, hidden_size=64, intermediate_size=intermediate, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=1024,
     )  # fmt: skip
     settings = {"r": 4, "target_modules": "all-linear", "lora_alpha": 8, **lora}
@@ -491,6 +491,62 @@ def test_bfloat16_is_as_close_to_float32_as_peft_is():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
+def nf4(rows, columns, nested=True):
+    from bitsandbytes.nn import Params4bit
+
+    weight = (
+        torch.randn(rows, columns, generator=torch.Generator().manual_seed(5)).mul(0.02).bfloat16()
+    )
+    return Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=nested).to(
+        "cpu"
+    )
+
+
+@pytest.mark.parametrize("shape", [(96, 128), (577, 192), (520, 4160)], ids=str)
+def test_products_with_nf4_are_those_with_bitsandbytes_numbers(shape, registers):
+    if not native.has_tiles():
+        pytest.skip("no AVX512-BF16 on this processor, or no compiler")
+    for nested in (True, False):
+        weight = native.Quantised(nf4(*shape, nested))
+        assert native.serves_nf4(weight.parameter, torch.bfloat16)
+        for matrix in (weight, weight.t()):
+            if matrix.shape[0] % 2:
+                continue  # an odd summed index is left to torch
+            whole = matrix.whole()
+            x = torch.randn(70, matrix.shape[0]).bfloat16()
+            got, expected = (torch.empty(70, matrix.shape[1]).bfloat16() for _ in range(2))
+            native.multiply(native.Sum(got, [(x, matrix), (x, matrix)]))
+            native.multiply(native.Sum(expected, [(x, whole), (x, whole)]))
+            assert got.equal(expected)
+
+
+def test_nf4_layers_are_fused_and_as_close_to_float32_as_peft_is():
+    if not native.has_tiles():
+        pytest.skip("no AVX512-BF16 on this processor, or no compiler")
+    from bitsandbytes.nn import Linear4bit
+
+    exact, model = make_model(intermediate=192), make_model(torch.bfloat16, intermediate=192)
+    for (_, wide), (name, layer) in zip(exact.named_modules(), model.named_modules(), strict=True):
+        if type(layer) is torch.nn.Linear and name.endswith("base_layer"):
+            rows, columns = layer.weight.shape
+            small = Linear4bit(columns, rows, bias=False, compute_dtype=torch.bfloat16)
+            small.weight = nf4(rows, columns)
+            wide.weight.data.copy_(native.Quantised(small.weight).whole())
+            parent = model.get_submodule(name.rpartition(".")[0])
+            parent.base_layer = small
+    for (_, wide), (_, layer) in zip(
+        exact.named_parameters(), model.named_parameters(), strict=True
+    ):
+        if layer.dtype == torch.bfloat16:
+            wide.data.copy_(layer.data)
+    _, reference = gradient(exact, talks(), 10**6, padded=True)
+    fused = FusedLayers(model, torch.bfloat16)
+    kinds = {type(module).__name__ for module, _ in fused.forwards}
+    assert {"LlamaMLP", "LlamaAttention", "Linear"} <= kinds
+    _, got = gradient(model, talks(), 500, fused=fused, autocast=True, rows="trie")
+    assert float(F.cosine_similarity(got, reference, dim=0)) > 0.999
+
+
 def test_checkpointed_layers_give_the_same_gradient(reentrant):
     model = make_model()
     _, reference = gradient(model, rows(), 10**6, padded=True)
