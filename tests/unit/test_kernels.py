@@ -456,6 +456,31 @@ def test_the_gradient_of_a_trie_row_is_the_padded_one(kind):
         assert relative(got, reference) < 1e-5
 
 
+@pytest.mark.long
+def test_thirty_steps_on_trie_rows_are_those_on_padded_batches():
+    traces = []
+    for padded in (True, False):
+        model, generator = make_model(), np.random.default_rng(0)
+        fused = None if padded else FusedLayers(model, torch.float32)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        losses = []
+        for _ in range(30):
+            lengths = [(0, 60), *((int(n), int(n) + 30) for n in generator.integers(20, 50, 5))]
+            loss, _ = gradient(
+                model,
+                talks(lengths),
+                200,
+                padded=padded,
+                fused=fused,
+                rows=None if padded else "trie",
+            )
+            optimizer.step()
+            losses.append(loss)
+        traces.append(losses)
+    assert traces[0][-1] < traces[0][0]
+    assert traces[1] == pytest.approx(traces[0], rel=1e-5)
+
+
 def test_what_many_sequences_predict_counts_as_often():
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 600, 16, generator=generator, requires_grad=True)
