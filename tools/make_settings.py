@@ -52,9 +52,12 @@ def _table(fields: dict[str, Any], path: tuple[str, ...]) -> str:
     lines = ["| setting | type | default | meaning |", "|---|---|---|---|"]
     for name, field in fields.items():
         key = ".".join((*path, name))
-        mark = " ↻" if _may_change(*(path or (name,)), name) else ""
+        mark = " ↻" if _may_change((*path, name)[0], name) else ""
         cells = [f"`{key}`{mark}", _kind(field), _default(field), field.description or ""]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        for inner in get_args(field.annotation):
+            if _is_section(inner):  # a list of sections: its own settings follow it
+                lines += _table(inner.model_fields, (*path, f"{name}[]")).splitlines()[2:]
     return "\n".join(lines) + "\n"
 
 
