@@ -52,13 +52,14 @@ CHOSEN = (
 )  # fmt: skip
 KINDS = {
     "same": "the same tokens are trained",
-    "line feed": "the other also trains the white space that the template writes behind the end of the turn; a model is stopped before it",
+    "behind the end": "the other also trains what the template writes behind the token that ends the turn (a line feed, one more end of text); a model is stopped before it",
     "no end": "the other does not train the token that ends the turn: the model would not learn to stop",
     "heading": "the other trains a part of the heading, which is given to the model when it is asked",
     "excluded turn": "the other trains a turn that the row excludes by `weight: 0`",
     "history": "the template writes earlier turns differently once they are history: the other trains that form, fastft trains each turn as it is generated (in a sequence of its own)",
     "question trained": "the other trains a part of what is asked or of a tool's result",
     "thought left out": "the template leaves the reasoning out, or the other's marker does; fastft trains it as it is generated",
+    "call lost": "the template writes a call only where the content beside it is null; the other gives it an empty text",
     "not trained": "the other trains nothing of an answer",
     "refused": "fastft refuses the row, because the template would lose a part of it; the other trains what is left",
     "other refuses": "the other raises an error",
@@ -143,8 +144,12 @@ def explain(
         return "excluded turn"
     if any(part in others for part in asked):
         return "question trained"
-    if squeezed[0] == squeezed[1]:
-        return "line feed"
+    if squeezed[0] == squeezed[1] or (
+        len(mine) == len(theirs) and all(t.startswith(m) for m, t in zip(mine, theirs, strict=True))
+    ):
+        return "behind the end"
+    if ours.count("get_weather") > others.count("get_weather"):
+        return "call lost"
     if "THOUGHT" in ours and others.count("THOUGHT") < ours.count("THOUGHT"):
         return "thought left out"
     if len(theirs) < len(mine) and all(any(t.strip() in m for m in mine) for t in theirs):

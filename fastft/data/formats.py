@@ -115,6 +115,7 @@ def detect(
     columns: Mapping[str, str] | None = None,
     take: str | None = None,
     ignore: Sequence[str] = (),
+    must_take: bool = True,
 ) -> Format:
     """Return the format of a dataset from its first rows.
 
@@ -122,7 +123,9 @@ def detect(
     LabelledDataError for data that is no list of answers to learn.
     """
     columns = dict(columns or {})
-    labels = find_labels(rows, take=take, ignore=ignore, columns=columns, wants=format)
+    labels = find_labels(
+        rows, take=take, ignore=ignore, columns=columns, wants=format, must_take=must_take
+    )
     looked_at = [row for row in (_applied(labels, row) for row in rows) if row is not None]
     seen: dict[str, int] = {}
     bare = {"text": 0, "list": 0}

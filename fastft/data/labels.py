@@ -23,7 +23,7 @@ _REJECTED = re.compile(
 _BETTER = re.compile(r"(better|preferred|chosen|best)_(response_)?(id|index|idx)", re.IGNORECASE)
 _NUMBERED = re.compile(r"(response|answer|output|completion)_(\d|a|b)", re.IGNORECASE)
 _KTO = re.compile(r"label|kto_tag|kto_label|is_good|is_chosen|desirable|thumbs_?up", re.IGNORECASE)
-_SCORE = re.compile(r"(\w+_)?(score|reward|rating)s?(_\w+)?", re.IGNORECASE)
+_SCORE = re.compile(r"(\w+_)?(score|reward|rating)s?(_\w+)?|helpfulness|correctness", re.IGNORECASE)
 _CLASS = re.compile(r"labels?|class|sentiment|intent|label_text", re.IGNORECASE)
 _GOOD = {True, "true", "1", "good", "desirable", "chosen", "yes", "positive"}
 _BAD = {False, -1, "false", "0", "-1", "bad", "undesirable", "rejected", "no", "negative"}
@@ -71,8 +71,10 @@ def find_labels(
     ignore: Sequence[str] = (),
     columns: Mapping[str, str] | None = None,
     wants: str = "auto",
+    must_take: bool = True,
 ) -> Labels:
-    """Return what the first rows label. `columns` is data.columns; `wants` is data.format.
+    """Return what the first rows label. `columns` is data.columns; `wants` is data.format;
+    `must_take` False: without labels, `take` changes nothing.
 
     Raises LabelledDataError, which says what the data is and what to do, unless `take` or `ignore`
     chose already.
@@ -90,7 +92,7 @@ def find_labels(
     found = _pairs(free, answer_named, values, take) or _marks(free, most, values, take)
     if found is None and wants in ("auto", "text"):
         _refuse_classes(free, values)
-    if found is None and take is not None:
+    if found is None and take is not None and must_take:
         raise LabelledDataError(
             f"data.take: {take}, but no column says which answers are chosen. The columns: "
             f"{', '.join(values) or '(none)'}. Remove data.take, or name the answer with "

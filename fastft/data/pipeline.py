@@ -270,6 +270,7 @@ def _tokenise(
             columns=columns,
             take=config.take,
             ignore=config.ignore,
+            must_take=not is_eval,
         )
     except (FormatError, LabelledDataError) as error:
         raise FastFTError(f"{source.name}: {error}") from error

@@ -147,6 +147,12 @@ def test_the_ways_out_of_a_refusal_work(tmp_path, tokenizer):
     assert _trained(tokenizer, made) == ["1<|im_end|>"] * 2
 
 
+def test_an_evaluation_file_need_not_be_labelled(tmp_path, tokenizer):
+    held = _rows(tmp_path / "held.jsonl", [{"messages": _pair(ASK, GOOD)}] * 2)
+    made = _prepared(tmp_path, tokenizer, [PAIRS["texts"]] * 2, take="chosen", eval_source=held)
+    assert (len(made.train), len(made.eval)) == (2, 2)
+
+
 DROPPED = {
     "an image part": ({"messages": [{"role": "user", "content": [{"type": "image", "image": "x"}]}, *_pair("", GOOD)[1:]]}, "not_text"),
     "a video part": ({"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": "x"}]}, *_pair("", GOOD)[1:]]}, "not_text"),
