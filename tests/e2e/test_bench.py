@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -90,17 +89,16 @@ def outcome(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def more(tmp_path_factory):
-    """Made by the first test that asks for it."""
     home = tmp_path_factory.mktemp("bench-more")
-    return functools.cache(lambda: (home, measure(home, MORE_FAULTY)))
+    return home, measure(home, MORE_FAULTY)
 
 
 @pytest.fixture
-def planted(outcome, more) -> Callable[[str], Result]:
-    """The result in which an arm took part."""
+def planted(request) -> Callable[[str], Result]:
+    """The result in which an arm took part, measured when the first test asks for it."""
 
     def result_with(arm: str) -> Result:
-        home, _ = more() if arm in MORE_FAULTY else outcome
+        home, _ = request.getfixturevalue("more" if arm in MORE_FAULTY else "outcome")
         (path,) = (home / "out").glob("planted--*.json")
         return read_result(path)
 
