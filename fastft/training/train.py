@@ -115,7 +115,7 @@ def _train_run(
         update={"model": config.model.model_copy(update={"name": location(config.model.name)})}
     )
     if data is not None:
-        source = config.data.model_copy(update={"source": GIVEN})
+        source = config.data.model_copy(update={"source": GIVEN, "sources": []})
         config = config.model_copy(update={"data": source})
     _refuse_what_is_not_there(config)
     hardware = _part_of(probe(config.output_dir))
