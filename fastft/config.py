@@ -77,7 +77,7 @@ class ModelConfig(Section):
         "float32 (CPU)",
     )
     max_seq_length: int = Field(2048, ge=8, description="longest sequence in tokens")
-    engine: Literal["auto", "unsloth", "stock"] = Field(
+    engine: Literal["auto", "unsloth", "stock", "mlx"] = Field(
         "auto", description="auto: unsloth, with a reason where not"
     )
     trust_remote_code: bool = Field(

@@ -168,7 +168,7 @@ def micro_batches(
 
     Segments without a supervised token are left out: they add nothing to loss or gradient.
     """
-    for chosen in _cut(segments, budget, rows):
+    for chosen in groups(segments, budget, rows):
         if rows == "padded":
             yield _padded(chosen, pad_token_id, device)
         elif rows == "trie" and trie.build([segment.input_ids for segment in chosen]).shares:
@@ -182,7 +182,7 @@ def row_sizes(segments: Sequence[Segment], budget: int, rows: Rows) -> list[tupl
     micro-batch that `micro_batches` makes.
     """
     sizes = []
-    for chosen in _cut(segments, budget, rows):
+    for chosen in groups(segments, budget, rows):
         longest = max(map(len, chosen))
         if rows == "trie":
             tokens = unique_tokens(chosen)
@@ -192,7 +192,7 @@ def row_sizes(segments: Sequence[Segment], budget: int, rows: Rows) -> list[tupl
     return sizes
 
 
-def _cut(segments: Sequence[Segment], budget: int, rows: Rows) -> list[list[Segment]]:
+def groups(segments: Sequence[Segment], budget: int, rows: Rows) -> list[list[Segment]]:
     """The segments of each micro-batch, without those that have no supervised token."""
     useful = [segment for segment in segments if segment.supervised]
     lengths, ids = [len(s) for s in useful], [s.input_ids for s in useful]

@@ -1,4 +1,5 @@
-"""The two ways to load a model and attach LoRA: `unsloth`, and `stock` (plain transformers + peft).
+"""The ways to load a model and attach LoRA: `unsloth`, `stock` (plain transformers + peft), and
+`mlx` (Apple Silicon).
 
 The engine is chosen before either is imported, because importing Unsloth patches transformers, trl
 and peft in the whole process: the stock engine refuses to run in such a process.
@@ -14,7 +15,7 @@ from fastft.engines.base import Engine
 from fastft.errors import FastFTError
 from fastft.hardware import Choice, Hardware
 
-ENGINES = ("unsloth", "stock")
+ENGINES = ("unsloth", "stock", "mlx")
 
 
 def choose_engine(requested: str, hardware: Hardware, *, quantization: str = "none") -> Choice:
@@ -31,6 +32,15 @@ def choose_engine(requested: str, hardware: Hardware, *, quantization: str = "no
         return Choice("unsloth", "asked for")
     if requested == "stock":
         return Choice("stock", "asked for")
+    if requested == "mlx":
+        if not mlx_is_installed():
+            raise FastFTError(
+                "model.engine is mlx, but mlx or mlx-lm is not installed: pip install "
+                "'fastft[mac]', or set model.engine: auto."
+            )
+        return Choice("mlx", "asked for")
+    if hardware.kind == "mps" and mlx_is_installed():
+        return Choice("mlx", "Apple Silicon (tested on Linux; nobody of us has run it on a Mac)")
     if reason_against:
         return Choice("stock", f"plain transformers + peft, because {reason_against}")
     return Choice(
@@ -54,14 +64,19 @@ def get_engine(name: str) -> Engine:
     return importlib.import_module(f"fastft.engines.{name}").ENGINE
 
 
+def mlx_is_installed() -> bool:
+    """Whether mlx and mlx-lm can be imported."""
+    return all(importlib.util.find_spec(name) is not None for name in ("mlx", "mlx_lm"))
+
+
 def _why_not_unsloth(hardware: Hardware, quantization: str) -> str:
     """Return the reason why Unsloth cannot do this here, or an empty string."""
     if importlib.util.find_spec("unsloth") is None:
         return "unsloth is not installed (pip install --no-deps unsloth unsloth_zoo)"
     if hardware.kind == "mps":
         return (
-            "Unsloth's MLX path is not part of fastft yet; float32 on MPS (nobody of us has run "
-            "it on a Mac)"
+            "this is a Mac and mlx-lm is not installed (pip install 'fastft[mac]'); float32 on MPS "
+            "(nobody of us has run it on a Mac)"
         )
     if hardware.kind == "cpu" and quantization == "int8":
         return "Unsloth's CPU path has no int8 weights"

@@ -286,6 +286,9 @@ def answer(
     from fastft.data.encode import generation_prompt
 
     prompt = generation_prompt(tokenizer, template, messages, tools=tools)
+    if engine.name == "mlx":
+        said = trained.greedy(prompt, template.end_token_ids, max_new_tokens)
+        return tokenizer.decode(said, skip_special_tokens=True).strip()
     checkpointing = getattr(trained.get_base_model(), "is_gradient_checkpointing", False)
     engine.for_inference(trained)
     try:

@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from fastft.training.callbacks import MemoryCheck
     from fastft.training.exactness import RowCheck
     from fastft.training.loop import StepTrainer
+    from fastft.training.mlx_loop import MlxTrainer
+    from fastft.training.mlx_session import Unwatched
     from fastft.training.step import StepPolicy
 
 LOOKED_AT = 16
@@ -128,8 +130,8 @@ class Prepared:
 class Loop:
     """A trainer that is ready, and the watch over its memory."""
 
-    trainer: StepTrainer
-    memory: MemoryCheck
+    trainer: StepTrainer | MlxTrainer
+    memory: MemoryCheck | Unwatched
 
     def run(self, resume_from: Path | None = None) -> None:
         """Train to the end, or until a signal, a time limit or the watch stops it."""
@@ -244,6 +246,8 @@ class Session:
         """Load the base, attach LoRA, and choose how rows and layers are computed."""
         config, choices = self.config, dict(self.choices)
         situation = loading.settle_batching(self._share, self.hardware, choices, data.train.lengths)
+        if choices["engine"].value == "mlx":
+            return self._prepare_mlx(opened, data, choices, situation)
         checkpointing = choices["gradient_checkpointing"].value
         _refuse_to_shard(config, choices)
 
@@ -299,6 +303,28 @@ class Session:
         self._report(prepared)
         return prepared
 
+    def _prepare_mlx(
+        self, opened: Opened, data: Sequences, choices: dict[str, Choice], situation: Situation
+    ) -> Prepared:
+        from fastft.training.mlx_session import load
+
+        model, rows = load(self, opened, data, choices)
+        prepared = Prepared(
+            opened.engine,
+            opened.tokenizer,
+            opened.base,
+            data,
+            model,
+            model.trainable,
+            None,
+            rows,
+            None,
+            choices,
+            situation,
+        )
+        self._report(prepared)
+        return prepared
+
     def _token_rows(self, base: Any, tokenizer: Any, data: Sequences) -> list[int]:
         """The tokens whose embedding rows are trained, too; says which the base never learnt."""
         from fastft.engines.rows import special_tokens_of, untrained_rows
@@ -347,7 +373,7 @@ class Session:
         from fastft.planning import load_shape
         from fastft.planning.resolve import Lengths, pick_micro_batch_tokens
 
-        steps = self._steps(loaded.data)
+        steps = self.steps(loaded.data)
         firsts = [segments_of(steps[i]) for i in range(min(len(steps), LOOKED_AT))]
         trees = [trie.build([s.input_ids for s in step]).largest_tree for step in firsts]
         budget = loaded.choices["micro_batch_tokens"]
@@ -368,16 +394,18 @@ class Session:
         """The config of what this process computes of each step."""
         return several.share_of(self.config, ranks.world().size)
 
-    def _steps(self, data: Sequences) -> StepBatches:
+    def steps(self, data: Sequences) -> StepBatches:
+        """Return the optimizer steps of an epoch."""
         from fastft.data.batches import StepBatches
 
         settings = self.config.train
         return StepBatches(
-            data.train, settings.effective_batch_size, settings.seed, order=self._order
+            data.train, settings.effective_batch_size, settings.seed, order=self.order
         )
 
     @property
-    def _order(self) -> Order:
+    def order(self) -> Order:
+        """How the sequences come: the config's order, or their own."""
         return self.config.train.order if self.shuffle else "given"
 
     def check_rows(self, loaded: Prepared, rows: Rows) -> RowCheck | None:
@@ -399,7 +427,7 @@ class Session:
             device=device,
             on_note=self.report.warn,
         )
-        steps = self._steps(loaded.data)
+        steps = self.steps(loaded.data)
         longest = loaded.data.train[int(np.argmax(loaded.data.train.lengths))]
         mixed = dtype != torch.float32
         return check_rows(
@@ -450,44 +478,52 @@ class Session:
 
     def loop(self, prepared: Prepared) -> Loop:
         """Return the trainer with its callbacks; `run` starts it."""
-        from fastft.training.callbacks import Steering
         from fastft.training.loop import StepTrainer
 
+        if prepared.engine.name == "mlx":
+            from fastft.training.mlx_session import Unwatched, make_trainer
+
+            steps = warmup_steps(self.config.train, self.total_steps(prepared.data))
+            return Loop(make_trainer(self, prepared, steps), Unwatched())
         settings, total = self.config.train, self.total_steps(prepared.data)
         trainer = StepTrainer(
             prepared.model,
-            self._arguments(prepared, total),
+            self.arguments(prepared, total),
             engine=prepared.engine,
             train_dataset=prepared.data.train,
-            eval_dataset=self._held_out(prepared.data.eval),
+            eval_dataset=self.held_out(prepared.data.eval),
             effective_batch_size=settings.effective_batch_size,
             policy=prepared.policy,
-            on_log=self._on_log,
+            on_log=self.on_log,
             on_note=self.report.warn if ranks.first() else ranks.note_of_this_process,
-            save_extra=partial(self._save_extra, prepared.tokenizer),
+            save_extra=partial(self.save_extra, prepared.tokenizer),
             report_every=settings.logging_steps,
             fused=prepared.fused,
-            order=self._order,
-            judge=self._judge(prepared),
+            order=self.order,
+            judge=self.judge(prepared),
         )
-        trainer.add_callback(
-            Steering(
-                trainer,
-                self.config,
-                self.history,
-                self.stop_after,
-                self.started,
-                self.run.checkpoints,
-                self.report,
-                total,
-                self.mirror,
-            )
-        )
+        trainer.add_callback(self.steering(trainer, total))
         memory = self._memory_check(trainer, prepared.situation)
         trainer.add_callback(memory)
         return Loop(trainer, memory)
 
-    def _judge(self, prepared: Prepared) -> Callable[[], dict[str, Any]]:
+    def steering(self, trainer: Any, total: int) -> Any:
+        """Return the callback that decides when to evaluate, save and stop."""
+        from fastft.training.callbacks import Steering
+
+        return Steering(
+            trainer,
+            self.config,
+            self.history,
+            self.stop_after,
+            self.started,
+            self.run.checkpoints,
+            self.report,
+            total,
+            self.mirror,
+        )
+
+    def judge(self, prepared: Prepared) -> Callable[[], dict[str, Any]]:
         """What an evaluation measures besides the loss; nothing unless asked for."""
         from fastft.training.judging import judge_answers
 
@@ -495,7 +531,8 @@ class Session:
             return dict
         return partial(judge_answers, prepared, self.config.train)
 
-    def _arguments(self, prepared: Prepared, total: int) -> Any:
+    def arguments(self, prepared: Prepared, total: int) -> Any:
+        """Return transformers' arguments for the loop, and for the trackers."""
         from fastft.training.loop import training_arguments
 
         settings, choices = self.config.train, prepared.choices
@@ -517,7 +554,7 @@ class Session:
             use_cpu=self.hardware.kind == "cpu",
         )
 
-    def _held_out(self, held: Any | None) -> Any | None:
+    def held_out(self, held: Any | None) -> Any | None:
         """What is measured at each evaluation: the held-out samples, or a fixed draw of
         `train.max_eval_samples` of them.
         """
@@ -547,12 +584,13 @@ class Session:
             limit_bytes=self.limit_bytes or free_for_this_process,
         )
 
-    def _save_extra(self, tokenizer: Any, folder: Path) -> None:
+    def save_extra(self, tokenizer: Any, folder: Path) -> None:
         """Put into a checkpoint what else it takes to go on from it alone."""
         tokenizer.save_pretrained(folder)
         self.run.keep_state(folder)
 
-    def _on_log(self, record: dict[str, Any]) -> None:
+    def on_log(self, record: dict[str, Any]) -> None:
+        """Keep a line of log.jsonl, and show it."""
         self.run.append_log(record)
         self.history.append(record)
         self.report.step(record)
@@ -613,7 +651,7 @@ def optimizer_name(chosen: str, device: str) -> str:
 
 
 @contextlib.contextmanager
-def stop_signals(trainer: StepTrainer) -> Iterator[None]:
+def stop_signals(trainer: StepTrainer | MlxTrainer) -> Iterator[None]:
     """First Ctrl-C or SIGTERM: finish the step, save, stop. Second: stop at once (the last
     checkpoint is whole).
     """

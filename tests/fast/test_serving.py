@@ -41,7 +41,7 @@ def certify(out, **verdicts):
         file.write_bytes(name.encode())
         os.utime(file, ns=(age, age))
         if verdict:
-            entries[file.name] = {"verdict": verdict, "sha256": sha256(file)}
+            entries[file.name] = {"path": file.name, "verdict": verdict, "sha256": sha256(file)}
     (out / CERTIFICATE).write_text(json.dumps({"files": entries}))
 
 
@@ -101,7 +101,7 @@ def test_the_certified_merged_model_comes_before_the_adapter(adapter, tmp_path, 
     merged.mkdir(parents=True)
     (merged / "config.json").write_text("{}")
     assert "--enable-lora" in serving.vllm_command(adapter)  # no certificate yet
-    entry = {"merged": {"verdict": "pass", "sha256": sha256(merged)}}
+    entry = {"merged": {"path": "merged", "verdict": "pass", "sha256": sha256(merged)}}
     (merged.parent / CERTIFICATE).write_text(json.dumps({"files": entry}))
     arguments = serving.vllm_command(adapter)
     assert arguments[1:4] == [str(merged), "--served-model-name", "first"]
