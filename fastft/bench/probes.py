@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -162,6 +163,11 @@ def make_model(folder: Path, family: str, config: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     spec = ModelSpec(family=family, config=config)
     make_checkpoint(load_case("smoke").model_copy(update={"model": spec}), folder)
+    # The benchmark's tokenizer never meets text; here words are separated by spaces.
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text("utf-8"))
+    tokenizer["pre_tokenizer"] = {"type": "WhitespaceSplit"}
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
 
 
 def random_segments(lengths: Sequence[int], vocabulary: int) -> list[Any]:
@@ -193,9 +199,10 @@ def _train_and_resume(name: str, folder: Path, changes: dict[str, Any]) -> Findi
 
     base = folder / "llama"
     make_model(base, "llama", TINY)
-    whole = _losses(_run(folder, "whole", base, changes))
-    _run(folder, "sliced", base, changes, stop_after=3)
-    sliced = _losses(_run(folder, "sliced", base, changes))
+    kind = "-".join(str(value) for value in changes.values())
+    whole = _losses(_run(folder, f"{kind}-whole", base, changes))
+    _run(folder, f"{kind}-sliced", base, changes, stop_after=3)
+    sliced = _losses(_run(folder, f"{kind}-sliced", base, changes))
     apart = max(abs(a - b) / abs(a) for a, b in zip(whole, sliced, strict=True))
     numbers = {"losses": whole, "resumed": sliced, "largest_difference": apart}
     limit = RESUMED[probe(folder).kind]
@@ -278,7 +285,7 @@ def _plan_case(folder: Path, case: dict[str, Any]) -> Finding:
     base = folder / case["shape"]
     make_model(base, case["family"], case["config"])
     run = _run(
-        folder, case["name"].replace(" ", "-"), base, case["model"], steps=3,
+        folder, re.sub(r"[^A-Za-z0-9]+", "-", case["name"]), base, case["model"], steps=3,
         lengths=tuple(case["lengths"]), **case["train"],
     )  # fmt: skip
     record = json.loads((run / "run.json").read_text("utf-8"))
