@@ -201,7 +201,7 @@ def _plan_cases(hardware: Hardware, shape: str) -> list[dict[str, Any]]:
 
 
 def _speed_case(hardware: Hardware, shape: str) -> dict[str, Any]:
-    """A step with the lengths of instruction data: log-normal, median 120; half of that on a CPU."""
+    """A step with the lengths of instruction data: median 120 tokens, half of that on a CPU."""
     lengths = [40, 61, 88, 104, 130, 171, 246, 480]
     if hardware.kind != "cuda":
         lengths = [length // 2 for length in lengths]

@@ -40,6 +40,9 @@ class Stream:
     def query(self) -> bool:
         return True
 
+    def is_capturing(self) -> bool:
+        return False
+
 
 class Event:
     """An event that happened when it was recorded."""
@@ -195,6 +198,7 @@ def _patch_accelerator() -> None:
     torch.accelerator.device_count = _always(STATE.count)
     torch.accelerator.current_device_index = _always(0)
     torch.accelerator.synchronize = _always(None)
+    torch.accelerator.current_stream = lambda *a, **k: Stream()
 
 
 def _patch_autocast() -> None:

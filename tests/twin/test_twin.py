@@ -34,7 +34,7 @@ def a_run(folder, base, **model):
         "lora": {"dropout": 0.0, "r": 4},
         "train": {
             "max_steps": 3, "save_steps": 2, "eval_steps": 2, "effective_batch_size": 4,
-            "learning_rate": 3e-3, "optimizer": "adamw",
+            "learning_rate": 3e-3,
         },
     }  # fmt: skip
     path = folder / "run.yaml"
