@@ -68,6 +68,7 @@ def base(tmp_path_factory):
     return make_checkpoint("llama", tmp_path_factory.mktemp("llama"))
 
 
+@pytest.mark.long
 def test_a_run_on_a_t4(base, tmp_path):
     found = python("-m", "tests.twin.run", "t4", a_run(tmp_path / "twin", base), folder=tmp_path)
     assert found["status"] == "done"
