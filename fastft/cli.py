@@ -145,6 +145,7 @@ def example(*lines: str) -> str:
 @app.command(epilog=example("fastft quickstart"))
 def quickstart(
     out: Annotated[Path, typer.Option("--out", help="where the run goes")] = Path("runs"),
+    engine: Annotated[str, typer.Option(help="auto, unsloth, stock or mlx")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Train the embedded tiny model, compare before and after, export, verify, chat. No network,
@@ -152,7 +153,7 @@ def quickstart(
     """
     from fastft.quickstart.command import quickstart as run_quickstart
 
-    print_result(run_quickstart(out), as_json, text="")
+    print_result(run_quickstart(out, engine=engine), as_json, text="")
 
 
 @app.command(epilog=example("fastft init --gpu t4 --data data.jsonl -o run.yaml"))

@@ -70,7 +70,7 @@ def exact_match(predictions: Sequence[str], answers: Sequence[str]) -> float:
     return sum(hits) / len(hits)
 
 
-def quickstart_config(folder: str | Path) -> dict[str, Any]:
+def quickstart_config(folder: str | Path, engine: str = "auto") -> dict[str, Any]:
     """Return the quickstart's config as nested values; `folder` holds the files that `write_task`
     wrote.
 
@@ -78,7 +78,12 @@ def quickstart_config(folder: str | Path) -> dict[str, Any]:
     """
     return {
         "project": "quickstart",
-        "model": {"name": str(base_path()), "quantization": "none", "max_seq_length": 128},
+        "model": {
+            "name": str(base_path()),
+            "engine": engine,
+            "quantization": "none",
+            "max_seq_length": 128,
+        },
         "data": {
             "source": str(Path(folder) / "train.jsonl"),
             "chat_template": "chatml",

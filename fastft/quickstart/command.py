@@ -28,7 +28,9 @@ QUANTIZATIONS = ("q8_0", "q4_k_m")
 AT_LEAST = 0.9  # held-out exact match after training; below it the quickstart has failed
 
 
-def quickstart(out: Path, *, reporter: Reporter | None = None) -> dict[str, Any]:
+def quickstart(
+    out: Path, *, engine: str = "auto", reporter: Reporter | None = None
+) -> dict[str, Any]:
     """Run the quickstart in `out`/quickstart and return its numbers (shares 0 to 1, seconds, file
     paths).
 
@@ -40,7 +42,7 @@ def quickstart(out: Path, *, reporter: Reporter | None = None) -> dict[str, Any]
     folder = Path(out) / "quickstart"
     files = write_task(folder / "data")
     config = make_config(
-        quickstart_config(folder / "data") | {"output_dir": str(out)}, where="quickstart"
+        quickstart_config(folder / "data", engine) | {"output_dir": str(out)}, where="quickstart"
     )
     started = time.monotonic()
     trained = train(config, reporter=report)

@@ -251,11 +251,22 @@ def check_gpu(hardware: Hardware) -> Iterator[Check]:
         yield Check(
             name="GPU",
             status="note",
-            detail="Apple GPU: plain transformers + peft on MPS, nobody of us has run it",
+            detail=f"Apple GPU: {_engine_of_a_mac()}",
         )
     else:
         dtype, why = compute_dtype(hardware)
         yield Check(name="GPU", status="note", detail=f"none; the CPU trains in {dtype} ({why})")
+
+
+def _engine_of_a_mac() -> str:
+    from fastft.engines import mlx_is_installed
+
+    if mlx_is_installed():
+        return "the mlx engine trains on it; tested on Linux, nobody of us has run it on a Mac"
+    return (
+        "plain transformers + peft on MPS; pip install 'fastft[mac]' for the mlx engine. Nobody "
+        "of us has run either on a Mac"
+    )
 
 
 def check_cuda(
