@@ -655,13 +655,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--group", choices=GROUPS, action="append")
     parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--folder", type=Path, help="keep the lab there, for the next call")
+    parser.add_argument("--name", help="only attacks whose name holds this text")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        lab = Lab(Path(folder))
+        lab = Lab(arguments.folder or Path(folder))
         counts, bad = Counter(), Counter()
         for name in arguments.group or GROUPS:
             chosen = list(GROUPS[name](random.Random(f"{arguments.seed}-{name}")))
-            chosen = chosen[:: arguments.every]
+            chosen = [a for a in chosen if (arguments.name or "") in a.name][:: arguments.every]
             for attack in chosen:
                 counts[name] += 1
                 for line in survey(lab, [attack]):

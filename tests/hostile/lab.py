@@ -54,7 +54,8 @@ class Lab:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.base = make_checkpoint("llama", folder / "base")
+        made_before = (folder / "runs" / "t" / "export" / "merged").is_dir()
+        self.base = folder / "base" if made_before else make_checkpoint("llama", folder / "base")
         self.rows = folder / "rows.jsonl"
         numbers = random.Random(0)
         turns = [
@@ -78,8 +79,12 @@ class Lab:
         self.config_file = self.config(folder)
         self.run = folder / "runs" / "t"
         for arguments in (
-            ["train", self.config_file],
-            ["export", self.run, "--to", "merged,gguf:f16,gguf-lora", "--no-verify"],
+            ()
+            if made_before
+            else (
+                ["train", self.config_file],
+                ["export", self.run, "--to", "merged,gguf:f16,gguf-lora", "--no-verify"],
+            )
         ):
             done = attempt(arguments)
             assert done.code == 0, done.text
