@@ -185,6 +185,23 @@ def read_header(path: Path, *, whole: bool = True) -> tuple[dict[str, dict[str, 
     return dict(in_order), 8 + length
 
 
+def check_finite(path: Path) -> None:
+    """Raise FastFTError naming the first tensor of a safetensors file that holds a NaN or an
+    infinity: whoever answers with such an adapter answers nonsense.
+    """
+    import torch
+    from safetensors import safe_open
+
+    with explained(str(path)), safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118  it is no dict
+            tensor = file.get_tensor(name)
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise FastFTError(
+                    f"{path} is not usable: {name} holds numbers that are not finite (NaN or "
+                    "infinity). The training diverged; take an earlier checkpoint."
+                )
+
+
 def _check_hub(name: str, revision: str | None, token: str | None) -> None:
     """Ask the Hub (or its cache, when offline) whether `name` exists and has safetensors."""
     from huggingface_hub import HfApi, try_to_load_from_cache

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastft import files, hub
 from fastft.errors import FastFTError
-from fastft.models import read_header
+from fastft.models import check_finite, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -195,6 +195,7 @@ class Weights:
             self.adapter_config = read_json(self.adapter, "adapter_config.json")
             self._adapter = Checkpoint(self.adapter, "adapter_model.safetensors")
             _check_adapter_kind(self.adapter, self.adapter_config)
+            check_finite(self.adapter / "adapter_model.safetensors")
             self.changed = self._read_changes()
             self._settle_tying()
             self._check_shapes()
@@ -417,6 +418,9 @@ class Weights:
         return name if name.endswith(HEAD) and self._is_tied() else None
 
     def _scale(self, module: str, rank: int, problems: list[str]) -> float:
+        if rank < 1:
+            problems.append(f"{module} has a lora_A without rows")
+            return 0.0
         config = self.adapter_config
         expected = _by_pattern(config.get("rank_pattern"), module, config["r"])
         alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
@@ -626,12 +630,37 @@ def _check_adapter_kind(adapter: Path, config: dict[str, Any]) -> None:
             f"init_lora_weights {init} moved weights out of the base; save it as a plain LoRA with "
             "save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
+    problems += _nonsense(config)
     if problems:
         raise _all_problems(
             f"the adapter {adapter} cannot be merged tensor by tensor",
             problems,
             "merge_and_unload()",
         )
+
+
+def _nonsense(config: dict[str, Any]) -> list[str]:
+    """Return what is no number or no pattern among the settings that a merge computes with."""
+    problems = []
+    for key, least in (("r", 1), ("lora_alpha", 0)):
+        value: Any = config.get(key)
+        if not _is_number(value) or value < least:
+            problems.append(f"{key} is {value!r}, not a number of at least {least}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict) or not all(map(_is_number, patterns.values())):
+            problems.append(f"{key} is no mapping from names to numbers")
+            continue
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                problems.append(f"{key} holds {pattern!r}: {error}")
+    return problems
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _all_problems(head: str, problems: list[str], way_out: str = "") -> FastFTError:

@@ -16,7 +16,7 @@ from fastft.engines.base import Engine
 from fastft.errors import FastFTError, one_of
 from fastft.hardware import compute_dtype, probe
 from fastft.inference.sampling import Sampling
-from fastft.models import bitsandbytes_config, check_checkpoint, explained
+from fastft.models import bitsandbytes_config, check_checkpoint, check_finite, explained
 from fastft.runs.target import Target, resolve
 
 Messages = list[dict[str, Any]]
@@ -91,6 +91,7 @@ class HuggingFaceChat:
             rows: Any = self.model.get_input_embeddings().num_embeddings
             if len(self.tokenizer) > rows:
                 self.model.resize_token_embeddings(len(self.tokenizer))
+            check_finite(adapter / "adapter_model.safetensors")
             with explained(str(adapter)):
                 self.model = PeftModel.from_pretrained(self.model, str(adapter))
         self.model.eval()
@@ -102,6 +103,12 @@ class HuggingFaceChat:
         from fastft.data.encode import generation_prompt
 
         prompt = generation_prompt(self.tokenizer, self.template, messages)
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and len(prompt) >= most:
+            raise FastFTError(
+                f"the conversation has {len(prompt):,} tokens, the model's positions end at "
+                f"{most:,}. Shorten it."
+            )
         pieces = _Pieces(self.tokenizer)
         result: dict[str, Any] = {}
 

@@ -95,6 +95,7 @@ class Lab:
             shutil.rmtree(self.room, ignore_errors=True)
         self.count += 1
         self.room = self.folder / f"room-{self.count}"
+        shutil.rmtree(self.room, ignore_errors=True)  # of a call that was ended here
         self.room.mkdir()
         return self.room
 

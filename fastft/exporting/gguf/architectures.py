@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from fastft.errors import FastFTError
 from fastft.exporting.weights import Weights
 from fastft.families import FAMILIES, Family, Gguf, gguf_arch, text_name
+from fastft.models import explained
 
 if TYPE_CHECKING:
     import torch
@@ -249,7 +250,8 @@ def _read_config(weights: Weights) -> tuple[Family, dict[str, Any]]:
     from transformers import AutoConfig
 
     raw = weights.config
-    name = (raw.get("architectures") or ["?"])[0]
+    named = raw.get("architectures")
+    name = str(named[0]) if isinstance(named, list) and named else "?"
     if isinstance(raw.get("text_config"), dict):
         raw = raw["text_config"]
         family = FAMILIES.get(str(raw.get("model_type")))
@@ -276,7 +278,8 @@ def _read_config(weights: Weights) -> tuple[Family, dict[str, Any]]:
         for k, v in raw.items()
         if k not in {"architectures", "model_type", "dtype", "torch_dtype"}
     }
-    config = AutoConfig.for_model(family.model_type, **values).to_dict()
+    with explained(str(weights.base)):
+        config = AutoConfig.for_model(family.model_type, **values).to_dict()
     _check_config(family, config)
     return family, config
 
