@@ -117,7 +117,7 @@ def build(sequences: Sequence[np.ndarray], shortest: int = SHORTEST) -> Trie:
     nodes: list[tuple[int, int, int, int]] = []  # start, length, position, parent
     end = np.empty(len(sequences), np.int64)
     # Places [low, high) of the order, whose tokens from `begin` on belong to no node yet.
-    waiting = [(0, len(order), 0, -1)]
+    waiting = [(0, len(order), 0, -1)] if order else []
     while waiting:
         low, high, begin, parent = waiting.pop()
         alone = high - low == 1

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastft.data.batches import MicroBatch, Rows, Segment, micro_batches, supervised_tokens
+from fastft.data.batches import (
+    MicroBatch,
+    Rows,
+    Segment,
+    micro_batches,
+    supervised_tokens,
+    unique_tokens,
+)
 from fastft.engines.base import Engine
 from fastft.errors import CouldNotFinishError, is_out_of_memory
 from fastft.kernels.fused import FusedLayers
@@ -236,7 +243,12 @@ class Stepper:
         get smaller.
         """
         longest = max(len(segment) for segment in segments)
-        before = min(self.policy.micro_batch_tokens, sum(len(segment) for segment in segments))
+        whole = (
+            unique_tokens(segments)
+            if self.policy.rows == "trie"
+            else sum(len(segment) for segment in segments)
+        )
+        before = min(self.policy.micro_batch_tokens, whole)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if before <= longest:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastft.data import trie
@@ -15,6 +15,7 @@ sequences = st.lists(
     st.lists(st.integers(0, 2), min_size=1, max_size=9).map(np.array), min_size=1, max_size=9
 )
 shortest = st.integers(1, 4)
+any_machine = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def read_back(found, index):
@@ -23,6 +24,7 @@ def read_back(found, index):
     return np.concatenate([np.arange(s, s + n) for s, n, *_ in found.table[nodes].tolist()])
 
 
+@any_machine
 @given(sequences, shortest)
 def test_every_sequence_is_a_path(given_sequences, least):
     row = trie.row_of(given_sequences, given_sequences, ignore=IGNORE, shortest=least)
@@ -35,12 +37,14 @@ def test_every_sequence_is_a_path(given_sequences, least):
     assert (row.trie.parent < np.arange(len(ends))).all()
 
 
+@any_machine
 @given(sequences)
 def test_each_distinct_prefix_is_computed_once(given_sequences):
     prefixes = {tuple(s[: n + 1].tolist()) for s in given_sequences for n in range(len(s))}
     assert trie.build(given_sequences, shortest=1).tokens == len(prefixes)
 
 
+@any_machine
 @given(sequences, shortest)
 def test_only_stretches_that_are_long_enough_are_shared(given_sequences, least):
     found = trie.build(given_sequences, least)
@@ -51,6 +55,7 @@ def test_only_stretches_that_are_long_enough_are_shared(given_sequences, least):
     assert found.shares == bool((holders > 1).any())
 
 
+@any_machine
 @given(sequences, shortest, st.data())
 def test_pairs_are_what_the_sequences_predict(given_sequences, least, data):
     labels = []
@@ -76,6 +81,7 @@ def test_pairs_are_what_the_sequences_predict(given_sequences, least, data):
     assert got == expected
 
 
+@any_machine
 @given(sequences, st.integers(1, 40), shortest)
 def test_a_cut_holds_every_sequence_once_and_keeps_the_budget(given_sequences, budget, least):
     rows = trie.cut(given_sequences, budget, least)
@@ -86,6 +92,7 @@ def test_a_cut_holds_every_sequence_once_and_keeps_the_budget(given_sequences, b
         assert trie.build(chosen, least).tokens <= max(budget, longest)
 
 
+@any_machine
 @given(sequences, st.integers(1, 5), shortest)
 def test_groups_hold_every_sequence_once_and_are_small_enough(given_sequences, most, least):
     found = trie.groups(given_sequences, most, least)
@@ -96,6 +103,7 @@ def test_groups_hold_every_sequence_once_and_are_small_enough(given_sequences, m
         assert len(chosen) == 1 or trie.build(chosen, least).shares
 
 
+@any_machine
 @given(sequences, shortest)
 def test_the_largest_tree_is_what_some_sequences_need_together(given_sequences, least):
     found = trie.build(given_sequences, least)
@@ -126,6 +134,11 @@ def test_a_long_chain_of_turns_is_no_deep_recursion():
     found = trie.build(turns, shortest=1)
     assert found.tokens == len(found.start) == 1500
     assert len(found.path(int(found.end[-1]))) == 1500
+
+
+def test_nothing_is_a_trie_too():
+    assert trie.build([]).tokens == 0
+    assert trie.cut([], 10) == trie.groups([], 3) == []
 
 
 @pytest.mark.parametrize("least", [1, 16])
