@@ -42,7 +42,7 @@ def said(text):
 
 
 def test_two_then_three_processes_have_the_trace_of_one(fresh):
-    """Two, of which one is killed, then torchrun's three with unequal budgets, then one."""
+    """Two, of which one is killed, then torchrun's three with unequal budgets."""
     config, run, trace = fresh
     launcher = start(config, "--processes", 2)
     wait_for_step(run, 6, launcher)
@@ -52,16 +52,15 @@ def test_two_then_three_processes_have_the_trace_of_one(fresh):
     assert [line for line in text.splitlines() if "Traceback" in line] == []
     assert len(said(text)) == 1
     assert "was killed by SIGKILL" in said(text)[0]
-    three = torchrun(3, "unequal budgets", config, "--stop-after", 16)
+    three = torchrun(3, "unequal budgets", config)
     assert three.returncode == 0, three.stderr
     assert three.stderr.count("resuming after step") == 1
     assert "processes 2 -> 3" in three.stderr.replace("\n", " ")
-    last = fastft("train", config, "--json")
-    assert last.code == 0, last.err
-    assert last.json["status"] == "done"
+    assert three.stdout.count("done: ") == 1
     assert losses(run) == pytest.approx(trace, abs=SLACK)
 
 
+@pytest.mark.long
 def test_accelerate_launch_on_a_cpu_is_noticed(fresh):
     config, run, _ = fresh
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
