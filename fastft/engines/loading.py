@@ -64,7 +64,7 @@ class FastLanguageModel:
         """
         targets = kwargs.get("target_modules", args[1] if len(args) > 1 else None)
         missing = unknown_target_modules(model, targets)
-        if targets is not None and 0 < len(missing) < len(targets):
+        if isinstance(targets, list | tuple | set) and 0 < len(missing) < len(targets):
             print(
                 f"fastft: the model has no {', '.join(missing)}; LoRA goes on the others that "
                 "target_modules names",
@@ -381,9 +381,14 @@ def check_target_modules(model: Any, target_modules: Any) -> None:
         what = (
             ", ".join(f"{name!r}{did_you_mean(name, valid)}" for name in missing) or "an empty list"
         )
+        experts = (
+            " Its experts are parameters, not layers, and stay as they are."
+            if _has_experts(model)
+            else ""
+        )
         raise FastFTError(
             f"lora.target_modules: the model has no {what}. It has: {', '.join(valid)}; or "
-            "use all-linear."
+            f"use all-linear.{experts}"
         )
 
 

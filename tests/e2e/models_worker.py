@@ -25,12 +25,20 @@ from fastft.training.step import Stepper, StepPolicy  # noqa: E402
 from tests.families import make_checkpoint, make_multimodal  # noqa: E402
 
 EAGER = {"gemma2", "gpt-oss"}  # whose softcaps and sinks SDPA drops
+# What llama.cpp can express: no window in mistral and phi3, a rotation left out of every fourth layer.
+CONFIG = {
+    "mistral": {"sliding_window": None},
+    "phi3": {"sliding_window": None},
+    "smollm3": {"no_rope_layers": None, "no_rope_layer_interval": 4},
+}
 RANK = 4
 FLOAT32 = partial(torch.autocast, "cpu", torch.bfloat16, enabled=False)
 
 
 def make(family, folder):
-    return make_multimodal(folder) if family == "gemma3-4b" else make_checkpoint(family, folder)
+    if family == "gemma3-4b":
+        return make_multimodal(folder)
+    return make_checkpoint(family, folder, **CONFIG.get(family, {}))
 
 
 def load(base, family):

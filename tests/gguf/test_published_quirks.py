@@ -4,6 +4,7 @@ multimodal class, a tied head that was trained apart. Each is a case that users 
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from fastft.engines.rows import untrained_rows
 from fastft.engines.stock import ENGINE
 from fastft.errors import FastFTError
 from fastft.exporting.gguf import export_gguf
+from fastft.exporting.gguf.architectures import describe
 from fastft.exporting.gguf.imatrix import gguf_names
 from fastft.exporting.merged import export_merged
 from fastft.exporting.weights import Weights
+from fastft.planning import load_shape
 from tests.families import SENTENCES, make_checkpoint, make_multimodal
 from tests.gguf.oracle import hf_logits, kl, llama_cpp_logits
 from tests.unit.test_export_weights import load, train_adapter
@@ -141,6 +144,8 @@ def test_an_adapter_with_vision_keys_is_merged_where_the_base_has_them(
     train_adapter(base, tmp_path / "adapter", target_modules="all-linear")
     changed = Weights(base, tmp_path / "adapter").changed
     assert any(name.startswith(f"{layout}encoder.layers.0.self_attn.q_proj") for name in changed)
+    notes = describe(Weights(base, tmp_path / "adapter")).notes
+    assert any("which only the merged model holds" in note for note in notes)
 
 
 def test_a_tied_head_that_was_trained_apart_stays_apart(tmp_path):
@@ -196,6 +201,20 @@ def test_a_unigram_of_japanese_bases_is_written_exactly(tmp_path, kind):
         assert known_limit(model, covered, got, expected[:-1], True) is None
     ids = [i % 400 for i in range(3, 500, 9)]
     assert kl(hf_logits(load(base), ids), llama_cpp_logits(Path(record["path"]), ids)) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["gpt-oss", "qwen3-moe"])
+def test_experts_stay_as_they_are_and_it_is_said(tmp_path, family):
+    base = make_checkpoint(family, tmp_path / "base")
+    attach = partial(loading.attach_lora, seed=1, gradient_checkpointing=False, train_token_ids=[])
+    model, _ = ENGINE.from_pretrained(str(base), dtype=torch.float32)
+    with pytest.raises(FastFTError, match=r"no 'gate_proj'.*experts are parameters"):
+        attach(model, ENGINE, LoraConfig(r=2, target_modules=["q_proj", "gate_proj"]))
+    peft_model, count = attach(model, ENGINE, LoraConfig(r=2))
+    assert count == load_shape(str(base)).lora_parameters(2)
+    trained = [n for n, p in peft_model.named_parameters() if p.requires_grad]
+    assert all(".self_attn." in name for name in trained)
+    assert not peft_model.peft_config["default"].target_parameters
 
 
 def test_unsloth_would_train_a_named_head_in_full():

@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastft.errors import FastFTError
-from fastft.exporting.weights import Weights
+from fastft.exporting.weights import HEAD, Weights
 from fastft.families import FAMILIES, Family, Gguf, gguf_arch, text_name
 from fastft.models import explained
 
@@ -468,6 +468,12 @@ def _notes(family: Family, config: dict[str, Any], weights: Weights) -> list[str
         notes.append(
             f"the language model alone: {left_out} tensors of the checkpoint's other parts "
             "(images) are not in this file"
+        )
+    inside = set(_own_names(weights).values())
+    if lost := [name for name in weights.changed if name not in inside and not name.endswith(HEAD)]:
+        notes.append(
+            f"the adapter also trained {len(lost)} tensors of these other parts ({lost[0]} ...), "
+            "which only the merged model holds"
         )
     window = config.get("sliding_window")
     if _gguf(family).ignores_window and window and window < config["max_position_embeddings"]:

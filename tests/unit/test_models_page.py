@@ -1,0 +1,29 @@
+"""The page about model families: its table is the tests' results, and every family is in it."""
+
+import json
+
+from tests.families import FAMILIES
+from tools import models_page
+
+
+def test_the_table_is_made_from_the_results():
+    assert models_page.page() == models_page.PAGE.read_text(encoding="utf-8"), (
+        "run: python tools/models_page.py"
+    )
+
+
+def test_every_promised_family_works_with_both_engines():
+    results = json.loads(models_page.RESULTS.read_text(encoding="utf-8"))
+    rows = {
+        line.split(" | ")[0].removeprefix("| "): line
+        for line in models_page.table(results).splitlines()
+    }
+    for family in FAMILIES:
+        assert "| yes / yes | exact, tested |" in rows[family], family
+        assert "| exact | exact |" in rows[family], family
+
+
+def test_what_did_not_work_is_not_called_working():
+    entry = {"losses": [3.0, 2.0, 2.5], "reload": 0.0}
+    assert models_page._trains(entry) == "not reproduced"
+    assert models_page._trains({"failed": "out of words"}) == "no"
