@@ -235,6 +235,7 @@ NEWEST: dict[str, Family] = {
             "num_experts": 4,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 32,
+            "norm_topk_prob": True,  # as published; llama.cpp knows nothing else
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
         },

@@ -53,8 +53,13 @@ def load(base, family):
 
 
 def sequences(lengths=(60, 33, 90, 24, 100, 12)):
-    generator = np.random.default_rng(0)
-    return [Segment(ids, ids.copy()) for ids in (generator.integers(5, 250, n) for n in lengths)]
+    generator, found = np.random.default_rng(0), []
+    for length in lengths:
+        ids = generator.integers(5, 250, length)
+        labels = ids.copy()
+        labels[0] = -100  # as in all of fastft's data: nothing stands before it
+        found.append(Segment(ids, labels))
+    return found
 
 
 def examine(family, folder):
