@@ -83,12 +83,14 @@ def read_turn(
     _check_asked(template, found, messages[:index], tools, prompt)
     turn = _Rendered(template, messages[:index], tools, thinking, prompt)
     end = _end_of(template, found, messages, tools, index, thinking)
-    answer = _cut(turn.answer(message), end)
+    # Templates cut answers at </think>, also where it is a word of the answer: it is hidden from
+    # them while they render.
+    content = message["content"].replace(_THINK_CLOSER, _HIDDEN)
+    shown = {**message, "content": content}
+    answer = _cut(turn.answer(shown), end).replace(_HIDDEN, _THINK_CLOSER)
     lost = _lost(message, answer)
-    cut = _THINK_CLOSER in message["content"] and message["content"].strip() not in answer
-    if cut or (lost is not None and reasoning):
-        # The template cuts answers at </think>, also the last one: hide it while it renders.
-        hidden = _cut(turn.hidden_answer(message), end)
+    if lost is not None and reasoning:
+        hidden = _cut(turn.thoughtful_answer(shown), end).replace(_HIDDEN, _THINK_CLOSER)
         if _lost(message, hidden) is None:
             return Turn(index, prompt, hidden, adds_eos=end.token is None)
     if lost is not None:
@@ -131,18 +133,15 @@ class _Rendered:
             return whole[len(self.prompt) :]
         return self._aligned(message)
 
-    def hidden_answer(self, message: Message) -> str:
-        """Return the answer with its reasoning in <think> tags that the template cannot see."""
-        content = message["content"].replace(_THINK_CLOSER, _HIDDEN)
-        reasoning = message.get("reasoning_content")
-        if reasoning:
-            content = f"<think>\n{reasoning}\n{_HIDDEN}\n\n{content}"
+    def thoughtful_answer(self, message: Message) -> str:
+        """Return the answer with its reasoning before it, hidden from the template."""
         plain = {k: v for k, v in message.items() if k != "reasoning_content"}
+        content = f"<think>\n{message['reasoning_content']}\n{_HIDDEN}\n\n{message['content']}"
         answer = self.answer({**plain, "content": content})
-        if reasoning and _opens_thought(self.prompt):
+        if _opens_thought(self.prompt):
             answer = answer.lstrip().removeprefix(_THINK_CLOSER).lstrip()
             answer = answer.removeprefix("<think>").removeprefix("\n")
-        return answer.replace(_HIDDEN, _THINK_CLOSER)
+        return answer
 
     def _aligned(self, message: Message) -> str:
         """Return the answer where the whole does not begin with the prompt (see above)."""

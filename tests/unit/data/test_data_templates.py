@@ -94,14 +94,17 @@ def test_reasoning_that_the_template_would_cut_is_trained(name):
     assert answer.index("THOUGHTONE") < answer.index("</think>") < answer.index("<html>Hi</html>")
 
 
-@pytest.mark.parametrize("name", ["Qwen-Qwen3-0.6B", "Qwen-QwQ-32B"])
+@pytest.mark.parametrize("name", ["Qwen-Qwen3-0.6B", "deepseek-ai-DeepSeek-R1-Distill-Llama-8B"])
 def test_a_thinking_mark_inside_an_answer_is_text(name):
     answer = "Write </think> to end it."
     row = {
         "messages": [{"role": "user", "content": "How?"}, {"role": "assistant", "content": answer}]
     }
     _, _, (sequence,) = _only(name, row)
-    assert answer in sequence.answers[0]
+    (trained,) = sequence.answers
+    assert answer in trained
+    if "R1" in name:
+        assert trained.startswith("\n</think>\n\nWrite"), "the thought is closed before it"
 
 
 def test_ids_that_mistral_refuses_are_rewritten_alike():
