@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastft.data.messages import MEDIA, BadRowError
+from fastft.data.messages import MEDIA, BadRowError, as_list
 from fastft.errors import FastFTError
 
 _CHOSEN = re.compile(
@@ -228,14 +228,17 @@ def _with_answer(row: dict[Any, Any], chosen: Any) -> dict[Any, Any]:
         turns = [chosen] if isinstance(chosen, Mapping) else list(chosen)
         asked = any(t.get("role", t.get("from")) in ("user", "human") for t in turns)
         if listed and not asked:
-            return {**row, listed: [*row[listed], *turns]}
+            return {**row, listed: [*as_list(row[listed], listed), *turns]}
         if asked:
             return {k: v for k, v in row.items() if k != "prompt"} | {"messages": turns}
         prompt = row.pop("prompt", row.pop("question", None))
         before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         return {**row, "messages": [*before, *turns]}
     if listed:
-        return {**row, listed: [*row[listed], {"role": "assistant", "content": chosen}]}
+        return {
+            **row,
+            listed: [*as_list(row[listed], listed), {"role": "assistant", "content": chosen}],
+        }
     if isinstance(chosen, str) and not _asks(row):
         return {**row, "messages": _transcript(chosen)}
     return {**row, "output" if "instruction" in row else "completion": chosen}

@@ -323,6 +323,14 @@ def test_reasoning_in_each_form_is_the_same_reasoning():
         assert (message["content"], message["reasoning_content"]) == (GOOD, "R"), form
 
 
+def test_labelled_rows_of_a_wrong_shape_are_counted():
+    good = {"messages": [U], "chosen": GOOD, "rejected": BAD}
+    format = detect([good], take="chosen")
+    for messages in (5, True, "x", {"role": ["user"]}):
+        with pytest.raises(BadRowError):
+            convert({**good, "messages": messages}, format)
+
+
 def test_several_different_answers_are_refused():
     row = {"question": ASK, "answers": {"text": ["a", "b"]}}
     with pytest.raises(BadRowError, match="2 answers"):
