@@ -189,7 +189,7 @@ def test_a_group_is_held_out_no_more_often_than_a_row(size):
     pick = np.random.default_rng(5)
     count = 4000 * size
     marks = RowMarks(
-        np.arange(count), *pick.integers(0, 2**64, (2, count), dtype=np.uint64),
+        np.arange(count), *pick.integers(0, 2**64, (3, count), dtype=np.uint64),
         pick.integers(0, 2**32, (count, SIGNATURE), dtype=np.uint32), np.ones(count, np.int64),
     )  # fmt: skip
     marks.asked = np.repeat(marks.asked[::size], size)  # the same question `size` times
