@@ -77,7 +77,9 @@ class FastSFTTrainer(SFTTrainer):
                     "one argument."
                 )
             kwargs["processing_class"] = tokenizer
-        settings = args[1] if len(args) > 1 else kwargs.setdefault("args", SFTConfig())
+        if len(args) < 2 and "args" not in kwargs:
+            kwargs["args"] = SFTConfig()  # only then: trl's default refuses a CPU without bfloat16
+        settings = args[1] if len(args) > 1 else kwargs["args"]
         keep_batches_padded(settings)
         super().__init__(*args, **kwargs)
         self._refuse_what_would_be_ignored()
