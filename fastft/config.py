@@ -434,6 +434,17 @@ class RunConfig(Section):
                 f"{self.model.quantization} cannot hold; "
                 "set model.quantization: none, or lora.init: default"
             )
+        if self.train.share_prefixes is True and self.lora.dropout > 0:
+            problems.append(
+                f"train.share_prefixes true with lora.dropout {self.lora.dropout:g}: sequences "
+                "that share a beginning would share its mask; set share_prefixes: auto, or "
+                "dropout: 0"
+            )
+        if self.train.share_prefixes is True and self.train.padding_free is False:
+            problems.append(
+                "train.share_prefixes true with train.padding_free false: padded batches share "
+                "nothing; set padding_free: auto"
+            )
         if self.lora.init == "orthogonal" and self.lora.r % 2:
             problems.append(
                 f"lora.init orthogonal needs an even rank, lora.r is {self.lora.r}; set "

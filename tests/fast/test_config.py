@@ -76,6 +76,11 @@ def test_all_problems_are_reported_together():
             "changes the base weights",
         ),
         ({"lora": {"init": "orthogonal", "r": 7}}, "even rank"),
+        ({"lora": {"dropout": 0.1}, "train": {"share_prefixes": True}}, "would share its mask"),
+        (
+            {"train": {"padding_free": False, "share_prefixes": True}},
+            "padded batches share nothing",
+        ),
         (
             {"data": {"source": "d", "eval_fraction": 0}, "train": {"early_stopping_patience": 2}},
             "held-out data",
