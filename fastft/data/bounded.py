@@ -17,6 +17,9 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
+
+from fastft.errors import FastFTError
 
 SECONDS = 20.0
 """How long one rendering may take; real templates take a thousandth of it, on long chats too."""
@@ -136,6 +139,25 @@ def huge_constant(source: str) -> str | None:
         if isinstance(value, int | float) and abs(value) > _LARGEST_NUMBER:
             return f"line {line}: the number {value:,}"
     return None
+
+
+def render(tokenizer: Any, messages: list[dict[str, Any]], **keywords: Any) -> str:
+    """Return the conversation as the tokenizer's own template writes it, within the limits.
+
+    Raises FastFTError where it does not keep to them, and what the template itself raises.
+    """
+    huge = huge_constant(str(tokenizer.chat_template))
+    try:
+        if huge is not None:
+            raise TemplateLimitError(f"{huge} makes something huge in one step")
+        with limited():
+            text: str = tokenizer.apply_chat_template(messages, tokenize=False, **keywords)
+        if len(text) > OUTPUT_CHARACTERS:
+            raise TemplateLimitError(f"it wrote {len(text):,} characters")
+        return text
+    except (TemplateLimitError, MemoryError) as error:
+        why = str(error) or f"it ran for more than {SECONDS:.0f} s or filled the memory"
+        raise FastFTError(f"the chat template cannot be used: {why}.") from error
 
 
 def _resident() -> int:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fastft.data import bounded
 from fastft.errors import FastFTError
 from fastft.files import write_atomically
 
@@ -285,7 +286,7 @@ def of_tokenizer(tokenizer: Any) -> Render:
     """Return what renders with the tokenizer's own chat template, without BOS in front."""
 
     def render(messages: list[dict[str, str]]) -> str:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = bounded.render(tokenizer, messages, add_generation_prompt=True)
         return str(text).removeprefix(tokenizer.bos_token or "")
 
     return render

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastft.data.bounded import OUTPUT_CHARACTERS, TemplateLimitError, huge_constant, limited
 from fastft.errors import FastFTError
 from fastft.hardware import cpu_flags
 from fastft.inference.gguf_header import check_header
@@ -193,7 +194,7 @@ def template_errors() -> tuple[type[Exception], ...]:
     import jinja2
 
     own = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
-    return (jinja2.TemplateError, MemoryError, *own)
+    return (jinja2.TemplateError, TemplateLimitError, MemoryError, *own)
 
 
 class _Guards:
@@ -368,6 +369,11 @@ class GgufModel:
             )
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
+        if huge := huge_constant(template):
+            raise FastFTError(
+                f"the chat template of {self.path}, {huge}: that would make something huge in one "
+                "step, so it is not run."
+            )
         try:
             formatter = Jinja2ChatFormatter(
                 template=template,
@@ -375,7 +381,11 @@ class GgufModel:
                 eos_token=self._spelling(self.eos),
                 add_generation_prompt=add_generation_prompt,
             )
-            return formatter(messages=list(messages), tools=tools).prompt  # type: ignore[arg-type]
+            with limited():
+                text = formatter(messages=list(messages), tools=tools).prompt  # type: ignore[arg-type]
+            if len(text) > OUTPUT_CHARACTERS:
+                raise TemplateLimitError(f"it wrote {len(text):,} characters")
+            return text
         except template_errors() as error:
             what = str(error).strip()[:300] or type(error).__name__
             raise FastFTError(

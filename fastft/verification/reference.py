@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastft.data.bounded import render
 from fastft.families import text_name
 
 HARD_TEXTS = [
@@ -258,9 +259,7 @@ def render_chat(
     if not tokenizer.chat_template:
         return chat
     try:
-        chat["text"] = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        chat["text"] = render(tokenizer, messages, add_generation_prompt=add_generation_prompt)
     except jinja2.TemplateError:
         return chat
     chat["ids"] = tokenizer(chat["text"], add_special_tokens=False)["input_ids"]

@@ -605,6 +605,16 @@ ENDLESS = [
 ]  # fmt: skip
 
 
+@group
+def endless(chance: random.Random) -> Iterator[Attack]:
+    """Chat templates that would run for ever or fill the memory."""
+    for number, template in enumerate(ENDLESS):
+        yield Attack(
+            f"endless {number}: {template[:40]}",
+            _shape("chat_template.jinja", template, "base", _gguf),
+        )
+
+
 def _gguf_file(change: Callable[[bytes], bytes]):
     def make(lab: Lab) -> list[object]:
         whole = next(lab.run.glob("export/*.F16.gguf")).read_bytes()

@@ -190,6 +190,27 @@ def test_a_control_token_in_a_message_is_text(gguf):
             assert ids.count(end[0]) == plain.count(end[0])
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'x' * 10000000000 }}",
+        "{{ messages[99].content.x }}",
+        "{{ messages + 3 }}",
+        "{{ nonsense",
+    ],
+)
+def test_a_template_that_runs_for_ever_or_fails_is_one_message(gguf, monkeypatch, template):
+    from fastft.data import bounded
+    from fastft.inference.llamacpp import open_gguf
+
+    monkeypatch.setattr(bounded, "SECONDS", 0.5)
+    with open_gguf(gguf, n_ctx=256) as model:
+        monkeypatch.setattr(model, "metadata", lambda key: template)
+        with pytest.raises(FastFTError, match="the chat template of"):
+            model.render([{"role": "user", "content": "a"}])
+
+
 def test_a_body_of_300_mb_is_refused_before_it_is_read(server):
     client, port, process = server
     with socket.create_connection(("127.0.0.1", port), timeout=30) as sender:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastft.data.bounded import render
 from fastft.exporting.gguf.architectures import Unsupported
 from fastft.exporting.gguf.isolated import run_isolated
 from fastft.files import read_json
@@ -339,7 +340,7 @@ def _after_an_answer(tokenizer: Any) -> int | None:
         return None
     messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "the-answer"}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = render(tokenizer, messages)
     except (TemplateError, TypeError, ValueError):  # a template that wants more than messages
         return None
     _, found, rest = text.rpartition("the-answer")
