@@ -479,7 +479,7 @@ def evaluate(
         )
     else:
         found = evaluation.evaluate(
-            target, data=str(data), metric=metric or ["auto"], against=against or [],
+            target, data=str(data), metric=[*(metric or ["auto"]), *floors], against=against or [],
             with_base=with_base, with_exports=with_exports, base=base, out=out,
             max_new_tokens=max_new_tokens, limit=limit, dtype=dtype,
             gpu_layers=_layers(gpu_layers), n_ctx=n_ctx,

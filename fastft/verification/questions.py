@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastft.data.formats import BadRowError, Format, convert, detect
@@ -53,7 +54,7 @@ class QuestionFile:
     """Line -> why it cannot be used."""
 
     def metrics(self, wanted: list[str]) -> list[str]:
-        """Return the metrics to measure: those `wanted`, or what the columns allow for "auto".
+        """Return the metrics to measure: those `wanted`, where "auto" is what the columns call for.
 
         Raises FastFTError for unknown names and for metrics that the columns do not allow.
         """
@@ -68,8 +69,8 @@ class QuestionFile:
                 f"{', '.join(allowed)}. choice needs the columns choices and answer, regex "
                 "the column pattern, exact_match and contains an answer."
             )
-        named = [name for name in METRICS if name in wanted]
-        return named or self._chosen(allowed)
+        chosen = self._chosen(allowed) if "auto" in wanted else []
+        return [name for name in METRICS if name in wanted or name in chosen]
 
     def _allowed(self) -> list[str]:
         first = self.questions[0]
@@ -92,6 +93,9 @@ def read_questions(source: str, *, limit: int | None = None) -> QuestionFile:
 
     Raises FastFTError where no row can be used. Unusable rows are left out and counted.
     """
+    path = Path(source).expanduser()
+    if path.suffix and not path.exists():
+        raise FastFTError(f"--data {source} does not exist (looked in {path.absolute().parent}).")
     rows: list[tuple[int, Any]] = []
     for chunk in open_source(source).chunks():
         rows += chunk.parsed()

@@ -95,6 +95,10 @@ def test_columns_choose_the_metrics(tmp_path):
     choice = {"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}
     assert questions(tmp_path, choice).metrics(["auto"]) == ["choice", "choice_norm"]
     assert questions(tmp_path, choice).metrics(["exact_match"]) == ["exact_match"]
+    both = questions(tmp_path, asked).metrics(["auto", "perplexity"])
+    assert both == ["exact_match", "contains", "perplexity"]
+    with pytest.raises(FastFTError, match=r"--data nope\.jsonl does not exist"):
+        read_questions("nope.jsonl")
     with pytest.raises(FastFTError, match=r"cannot be judged by choice.*exact_match, contains"):
         questions(tmp_path, asked).metrics(["choice"])
     with pytest.raises(FastFTError, match=r"unknown metric 'exact'.*exact_match"):
