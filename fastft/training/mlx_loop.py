@@ -22,7 +22,6 @@ import torch
 from mlx.optimizers import AdamW
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from transformers import TrainerControl, TrainerState, get_scheduler
-from transformers.trainer_callback import CallbackHandler
 
 from fastft.config import TrainConfig
 from fastft.data import trie
@@ -74,7 +73,7 @@ class MlxTrainer:
         self.on_log, self.save_extra, self.checkpoints = on_log, save_extra, checkpoints
         self.progress, self.args = Progress(), arguments
         self.state, self.control = TrainerState(max_steps=total_steps), TrainerControl()
-        self.callbacks = CallbackHandler(trackers or [], None, None, None, None)
+        self.callbacks: list[Any] = list(trackers or [])
         self.asks_to_stop: Callable[[], list[bool]] = list
         self.agreed: list[bool] = []
         self.stopped_by_signal = self.stopped_early = False
@@ -88,11 +87,10 @@ class MlxTrainer:
         self.optimizer.init(model.model.trainable_parameters())
         self.rates = _rates(settings, warmup_steps, total_steps)
         self.loss_and_gradient = nn.value_and_grad(model.model, model.loss_sum)
-        mx.random.seed(settings.seed)
 
     def add_callback(self, callback: Any) -> None:
         """Have `callback` (transformers' interface) called."""
-        self.callbacks.add_callback(callback)
+        self.callbacks.append(callback)
 
     # --- the loop
 
@@ -108,6 +106,7 @@ class MlxTrainer:
             if epoch != self.epoch:
                 self.steps.set_epoch(epoch)
                 self.epoch = epoch
+            self.control = TrainerControl()  # what is asked for is asked for after each step
             self._call("on_step_begin")
             self._step(segments_of(self.steps[at]))
             self._call("on_step_end")
@@ -120,12 +119,16 @@ class MlxTrainer:
         self._call("on_train_end")
 
     def _call(self, event: str, **more: Any) -> None:
-        self.control = getattr(self.callbacks, event)(self.args, self.state, self.control, **more)
+        for callback in self.callbacks:
+            told = getattr(callback, event)(self.args, self.state, self.control, **more)
+            self.control = told or self.control
 
     def _step(self, segments: list[Segment]) -> None:
         """One optimizer step; nothing of it is kept where loss or gradient is not finite."""
         started = time.perf_counter()
         self.model.model.train()
+        # Dropout's masks follow from seed and step alone, so a resumed step draws the same.
+        mx.random.seed((self.settings.seed << 32) + self.state.global_step)
         loss, gradient, unique = gradient_of(
             self.model, self.loss_and_gradient, segments, self.policy
         )
@@ -214,7 +217,7 @@ class MlxTrainer:
             state = {name: _torch(array) for name, array in tree_flatten(self.optimizer.state)}
             torch.save(state, folder / "optimizer.pt")
             torch.save({"rates": self.rates}, folder / "scheduler.pt")
-            torch.save({"mlx": _torch(mx.random.state[0])}, folder / "rng_state.pth")
+            torch.save({"seed": self.settings.seed, "step": step}, folder / "rng_state.pth")
             self.state.save_to_json(str(folder / "trainer_state.json"))
             self.save_extra(folder)
         self.progress.saving_seconds.append(time.perf_counter() - started)
@@ -225,7 +228,6 @@ class MlxTrainer:
         load_adapter(self.model, folder)
         state = torch.load(folder / "optimizer.pt", weights_only=True)
         self.optimizer.state = tree_unflatten([(name, _mlx(t)) for name, t in state.items()])
-        mx.random.state[0] = _mlx(torch.load(folder / "rng_state.pth", weights_only=True)["mlx"])
         values = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         self.state.global_step = values["global_step"]
         mx.eval(self.optimizer.state)
