@@ -199,9 +199,10 @@ def refuse_differences(before: dict[str, Any], config: RunConfig) -> list[str]:
             if key in MAY_CHANGE.get(section, set()) or key not in old or old[key] == value:
                 continue
             line = f"{section}.{key} was {old[key]!r}, is now {value!r}"
-            (moved if key in MAY_MOVE.get(section, set()) and old[key] and value else lines).append(
-                line
-            )
+            may_move = key in MAY_MOVE.get(section, set()) and old[key] and value
+            if (section, key) == ("data", "sources"):
+                may_move = _without_paths(old[key]) == _without_paths(value)
+            (moved if may_move else lines).append(line)
     if lines:
         raise FastFTError(
             f"the run in {config.run_dir} was started with other settings:\n"
@@ -209,6 +210,12 @@ def refuse_differences(before: dict[str, Any], config: RunConfig) -> list[str]:
             + "\nPut them back to go on, or start a new run with another project name."
         )
     return moved
+
+
+def _without_paths(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return several sources without where they lie, which may differ on another machine."""
+    paths = MAY_MOVE["data"]
+    return [{k: v for k, v in source.items() if k not in paths} for source in sources]
 
 
 @contextlib.contextmanager

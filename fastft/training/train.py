@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 DATASET_KEYS = {
     "format", "rows_total", "rows_used", "dropped", "tokens", "trained_tokens", "truncated",
-    "duplicates", "leakage",
+    "duplicates", "leakage", "sources",
 }  # fmt: skip
 """What run.json keeps of the data's report."""
 

@@ -119,6 +119,22 @@ def test_a_wrong_list_of_sources_is_said(data, says):
         make_config({"model": {"name": "m"}, "data": data})
 
 
+def test_sources_may_lie_elsewhere_on_resume_and_weights_may_not_change():
+    from fastft.runs.checkpoint import refuse_differences
+
+    def config(folder, weight):
+        sources = [
+            {"source": f"{folder}/a.jsonl", "weight": weight},
+            {"source": f"{folder}/b.jsonl", "weight": 1},
+        ]
+        return make_config({"model": {"name": "m"}, "data": {"sources": sources}})
+
+    (moved,) = refuse_differences(config("here", 2).model_dump(), config("there", 2))
+    assert "there/a.jsonl" in moved
+    with pytest.raises(FastFTError, match=r"data\.sources was"):
+        refuse_differences(config("here", 2).model_dump(), config("here", 3))
+
+
 def test_only_the_last_answer_is_trained_when_asked_for(tmp_path):
     tokenizer = real.tiny_for(real.template("openai-gpt-oss-120b"))
     path = _file(tmp_path / "a.jsonl", [_chat("Q1", "AA1", "Q2", "AA2", "Q3", "AA3")] * 2)
