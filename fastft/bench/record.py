@@ -179,9 +179,9 @@ class Ratio(_Model):
 
     speed: float
     """Median of the paired ratios of seconds, round by round."""
-    speed_low: float
-    speed_high: float
-    """95 % bootstrap interval of that median."""
+    speed_low: float | None
+    speed_high: float | None
+    """95 % bootstrap interval of that median; None from fewer than three rounds."""
     memory: float | None
 
 
@@ -192,6 +192,8 @@ class TableResult(_Model):
     ratios: dict[str, Ratio]
     """Only arms that passed the gate, as fastft did too."""
     parity: dict[str, Parity]
+    withheld: dict[str, str] = {}
+    """{arm: why it has no ratio, though it passed}: the machine was not idle."""
 
 
 class Machine(_Model):

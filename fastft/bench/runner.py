@@ -24,7 +24,7 @@ from typing import Any
 from fastft.bench.case import TUNING, Case
 from fastft.bench.parity import Evidence, judge, judge_across
 from fastft.bench.record import Check, Machine, Parity, Record, Result, Table, TableResult
-from fastft.bench.statistics import NOISY, paired_ratio, summarise
+from fastft.bench.statistics import NOISY, not_idle, paired_ratio, summarise
 from fastft.bench.workload import Workload, load, parameters_of
 from fastft.errors import CouldNotFinishError, FastFTError, one_of
 from fastft.hardware import Hardware, gpu_key, probe
@@ -563,10 +563,15 @@ def _summed_up(state: _Invocation, repeats: int, gates: dict[tuple[str, str], Pa
             arm for arm, gate in parity.items() if gate.passed and summaries[arm].status == "ok"
         ]
         ok = {arm: [r for r in runs[arm] if r.status == "ok"] for arm in passed}
-        ratios = {}
-        if "fastft" in passed:
-            ratios = {arm: paired_ratio(ok["fastft"], ok[arm]) for arm in passed if arm != "fastft"}
-        tables[table] = TableResult(arms=summaries, ratios=ratios, parity=parity)
+        ratios, withheld = {}, {}
+        for arm in passed if "fastft" in passed else []:
+            if arm == "fastft":
+                continue
+            if reason := not_idle(ok["fastft"], ok[arm]):
+                withheld[arm] = reason
+            else:
+                ratios[arm] = paired_ratio(ok["fastft"], ok[arm])
+        tables[table] = TableResult(arms=summaries, ratios=ratios, parity=parity, withheld=withheld)
     commit, dirty = _commit()
     return Result(
         case=case,

@@ -21,6 +21,27 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(median=float(middle), p20=float(low), p80=float(high))
 
 
+FEWEST_ROUNDS = 3
+"""Rounds from which an interval means something."""
+OTHERS_LIMIT = 0.10
+"""Share of the cores that other processes may have in a round before its speed means nothing."""
+
+
+def not_idle(ours: Sequence[Record], theirs: Sequence[Record]) -> str | None:
+    """Return why these records give no ratio: others had the cores meanwhile. None: they do."""
+    shares = [
+        record.noise.others_share
+        for record in (*ours, *theirs)
+        if record.noise is not None and record.noise.others_share is not None
+    ]
+    if not shares or max(shares) <= OTHERS_LIMIT:
+        return None
+    return (
+        f"other processes had up to {max(shares):.0%} of the cores in a round (at most "
+        f"{OTHERS_LIMIT:.0%} for a ratio); measure again on an idle machine"
+    )
+
+
 def paired_ratio(
     ours: Sequence[Record], theirs: Sequence[Record], *, draws: int = 5000, seed: int = 0
 ) -> Ratio:
@@ -28,8 +49,8 @@ def paired_ratio(
 
     Records are paired by repeat, steps by index: the same sequences at about the same time. The
     interval is the 2.5th to 97.5th percentile of a two-stage bootstrap (Efron and Tibshirani 1993,
-    chapter 8): rounds are drawn with replacement, and within each round steps, so that it has a
-    width with few rounds as well.
+    chapter 8): rounds are drawn with replacement, and within each round steps. Fewer than three
+    rounds give no interval.
     """
     by_repeat = {record.repeat: record for record in theirs}
     pairs = [(record, by_repeat[record.repeat]) for record in ours if record.repeat in by_repeat]
@@ -46,10 +67,11 @@ def paired_ratio(
     mine, other = [memory_bytes(_peak(records)) for records in (ours, theirs)]
     # The median of all rounds lies inside unless nearly all resampled medians lie to one side of
     # it.
+    enough = rounds >= FEWEST_ROUNDS
     return Ratio(
         speed=middle,
-        speed_low=min(float(low), middle),
-        speed_high=max(float(high), middle),
+        speed_low=min(float(low), middle) if enough else None,
+        speed_high=max(float(high), middle) if enough else None,
         memory=mine / other if mine and other else None,
     )
 

@@ -168,7 +168,11 @@ def test_smoke_runs_all_cpu_arms_with_both_tables(tmp_path):
     assert done.code == 0, done.err
     answer = json.loads(done.out)
     for table in ("defaults", "matched"):
-        assert set(answer["ratios"][table]) == {"peft", "unsloth"}
+        result = read_result(next(tmp_path.glob("*.json"))).tables[table]
+        # On a busy machine a ratio is withheld, and says why.
+        assert set(answer["ratios"][table]) | set(result.withheld) == {"peft", "unsloth"}
         for ratio in answer["ratios"][table].values():
-            assert ratio["speed_low"] <= ratio["speed"] <= ratio["speed_high"]
+            assert ratio["speed"] > 0
+            if ratio["speed_low"] is not None:
+                assert ratio["speed_low"] <= ratio["speed"] <= ratio["speed_high"]
     assert list(tmp_path.glob("*.png"))

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import make_plan_constants
+import make_readme
 import make_settings
 
 from fastft.config import RunConfig
@@ -34,3 +35,17 @@ def test_every_constant_of_the_plan_says_what_it_means():
     ]
     assert len(found) > 20
     assert [name for name, _, meaning in found if not meaning] == []
+
+
+def test_numbers_in_the_readmes_and_the_cards_are_their_sources():
+    for path, text in make_readme.pages().items():
+        assert path.read_text(encoding="utf-8") == text, "python tools/make_readme.py"
+    for readme in make_readme.READMES:
+        assert "<!-- speed -->" in readme.read_text(encoding="utf-8")
+
+
+def test_links_inside_the_documents_lead_somewhere():
+    for page in (ROOT / "README.md", ROOT / "README.ja.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -13,8 +13,8 @@ import yaml
 from fastft.bench import runner
 from fastft.bench.case import Lengths, known_cases, load_case
 from fastft.bench.flops import step_flops
-from fastft.bench.record import Record, Step
-from fastft.bench.statistics import paired_ratio, spread
+from fastft.bench.record import Noise, Record, Step
+from fastft.bench.statistics import not_idle, paired_ratio, spread
 from fastft.bench.workload import FIRST_TOKEN, draw, draw_lengths, load, save
 from fastft.errors import FastFTError
 from fastft.planning.shape import ModelShape, Weight
@@ -118,10 +118,23 @@ def test_spread():
 
 def test_the_ratio_is_paired_by_round():
     # The machine is twice as slow in round 1; the paired ratio does not see it.
-    ours = [a_record("fastft", 0, [9, 1, 1]), a_record("fastft", 1, [9, 2, 2])]
-    theirs = [a_record("peft", 0, [9, 3, 3]), a_record("peft", 1, [9, 6, 6])]
+    slow = [1, 2, 1]
+    ours = [a_record("fastft", i, [9, s, s]) for i, s in enumerate(slow)]
+    theirs = [a_record("peft", i, [9, 3 * s, 3 * s]) for i, s in enumerate(slow)]
     ratio = paired_ratio(ours, theirs)
     assert ratio.speed == ratio.speed_low == ratio.speed_high == 3
+    two = paired_ratio(ours[:2], theirs[:2])
+    assert (two.speed, two.speed_low, two.speed_high) == (3, None, None), "no interval from two"
+
+
+def test_no_ratio_where_others_had_the_cores():
+    def records(arm, share):
+        noise = Noise(load_average_before=0, load_average_after=0, others_share=share)
+        return [a_record(arm, i, [1, 1]).model_copy(update={"noise": noise}) for i in range(3)]
+
+    assert not_idle(records("fastft", 0.1), records("peft", None)) is None
+    said = not_idle(records("fastft", 0.02), records("peft", 0.31))
+    assert "up to 31% of the cores" in said
 
 
 def test_the_same_arm_twice_gives_an_interval_around_one():

@@ -167,19 +167,20 @@ def speed_up(result: Result) -> Figure:
 
     def draw(axes: Axes, table: TableResult) -> None:
         arms = [arm for arm in table.arms if arm != "fastft"]
-        top = max([1.0, *(ratio.speed_high for ratio in table.ratios.values())])
+        top = max([1.0, *(ratio.speed_high or ratio.speed for ratio in table.ratios.values())])
         for row, arm in enumerate(arms):
             ratio = table.ratios.get(arm)
             if ratio is None:
                 gate = table.parity.get(arm)
-                word = (
-                    "parity failed"
-                    if gate and not gate.passed
-                    else f"no ratio ({table.arms[arm].status})"
+                status = (
+                    "the machine was not idle" if arm in table.withheld else table.arms[arm].status
                 )
+                failed = gate is not None and not gate.passed
+                word = "parity failed" if failed else f"no ratio ({status})"
                 axes.text(1, row, f"  {word}", va="center", fontsize=9, color=FAINT, style="italic")
                 continue
-            error = [[ratio.speed - ratio.speed_low], [ratio.speed_high - ratio.speed]]
+            low, high = ratio.speed_low or ratio.speed, ratio.speed_high or ratio.speed
+            error = [[ratio.speed - low], [high - ratio.speed]]
             axes.errorbar(
                 ratio.speed,
                 row,

@@ -54,7 +54,7 @@ def verdicts(table: TableResult) -> list[Verdict]:
 def _verdict(table: TableResult, arm: str) -> Verdict:
     if arm in table.ratios:
         return Verdict(arm, table.ratios[arm])
-    reasons = []
+    reasons = [table.withheld[arm]] if arm in table.withheld else []
     failed = False
     for name in (arm, "fastft"):
         gate, summary = table.parity.get(name), table.arms.get(name)
@@ -70,7 +70,9 @@ def _verdict(table: TableResult, arm: str) -> Verdict:
 
 def ratio_text(ratio: Ratio) -> str:
     """Return ``4.80x (4.30 to 5.10), memory 0.41x``."""
-    interval = f"{factor(ratio.speed_low)} to {factor(ratio.speed_high)}"
+    interval = "fewer than three rounds: no interval"
+    if ratio.speed_low is not None and ratio.speed_high is not None:
+        interval = f"{factor(ratio.speed_low)} to {factor(ratio.speed_high)}"
     memory = "" if ratio.memory is None else f", memory {factor(ratio.memory)}x"
     return f"{factor(ratio.speed)}x ({interval}){memory}"
 
