@@ -174,6 +174,7 @@ def init(
     ] = None,
 ) -> None:
     """Print a commented config that fits the data and the machine, or write it to a file."""
+    from fastft.config import ModelConfig
     from fastft.data.glance import glance
     from fastft.hardware import named_gpu, probe
     from fastft.planning.init import commented_config, suggested_model
@@ -181,7 +182,7 @@ def init(
     if out is not None and out.exists():
         raise FastFTError(f"{out} exists and is not replaced. Name another file, or delete it.")
     base = model or suggested_model(named_gpu(gpu) if gpu else probe())
-    seen = glance(data, base)
+    seen = glance(data, ModelConfig(name=base).name)
     text = commented_config(
         gpu=gpu, model=base, data=data, project=project, seen=seen, file=str(out or "run.yaml")
     )
