@@ -13,7 +13,7 @@ PINS := $(wildcard requirements/*.txt)
 SETUP = $(PYTHON) tools/setup_env.py $(VENV) $(if $(HASHES),--hashes)
 export TORCH_INDEX
 
-.PHONY: quickstart test test-fast test-long lint types setup wheel clean
+.PHONY: quickstart test test-fast test-long lint types setup wheel release gpu-check clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/fastft quickstart
@@ -41,6 +41,13 @@ setup: $(VENV)/.ready-dev
 wheel: $(VENV)/.ready
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 	@ls dist/*.whl
+
+release: $(VENV)/.ready-dev
+	$(BIN)/python tools/release.py
+
+# On a machine with an NVIDIA card: does it train exactly, fit as planned, and how fast?
+gpu-check: $(VENV)/.ready
+	$(BIN)/fastft selftest
 
 $(VENV)/.ready: pyproject.toml $(PINS)
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 with venv found; install one or set PYTHON=..." >&2; exit 1; }

@@ -102,9 +102,9 @@ class Reporter:
                 if isinstance(drop, dict)
                 else (drop.count, drop.lines)
             )
-            self.warn(
-                f"{count:,} rows not used: {reason} (first lines: {', '.join(map(str, lines[:5]))})"
-            )
+            rows = "1 row is" if count == 1 else f"{count:,} rows are"
+            first = ", ".join(map(str, lines[:5]))
+            self.warn(f"{rows} not used: {reason} (first lines: {first})")
 
     @contextlib.contextmanager
     def training(self, total_steps: int) -> Iterator[None]:

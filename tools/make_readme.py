@@ -1,9 +1,9 @@
 """Write what is measured or planned into the READMEs and docs/cards.md: python
 tools/make_readme.py.
 
-Between the marks `<!-- speed -->` and `<!-- /speed -->` stands the newest committed result of each
-CPU case and machine; docs/cards.md is `fastft plan --table`. A test compares the committed pages
-with what this program writes, so a number in them cannot differ from its source.
+Between marks such as `<!-- speed -->` and `<!-- /speed -->` stand the newest committed results of
+each CPU case and machine; docs/cards.md is `fastft plan --table`. A test compares the committed
+pages with what this program writes, so a number in them cannot differ from its source.
 """
 
 from __future__ import annotations
@@ -54,8 +54,30 @@ def pages() -> dict[Path, str]:
 def _with_speed(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     table = speed_table(newest_results(), WORDS[path.name])
-    block = f"<!-- speed -->\n{table}<!-- /speed -->"
-    return re.sub(r"<!-- speed -->.*?<!-- /speed -->", lambda _: block, text, flags=re.DOTALL)
+    values = {"speed": f"\n{table}", "matched": _matched(), "a-a": _against_itself()}
+    for name, value in values.items():
+        pattern = f"(<!-- {name} -->).*?(<!-- /{name} -->)"
+        plain = value.replace("\\", "\\\\")
+        text = re.sub(pattern, rf"\g<1>{plain}\g<2>", text, flags=re.DOTALL)
+    return text
+
+
+def _matched() -> str:
+    """Return the smallest and largest ratio of all matched tables against peft and Unsloth."""
+    found = [
+        ratio.speed
+        for result in newest_results()
+        for arm, ratio in result.tables["matched"].ratios.items()
+        if arm in {"peft", "unsloth"}
+    ]
+    return f"{min(found):.1f}x to {max(found):.1f}x"
+
+
+def _against_itself() -> str:
+    """Return the ratio of fastft against fastft, from the newest result of the case a-a."""
+    newest = max((read_result(p) for p in RESULTS.glob("a-a--*.json")), key=lambda r: r.date)
+    ratio = newest.tables["defaults"].ratios["fastft-again"]
+    return f"{ratio.speed:.2f}x ({ratio.speed_low:.2f} to {ratio.speed_high:.2f})"
 
 
 def newest_results() -> list[Result]:

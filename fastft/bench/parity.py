@@ -15,8 +15,8 @@ from fastft.bench.case import Tolerances
 from fastft.bench.record import Check, Parity, Record
 
 CHANGE = 2.0
-"""How many times more or less than the reference's an adapter may change: AdamW's variants differ
-by less, a step that is left out or an optimizer that does nothing by more.
+"""Largest allowed ratio between this arm's adapter change and the reference's: AdamW's variants
+differ by less, a step that is left out or an optimizer that does nothing by more.
 """
 
 

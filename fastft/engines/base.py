@@ -43,9 +43,7 @@ class Engine(Protocol):
         ...
 
     def forget_check(self, model: Any) -> None:
-        """Drop what passes before training, with gradients, left compiled: training must not take
-        it over.
-        """
+        """Reset torch.compile caches left by the pre-training check."""
         ...
 
     def announce_scale(self, model: Any, scale: Any) -> None:

@@ -60,10 +60,8 @@ WEIGHT_LIMITS: dict[str, float] = {
 
 
 def limits_for(file_type: str) -> Limits:
-    """Return the limits for files of `file_type` ("q4_k_m"); an unknown one gets those of the
-    widest alike.
-
-    Alike is what has the same number of bits: "q4_1" is judged like "iq4_xs".
+    """Return the limits for files of `file_type` ("q4_k_m"); unknown types use the loosest limits
+    among types with the same bit width: "q4_1" is judged like "iq4_xs".
     """
     if file_type in LIMITS:
         return LIMITS[file_type]

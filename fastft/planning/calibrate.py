@@ -42,15 +42,15 @@ class Calibration:
         error = self.predicted_bytes / self.measured_bytes - 1
         planned, measured = self.predicted_bytes / GIB, self.measured_bytes / GIB
         seen = (
-            f"memory at {self.tokens:,} tokens a pass: planned {planned:.2f} GiB, measured "
-            f"{measured:.2f} ({error:+.0%})"
+            f"A pass of {self.tokens:,} tokens took {measured:.2f} GiB of memory; "
+            f"{planned:.2f} GiB were planned ({error:+.0%})"
         )
         need = (
-            f"{self.largest_tokens:,} tokens, the most to come, will need about "
+            f"The largest pass still to come ({self.largest_tokens:,} tokens) needs about "
             f"{self.largest_bytes / GIB:.2f}"
         )
         if self.fits:
-            return f"{seen}; {need} of {self.limit_bytes / GIB:.2f}"
+            return f"{seen}. {need} of the {self.limit_bytes / GIB:.2f} GiB available."
         most = self.largest_fitting_tokens
         if not most:
             advice = (
@@ -68,7 +68,8 @@ class Calibration:
                 "machine"
             )
         return (
-            f"{seen}; {need}, but only {self.limit_bytes / GIB:.2f} are there. Stop now: {advice}"
+            f"{seen}. {need} GiB, but only {self.limit_bytes / GIB:.2f} GiB are available. "
+            f"The run stops here: {advice}"
         )
 
 

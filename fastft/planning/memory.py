@@ -298,7 +298,7 @@ _SHARED_INPUT = {
 
 
 def moving_terms(shape: ModelShape, s: Situation) -> list[Term]:
-    """What comes and goes in a step, at its fullest moment.
+    """Transient memory of a step at its peak.
 
     Without checkpointing that is the end of the forward pass: all saved tensors, and the larger of
     the loss and one layer's backward. With it, all layer inputs and either the loss or one

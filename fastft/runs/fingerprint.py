@@ -1,5 +1,5 @@
-"""Which base model is this? A fingerprint of its weights, so that a run never goes on upon another
-one in silence.
+"""Which base model is this? A fingerprint of its weights, so a run can never silently continue on
+a different base.
 
 An adapter is a difference to one base. A folder whose weights were exchanged, or a Hub branch that
 moved, loads without any message, and all that is trained, merged or exported upon it is wrong.

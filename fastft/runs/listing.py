@@ -87,7 +87,9 @@ def _last_change(path: Path) -> float:
 
 
 def _summary(run: RunFolder) -> RunSummary:
-    exports = sorted(p.name for p in run.export.glob("*") if not p.name.startswith((".", "certif", "README")))
+    exports = sorted(
+        p.name for p in run.export.glob("*") if not p.name.startswith((".", "certif", "README"))
+    )
     try:
         record, log = run.read_record(), run.read_log()
     except FastFTError as error:

@@ -57,8 +57,8 @@ class GivenUpError(OSError):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the mirror shall hold: the newest checkpoint, `keep` in all, those of `protected`
-    steps, at the end everything.
+    """What the mirror should contain: the newest checkpoint, at most `keep` in total, all
+    `protected` steps; after the run, everything.
     """
 
     number: int

@@ -95,8 +95,8 @@ class Steering(TrainerCallback):
         return control
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Delete what is neither new nor best, only now that a newer checkpoint is whole; have the
-        mirror follow. The first process's business.
+        """Prune old checkpoints (keep recent and best) once a newer one is complete; then update
+        the mirror. Only the first process does it.
         """
         if not ranks.first():
             return

@@ -112,7 +112,7 @@ def choose_rows(
     rows, config = engine.accept_rows(model), text_config(model)
     known = rows != "varlen" or is_known_family(model)
     if known and tested:
-        reason, exact = f"{config.model_type}'s attention is known", True
+        reason, exact = f"exact for {config.model_type}", True
     elif not known and (reason := _unfit(config)):
         exact = False
     else:
@@ -302,7 +302,7 @@ def _compare_long(
 
 @contextlib.contextmanager
 def _eagerly(model: Any) -> Iterator[None]:
-    """Inside, no dropout and nothing compiled.
+    """Disable dropout and compilation for a check.
 
     Compiling the layers for these few passes alone would cost 25 s (16 bit) to 100 s (4 bit) on a
     GPU, and rows without padding do not run compiled in training.
@@ -400,8 +400,8 @@ def _computes_in_float16(context: Callable[[], AbstractContextManager[Any]]) -> 
 
 @contextlib.contextmanager
 def _without_dropout(model: Any) -> Iterator[None]:
-    """Inside, no dropout: the two ways would draw different masks. Leaves training mode and no
-    gradients, also on an error.
+    """Disable dropout so both computations see the same network; restore train mode and clear
+    gradients on exit, also after an error.
     """
     layers = [
         (module, module.p) for module in model.modules() if isinstance(module, torch.nn.Dropout)

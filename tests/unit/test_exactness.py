@@ -305,7 +305,7 @@ def test_rows_are_chosen_by_what_was_found(model_of, check, rows, reason):
 
 def test_a_family_of_the_table_needs_no_look_where_it_was_tested(model_of):
     chosen, choice = choose_rows("auto", model_of("llama"), ENGINE, fails, tested=True, longest=128)
-    assert (chosen, choice.reason) == ("varlen", "llama's attention is known")
+    assert (chosen, choice.reason) == ("varlen", "exact for llama")
 
 
 def test_a_family_outside_of_the_table_is_looked_at(model_of, monkeypatch):
