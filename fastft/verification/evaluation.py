@@ -32,7 +32,8 @@ MOST_NEW_TOKENS = 1024
 class _Result:
     """What one model said and scored."""
 
-    judged: Judged
+    name: str
+    kind: str
     seconds: float
     scores: dict[str, Scores]
     answers: list[str]
@@ -86,6 +87,7 @@ def evaluate(
     results: list[_Result] = []
     for judged in _models(target, against, how, with_base, with_exports, report):
         results.append(_ask(judged, file, names, tokens))
+        judged.close()
         report.note(_line(results[-1]))
     found = _findings(str(data), file, results)
     found["files"] = _write(folder, found, file, results)
@@ -100,7 +102,7 @@ def _models(
     with_exports: bool,
     report: Reporter,
 ) -> Any:
-    """Yield the models one by one, so that a GGUF file is not in memory beside the base."""
+    """Yield the models one by one: a file is loaded when its turn comes, and closed after it."""
     yield from open_judged(target, with_base=with_base, **how)
     files = _exports(target, how["base"]) if with_exports else []
     if files and importlib.util.find_spec("llama_cpp") is None:
@@ -109,10 +111,11 @@ def _models(
             "(pip install 'fastft[gguf]')"
         )
         files = []
-    for path in [*files, *against]:
-        for judged in open_judged(path, with_base=False, **(how | {"base": None})):
-            if judged.kind != "gguf":
-                judged.name = str(path)
+    for path in files:
+        yield from open_judged(path, with_base=False, **how)
+    for other in against:
+        for judged in open_judged(other, with_base=False, **(how | {"base": None})):
+            judged.name = str(other)  # two of them may have one file name
             yield judged
 
 
@@ -167,7 +170,8 @@ def _ask(judged: Judged, file: QuestionFile, names: list[str], max_new_tokens: i
         for i, question in enumerate(file.questions):
             chosen = _choose(judged, question, scores)
             answers[i] = answers[i] or question.choices[chosen]
-    return _Result(judged, round(time.monotonic() - started, 1), scores, answers)
+    seconds = round(time.monotonic() - started, 1)
+    return _Result(judged.name, judged.kind, seconds, scores, answers)
 
 
 def _score_answer(scores: dict[str, Scores], question: Question, answer: str) -> None:
@@ -218,9 +222,9 @@ def _pairs(results: list[_Result]) -> list[tuple[_Result, _Result]]:
     """Every model beside what it should be compared with: the adapter with the base, all others
     with the adapter (or with the first model where there is none).
     """
-    adapter = next((r for r in results if r.judged.kind == "adapter"), results[0])
+    adapter = next((r for r in results if r.kind == "adapter"), results[0])
     pairs = [(adapter, results[0])] if adapter is not results[0] else []
-    return pairs + [(r, adapter) for r in results if r is not adapter and r.judged.kind != "base"]
+    return pairs + [(r, adapter) for r in results if r is not adapter and r.kind != "base"]
 
 
 def _model(result: _Result) -> dict[str, Any]:
@@ -228,8 +232,9 @@ def _model(result: _Result) -> dict[str, Any]:
     for name, score in result.scores.items():
         low, high = score.interval()
         scores[name] = {"value": score.value(), "low": low, "high": high}
-    judged = result.judged
-    return {"name": judged.name, "kind": judged.kind, "seconds": result.seconds, "scores": scores}
+    return {
+        "name": result.name, "kind": result.kind, "seconds": result.seconds, "scores": scores,
+    }  # fmt: skip
 
 
 def _compare(mine: _Result, other: _Result, name: str) -> dict[str, Any]:
@@ -243,7 +248,7 @@ def _compare(mine: _Result, other: _Result, name: str) -> dict[str, Any]:
     if low > 0 or high < 0:
         verdict = "better" if sign * difference > 0 else "worse"
     return {
-        "model": mine.judged.name, "against": other.judged.name, "metric": name,
+        "model": mine.name, "against": other.name, "metric": name,
         "difference": difference, "low": low, "high": high, "better": better, "worse": worse,
         "verdict": verdict,
     }  # fmt: skip
@@ -257,7 +262,7 @@ def _changed(
     return [
         {
             "line": question.line, "question": question.asked, "reference": question.reference,
-            "model": mine.judged.name, "against": other.judged.name, "metric": name,
+            "model": mine.name, "against": other.name, "metric": name,
             "answers": [mine.answers[i], other.answers[i]], "scores": [ours[i], theirs[i]],
         }
         for i, question in enumerate(questions)
@@ -272,8 +277,8 @@ def _write(
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for i, question in enumerate(file.questions):
-        said = {r.judged.name: r.answers[i] for r in results}
-        each = {r.judged.name: {n: s.each()[i] for n, s in r.scores.items()} for r in results}
+        said = {r.name: r.answers[i] for r in results}
+        each = {r.name: {n: s.each()[i] for n, s in r.scores.items()} for r in results}
         row = {"line": question.line, "messages": question.messages}
         row |= {"reference": question.reference, "answers": said, "scores": each}
         lines.append(json.dumps(row, ensure_ascii=False))
@@ -289,7 +294,7 @@ def _write(
 
 def _line(result: _Result) -> str:
     values = ", ".join(f"{name} {shown(name, s.value())}" for name, s in result.scores.items())
-    return f"{result.judged.name}: {values} ({result.seconds:.0f} s)"
+    return f"{result.name}: {values} ({result.seconds:.0f} s)"
 
 
 def text(found: dict[str, Any]) -> str:

@@ -46,10 +46,10 @@ def page(found: dict[str, Any]) -> str:
 
 def tables(found: dict[str, Any]) -> list[Any]:
     """Return the findings as rich tables: each model's values, and what differs between them."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     names = list(found["models"][0]["scores"])
-    values = Table("model", *names, title=f"{found['rows']:,} questions")
+    values = Table(Column("model", overflow="fold"), *names, title=f"{found['rows']:,} questions")
     for model in found["models"]:
         cells = []
         for name in names:
@@ -59,7 +59,8 @@ def tables(found: dict[str, Any]) -> list[Any]:
         values.add_row(model["name"], *cells)
     if not found["comparisons"]:
         return [values]
-    pairs = Table("model", "beside", "metric", "difference", "rows better / worse", "")
+    folded = (Column(name, overflow="fold") for name in ("model", "beside"))
+    pairs = Table(*folded, "metric", "difference", "rows better / worse", "")
     for entry in found["comparisons"]:
         name = entry["metric"]
         low, high = changed_by(name, entry["low"]), changed_by(name, entry["high"])

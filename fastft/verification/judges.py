@@ -37,6 +37,10 @@ class Judged(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Free what nobody else uses."""
+        ...
+
 
 class TransformersJudged:
     """A base, with its adapter or without; both share one loaded model (`HuggingFaceChat`)."""
@@ -80,6 +84,9 @@ class TransformersJudged:
                 windows = _windows(ids, min(WINDOW, self._context()))
                 total = sum(self._log_probability(window, start) for window, start in windows)
         return Likelihood(total, len(ids) - first, len(answer.encode("utf-8")))
+
+    def close(self) -> None:
+        """Nothing: base and adapter share one model."""
 
     def _encoded(self, question: Question, answer: str) -> tuple[list[int], int]:
         """Return (ids, index of the first that is judged)."""
@@ -159,6 +166,10 @@ class GgufJudged:
         ids = self.model.tokens(prompt + answer, add_special=False)
         first = _same(before, ids)
         return Likelihood(self._log_probability(ids, first), len(ids) - first, size)
+
+    def close(self) -> None:
+        """Free the model."""
+        self.chat.close()
 
     def _log_probability(self, ids: list[int], first: int) -> float:
         import numpy as np
