@@ -59,7 +59,7 @@ if __name__ == "__main__":
     {
         "none": lambda: None,
         "unequal budgets": unequal_budgets,
-        "small memory": lambda: out_of_memory(60),
+        "small memory": lambda: out_of_memory(130),
         "no memory": lambda: out_of_memory(5),
         "full disk": full_disk,
     }[fault]()

@@ -175,7 +175,7 @@ def test_any_process_killed_at_any_moment(fresh):
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_process_that_hangs_ends_all(stopped, fresh):
     config, run, trace = fresh
-    config.write_text(config.read_text().replace("train:", "train:\n  lost_after_minutes: 0.2"))
+    config.write_text(config.read_text().replace("train:", "train:\n  lost_after_minutes: 0.5"))
     launcher = start(config, "--processes", 2)
     wait_for_step(run, 6, launcher)
     ranks_of(launcher)[stopped].send_signal(signal.SIGSTOP)
