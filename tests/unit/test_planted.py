@@ -40,6 +40,17 @@ def test_a_changed_byte_is_found_where_the_size_is_the_same(tmp_path):
     assert "optimizer.pt was changed" in checkpoint.what_is_wrong(tmp_path / "checkpoint-1")
 
 
+def test_what_an_out_of_memory_message_advises_may_change_on_resume():
+    values = {"model": {"name": "m"}, "data": {"source": "d"}}
+    before = make_config(values).model_dump()
+    advised = {"micro_batch_tokens": 256, "gradient_checkpointing": True}
+    assert checkpoint.refuse_differences(before, make_config(values | {"train": advised})) == []
+    with pytest.raises(FastFTError, match=r"train\.learning_rate was"):
+        checkpoint.refuse_differences(
+            before, make_config(values | {"train": {"learning_rate": 0.1}})
+        )
+
+
 class LyingAboutTheManifest(Files):
     """Keeps every file but the mirror's own manifest as it was written."""
 
