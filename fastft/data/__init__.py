@@ -2,10 +2,13 @@
 the door.
 
 read.py      files, folders and the Hub -> rows        formats.py   rows -> messages or texts
-template.py  the chat template, and prompts            encode.py    messages -> ids, proven mask
+messages.py  one message in its shapes                 labels.py    data that is no list of answers
+template.py  the chat template, and prompts            bounded.py   its limits of time and memory
+turns.py     what is asked, what is answered           encode.py    messages -> ids, proven mask
 rows.py      a chunk of rows -> samples and counts     workers.py   chunks through processes
 light.py     a tokenizer without torch, for workers
-pipeline.py  all of it in order, cached
+pipeline.py  all of it in order                        cache.py     its result on disk, verified
+mix.py       several sources, mixed
 split.py     duplicates, and what is held out          store.py     samples in memory or in files
 report.py    what a person should see                  batches.py   exact micro-batches
 """

@@ -1,8 +1,9 @@
 r"""From messages to token ids and a mask that is proven, sample by sample.
 
 What is trained is defined by generation: for the assistant's message i, the template is asked for
-the prompt before it (`P`, with the generation prompt) and for the conversation through it (`E`).
-`E` must begin with `P`; what follows, up to the token that ends the turn, is trained:
+the prompt before it (`P`, with the generation prompt) and for the conversation through it. What
+follows `P` there, up to the token that ends the turn, is trained (where the two do not begin
+alike: turns.py):
 
     text    <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>
             |---------------- P --------------------------------||-- trained ----|
