@@ -169,6 +169,13 @@ def test_a_tied_head_that_was_trained_apart_stays_apart(tmp_path):
     assert kl(hf_logits(trained, IDS), hf_logits(merged, IDS)) < 1e-9
 
 
+def test_gemma2_may_have_an_odd_number_of_layers(tmp_path):
+    base = make_checkpoint("gemma2", tmp_path / "base", num_hidden_layers=3)
+    (record,) = export_gguf(base, tmp_path, ["f32"])
+    assert record["writer"] == "streaming"
+    assert kl(hf_logits(load(base), IDS), llama_cpp_logits(Path(record["path"]), IDS)) < 1e-5
+
+
 def test_rows_that_were_never_trained_are_found():
     generator = torch.Generator().manual_seed(0)
     embedding = torch.randn(20_000, 32, generator=generator)
