@@ -433,9 +433,8 @@ class FusedLayers:
         """The frozen weight of a linear layer, in the computing type or in NF4; None for others."""
         if type(module) is torch.nn.Linear:
             return module.weight if self._frozen(module) else None
-        if type(module).__name__ != "Linear4bit" or not native.serves_nf4(
-            module.weight, self.dtype
-        ):
+        # peft's wrapper has the same name, and hands on its base's weight: it is no plain layer.
+        if type(module) is not nf4_layer() or not native.serves_nf4(module.weight, self.dtype):
             return None
         plain = module.bias is None or (
             module.bias.dtype == self.dtype and not module.bias.requires_grad
@@ -573,6 +572,17 @@ def _queries_grow_beyond(config: Any) -> int:
     rope = getattr(config, "rope_parameters", None) or {}
     grows = rope.get("llama_4_scaling_beta")
     return int(rope["original_max_position_embeddings"]) if grows else 0
+
+
+def nf4_layer() -> type | None:
+    """Return bitsandbytes' linear layer with 4-bit weights, where it is installed."""
+    from peft import import_utils
+
+    if not import_utils.is_bnb_4bit_available():
+        return None
+    from bitsandbytes.nn import Linear4bit
+
+    return Linear4bit  # type: ignore[no-any-return]
 
 
 def lora_kinds() -> set[type]:

@@ -358,7 +358,7 @@ def test_the_loss_counts_only_supervised_tokens():
 # --- whole models
 
 
-def make_model(dtype=torch.float32, intermediate=160, **lora):
+def make_model(dtype=torch.float32, intermediate=160, change=None, **lora):
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -368,9 +368,10 @@ def make_model(dtype=torch.float32, intermediate=160, **lora):
         num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=1024,
     )  # fmt: skip
     settings = {"r": 4, "target_modules": "all-linear", "lora_alpha": 8, **lora}
-    model = get_peft_model(
-        LlamaForCausalLM(config).to(dtype), LoraConfig(task_type="CAUSAL_LM", **settings)
-    )
+    base = LlamaForCausalLM(config).to(dtype)
+    if change is not None:
+        change(base)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -550,24 +551,28 @@ def test_nf4_layers_are_fused_and_as_close_to_float32_as_peft_is():
         pytest.skip("no AVX512-BF16 on this processor, or no compiler")
     from bitsandbytes.nn import Linear4bit
 
-    exact, model = make_model(intermediate=192), make_model(torch.bfloat16, intermediate=192)
-    for (_, wide), (name, layer) in zip(exact.named_modules(), model.named_modules(), strict=True):
-        if type(layer) is torch.nn.Linear and name.endswith("base_layer"):
-            rows, columns = layer.weight.shape
-            small = Linear4bit(columns, rows, bias=False, compute_dtype=torch.bfloat16)
-            small.weight = nf4(rows, columns)
-            wide.weight.data.copy_(native.Quantised(small.weight).whole())
-            parent = model.get_submodule(name.rpartition(".")[0])
-            parent.base_layer = small
-    for (_, wide), (_, layer) in zip(
-        exact.named_parameters(), model.named_parameters(), strict=True
-    ):
-        if layer.dtype == torch.bfloat16:
-            wide.data.copy_(layer.data)
+    def quantise(base):
+        for name, layer in list(base.named_modules()):
+            if type(layer) is torch.nn.Linear and name != "lm_head":
+                rows, columns = layer.weight.shape
+                small = Linear4bit(columns, rows, bias=False, compute_dtype=torch.bfloat16)
+                small.weight = nf4(rows, columns)
+                parent, _, leaf = name.rpartition(".")
+                setattr(base.get_submodule(parent), leaf, small)
+        base.is_loaded_in_4bit = True
+
+    exact = make_model(intermediate=192)
+    model = make_model(torch.bfloat16, intermediate=192, change=quantise)
+    small = dict(model.named_parameters())
+    for name, wide in exact.named_parameters():
+        given = small[name]
+        quantised = hasattr(given, "quant_state")
+        wide.data.copy_(native.Quantised(given).whole() if quantised else given.data)
     _, reference = gradient(exact, talks(), 10**6, padded=True)
     fused = FusedLayers(model, torch.bfloat16)
-    kinds = {type(module).__name__ for module, _ in fused.forwards}
-    assert {"LlamaMLP", "LlamaAttention", "Linear"} <= kinds
+    kinds = [type(module).__name__ for module, _ in fused.forwards]
+    assert {"LlamaMLP", "LlamaAttention"} <= set(kinds)
+    assert len(fused.adapters) == sum(p.requires_grad for p in model.parameters())
     _, got = gradient(model, talks(), 500, fused=fused, autocast=True, rows="trie")
     assert float(F.cosine_similarity(got, reference, dim=0)) > 0.999
 
