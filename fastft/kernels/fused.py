@@ -434,7 +434,7 @@ class FusedLayers:
         if type(module) is torch.nn.Linear:
             return module.weight if self._frozen(module) else None
         # peft's wrapper has the same name, and hands on its base's weight: it is no plain layer.
-        if type(module) is not nf4_layer() or not native.serves_nf4(module.weight, self.dtype):
+        if type(module) not in nf4_layers() or not native.serves_nf4(module.weight, self.dtype):
             return None
         plain = module.bias is None or (
             module.bias.dtype == self.dtype and not module.bias.requires_grad
@@ -574,15 +574,15 @@ def _queries_grow_beyond(config: Any) -> int:
     return int(rope["original_max_position_embeddings"]) if grows else 0
 
 
-def nf4_layer() -> type | None:
+def nf4_layers() -> set[type]:
     """Return bitsandbytes' linear layer with 4-bit weights, where it is installed."""
     from peft import import_utils
 
     if not import_utils.is_bnb_4bit_available():
-        return None
+        return set()
     from bitsandbytes.nn import Linear4bit
 
-    return Linear4bit  # type: ignore[no-any-return]
+    return {Linear4bit}
 
 
 def lora_kinds() -> set[type]:
