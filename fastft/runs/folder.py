@@ -22,7 +22,6 @@ from fastft.config import RunConfig, dump_config, make_config, read_yaml
 from fastft.errors import FastFTError
 from fastft.files import write_atomically, written_aside
 from fastft.runs import checkpoint
-from fastft.secrets import redact
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -100,7 +99,7 @@ class RunFolder:
             return
         write_atomically(
             self.path / "run.json",
-            redact(json.dumps(self.read_record() | values, indent=1, ensure_ascii=False)),
+            json.dumps(self.read_record() | values, indent=1, ensure_ascii=False),
         )
 
     def keep_state(self, checkpoint_folder: Path) -> None:
