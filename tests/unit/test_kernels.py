@@ -516,7 +516,6 @@ def test_bfloat16_is_as_close_to_float32_as_peft_is():
     assert float(F.cosine_similarity(got, reference, dim=0)) > 0.999
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
 def nf4(rows, columns, nested=True):
     from bitsandbytes.nn import Params4bit
 
@@ -578,6 +577,7 @@ def test_nf4_layers_are_fused_and_as_close_to_float32_as_peft_is():
     assert float(F.cosine_similarity(got, reference, dim=0)) > 0.999
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_layers_give_the_same_gradient(reentrant):
     model = make_model()
     _, reference = gradient(model, rows(), 10**6, padded=True)
