@@ -69,6 +69,7 @@ def main(card: str, config_file: str) -> None:
         "status": result.status,
         "happened": happened,
         "left": left,
+        "peak": LEDGER.peak,
         "emptied": STATE.emptied,
         "mixed": list(STATE.mixed),
         "kernels": dict(STATE.kernels),
