@@ -101,10 +101,10 @@ class Failing(Site):
 
     def fail(self, fault: str = "", cap: int = 0) -> int:
         """Run it once with a fault below its folder, or with so many bytes of addresses."""
-        self.fault, self.cap = fault and f"{fault} {self.folder}", cap
+        self.fault, self.cap = fault and f"{fault} {self.folder}/", cap
         code = self.start().wait(900)
         self.fault, self.cap = "", 0
-        text = (self.folder / "output.txt").read_text()
+        text = self.log.read_text()
         shown = f"{self.arguments[0]} with {fault or cap} ended with {code}:\n{text[-1500:]}"
         assert code in {0, 1, 2, 3}, shown
         assert "Traceback" not in text, shown

@@ -40,6 +40,8 @@ class Site:
 
     def __init__(self, lab: Lab, folder: Path, command: str, hub: HubStandIn) -> None:
         self.folder, self.command, self.hub = folder, command, hub
+        # Beside the folder: a disk that fails below it must not swallow the message.
+        self.log = folder.with_name(f"{folder.name}.txt")
         folder.mkdir(parents=True)
         self.run = folder / "t"
         if command in {"export", "verify", "push"}:
@@ -71,7 +73,7 @@ class Site:
             "XDG_CACHE_HOME": str(self.folder.parent / "cache"),
         }  # fmt: skip
         command = [sys.executable, "-m", "fastft", *map(str, self.arguments)]
-        with (self.folder / "output.txt").open("w") as log:
+        with self.log.open("w") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
     def left(self) -> list[int]:
@@ -88,7 +90,7 @@ class Site:
         """Run it to its end; returns the seconds."""
         began = time.monotonic()
         code = self.start().wait(900)
-        text = (self.folder / "output.txt").read_text()
+        text = self.log.read_text()
         assert code == 0, f"{self.command} ended with {code}:\n{text[-2000:]}"
         return time.monotonic() - began
 
