@@ -759,7 +759,7 @@ def _end_with(error: FastFTError, debug: bool) -> int:
     """Say why it ended, once for all processes of a run; returns the exit code."""
     if isinstance(error, ranks.LostProcessError) and ranks.OWN_LAUNCHER in os.environ:
         time.sleep(ranks.LAST_WORDS_SECONDS)
-        return ranks.LOST
+        return ranks.HANGS if "timed out" in str(error).lower() else ranks.LOST
     if ranks.tells_why():
         say_error(error, debug)
     return error.exit_code

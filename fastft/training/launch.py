@@ -17,7 +17,7 @@ from typing import Any
 from fastft import child
 from fastft.errors import FastFTError
 from fastft.hardware import usable_cores
-from fastft.training.ranks import LOST, OWN_LAUNCHER, found
+from fastft.training.ranks import HANGS, LOST, OWN_LAUNCHER, found
 
 SHUTDOWN_SECONDS = 120
 """How long processes may take to finish their step and save, once they were told to stop."""
@@ -81,8 +81,9 @@ def _exit_code(failures: dict[int, Any], processes: int) -> int:
     here.
     """
     codes = {rank: failure.exitcode for rank, failure in failures.items()}
-    killed = {rank: code for rank, code in codes.items() if code < 0}
-    said = [code for code in codes.values() if code > 0 and code != LOST]
+    hangs = HANGS in codes.values()  # what was killed then, this launcher killed
+    killed = {rank: code for rank, code in codes.items() if code < 0 and not hangs}
+    said = [code for code in codes.values() if code > 0 and code not in (LOST, HANGS)]
     if said and not killed:
         return said[0]
     why = "one of them hangs, or could not reach the others in time (train.lost_after_minutes)"

@@ -42,6 +42,9 @@ OWN_LAUNCHER = "FASTFT_LAUNCHER"
 LOST = 75
 """Exit code towards that launcher of a process that lost another one; the user sees 3."""
 
+HANGS = 76
+"""The same, where it waited for the other in vain: the launcher then kills that one."""
+
 LAST_WORDS_SECONDS = 1.0
 """How much longer such a process stays, so that the launcher sees first who ended first."""
 

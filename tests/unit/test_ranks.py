@@ -90,6 +90,7 @@ def test_sequences_with_a_common_beginning_stay_together():
         ({1: -9}, 3, "process 1 was killed by SIGKILL"),
         ({0: ranks.LOST, 1: -9}, 3, "process 1 was killed by SIGKILL"),
         ({0: ranks.LOST}, 3, "one of them hangs"),
+        ({0: ranks.HANGS, 1: -9}, 3, "one of them hangs"),
         ({0: ranks.LOST, 1: 3}, 3, ""),
         ({0: 2, 1: 2}, 2, ""),
     ],
