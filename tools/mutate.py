@@ -126,7 +126,7 @@ FAULTS = (
     Fault(
         "the seed does not decide the order", "fastft/data/batches.py",
         "default_rng([self.seed, epoch])", "default_rng([0, epoch + 1])",
-        "tests/unit/test_batches.py",
+        f"{BY_HAND}::test_each_epoch_has_an_order_of_its_own",
     ),
     Fault(
         "a step's loss is divided by a micro-batch's tokens", "fastft/training/step.py",

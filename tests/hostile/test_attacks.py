@@ -22,7 +22,9 @@ def test_the_same_seed_gives_the_same_attacks():
 
 
 def test_a_share_of_the_attacks_ends_with_the_promised_code_and_one_message(lab):
-    found = survey(lab, attacks(0)[::SHARE])
+    # Not those that go through llama.cpp's converter, or that wait for a limit of time.
+    quick = [a for a in attacks(0) if not a.name.startswith(("gguf", "endless"))]
+    found = survey(lab, quick[::SHARE])
     assert not found, "\n".join(found)
 
 

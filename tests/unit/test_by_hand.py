@@ -110,6 +110,8 @@ def test_each_epoch_has_an_order_of_its_own():
     for epoch in (0, 1, 0):
         steps.set_epoch(epoch)
         orders.append([item for step in range(len(steps)) for item in steps[step]])
+    other = StepBatches(list(range(50)), 5, seed=4)
+    assert orders[0] != [item for step in range(len(other)) for item in other[step]]
     assert orders[0] == orders[2]
     assert orders[0] != orders[1]
     assert all(sorted(order) == list(range(50)) for order in orders)
