@@ -245,8 +245,11 @@ def disk_error(error: OSError, folder: Path) -> CouldNotFinishError:
     """Return the clear form of an OSError while writing: how much is free and what to do."""
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(existing).free
+    what: object = error.strerror or error
+    if isinstance(error, shutil.Error) and error.args and error.args[0]:
+        what = error.args[0][0][-1]  # of a folder that was copied: the first file's own message
     return CouldNotFinishError(
-        f"could not write below {folder}: {error.strerror or error} ({free / 2**20:,.0f} MiB "
+        f"could not write below {folder}: {what} ({free / 2**20:,.0f} MiB "
         "free). The last checkpoint is "
         "whole. Make room or set output_dir to another disk, then run the same command again."
     )
