@@ -88,11 +88,7 @@ class Setup:
         subprocess.run([sys.executable, "-m", "venv", str(self.venv)], check=True)
         self.log.write_text("", encoding="utf-8")
         build, megabytes = self._torch_build()
-        self._step(
-            f"torch ({build}) and the tested set",
-            [*self._index(), "-r", self._pins("torch"), "-r", self._pins("base")],
-            megabytes + MEGABYTES["tested set"],
-        )
+        self._packages(build, megabytes)
         # --no-deps: Unsloth's metadata asks for torchvision and xformers, which have no CPU build.
         self._step("Unsloth", ["--no-deps", "-r", self._pins("unsloth")], MEGABYTES["unsloth"])
         # -v: pip then passes on the compiler's own progress.
@@ -105,10 +101,25 @@ class Setup:
         self._step("fastft itself", ["--no-deps", *editable], hashed=False)
         (self.venv / ".ready").touch()
 
+    def _packages(self, build: str, megabytes: int) -> None:
+        """Install torch and the tested set, in one call, so that they cannot disagree.
+
+        With hashes the set comes file by file, without resolving; torch's own file is not checked:
+        which build of it there is, is the machine's business.
+        """
+        torch = [*self._index(), "-r", str(REQUIREMENTS / "torch.txt")]
+        if not self.hashes:
+            tested = ["-r", self._pins("base")]
+            size = megabytes + MEGABYTES["tested set"]
+            return self._step(f"torch ({build}) and the tested set", [*torch, *tested], size)
+        self._step(f"torch ({build}), without a hash", torch, megabytes, hashed=False)
+        tested = ["--no-deps", "-r", self._pins("base")]
+        self._step("the tested set, hashes checked", tested, MEGABYTES["tested set"])
+
     def _torch_build(self) -> tuple[str, int]:
         """Return (CPU build or CUDA build, megabytes): what pip will take, said before it does."""
         command = ["install", "--dry-run", "--no-deps", "--ignore-installed", "-v"]
-        found = self._pip([*command, *self._index(), "-r", self._pins("torch")])
+        found = self._pip([*command, *self._index(), "-r", str(REQUIREMENTS / "torch.txt")])
         is_cpu = bool(re.search(r"torch-[\d.]+(\+|%2B)cpu|macosx", found))
         card = has_nvidia_card()
         name, megabytes = ("CPU build", MEGABYTES["torch, CPU"])

@@ -12,7 +12,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fastft import child
 from fastft.bench.case import TUNING, Case
 from fastft.bench.parity import Evidence, judge, judge_across
 from fastft.bench.record import Check, Machine, Parity, Record, Result, Table, TableResult
@@ -393,13 +393,13 @@ def _run_job(
 def _start(
     module: list[str], log: Path, environment: dict[str, str], threads: int, timeout: int
 ) -> int | None:
-    """Run `python -m MODULE ARGS` with its output in `log`; return the exit code, None after a
+    """Run MODULE in a safe child with its output in `log`; return the exit code, None after a
     timeout.
     """
     variables = _environment(threads, environment)
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-m", *module],
+            child.command(module[0], *module[1:]),
             stdout=sink,
             stderr=sink,
             env=variables,

@@ -14,7 +14,6 @@ import random
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -23,6 +22,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from fastft import child
 from fastft.bench.case import Case
 from fastft.bench.record import Spread
 from fastft.bench.statistics import spread
@@ -186,7 +186,7 @@ def _commit() -> str | None:
 
 
 def in_a_process(module: str, *arguments: str, threads: int) -> tuple[float, dict[str, Any]]:
-    """Run `python -m module arguments` and return its seconds and the JSON of its last line.
+    """Run `module` in a safe child and return its seconds and the JSON of its last line.
 
     On Linux a child's peak RSS begins with its parent's: this process must not have imported
     torch. Raises CouldNotFinishError with the last lines of a process that failed.
@@ -194,7 +194,7 @@ def in_a_process(module: str, *arguments: str, threads: int) -> tuple[float, dic
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     start = time.perf_counter()
     pipe = subprocess.PIPE
-    command = [sys.executable, "-m", module, *arguments]
+    command = child.command(module, *arguments)
     process = subprocess.Popen(
         command,
         stdout=pipe,
