@@ -109,6 +109,7 @@ engine.UnslothFastLanguageModel = Recorder
 import fastft.engines.loading as model_module
 model_module.check_checkpoint = lambda *a, **k: None
 model_module.check_target_modules = lambda *a, **k: None
+model_module.unknown_target_modules = lambda *a, **k: []
 given = keywords["from_pretrained"] | {"load_in_8bit": False}
 model, _ = FastLanguageModel.from_pretrained(**given)
 FastLanguageModel.get_peft_model(model, **keywords["get_peft_model"])
