@@ -4,7 +4,7 @@
 # Both of the first need only Python 3.11 to 3.13, git, make, cmake and a C++ compiler.
 #
 # TORCH_INDEX=URL   an index to take torch from (the CPU build, where pip's own holds only CUDA's)
-# HASHES=1          take only files whose SHA-256 stands in requirements/lock-*.txt
+# HASHES=1          check the tested set against requirements/lock-*.txt (not torch, nor build tools)
 
 PYTHON ?= $(firstword $(foreach v,python3.11 python3.12 python3.13 python3,$(if $(shell $(v) -c "import sys, venv, ensurepip; sys.exit(not (3,11) <= sys.version_info[:2] <= (3,13))" 2>/dev/null && echo ok),$(v))))
 VENV := .venv

@@ -120,6 +120,7 @@ def run(arguments: list[str]) -> int:
 
 
 TAKES_SETTINGS = {"train", "data", "plan", "sweep"}
+FLAGS = {"--json", "--ray", "--table"}  # options without a value
 SETTING = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=.*", re.DOTALL)
 
 
@@ -129,7 +130,7 @@ def _settings_as_options(arguments: list[str]) -> list[str]:
         return arguments
     result: list[str] = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
-        bare = SETTING.fullmatch(argument) and not before.startswith("-")
+        bare = SETTING.fullmatch(argument) and (before in FLAGS or not before.startswith("-"))
         result += ["--set", argument] if bare else [argument]
     return result
 

@@ -235,7 +235,12 @@ def download_model(
     from huggingface_hub.utils import filter_repo_objects
 
     with hub_errors(f"model {name!r}"):
-        info = HfApi().model_info(name, revision=revision, files_metadata=True)
+        try:
+            info = HfApi().model_info(name, revision=revision, files_metadata=True)
+        except http().TransportError:
+            if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+                return  # no network, but the model is here; loading says it if a file is missing
+            raise
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
         wanted = filter_repo_objects(
             sizes, allow_patterns=[*MODEL_FILES], ignore_patterns=[*NOT_MODEL_FILES]

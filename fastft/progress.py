@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -72,7 +73,8 @@ class Reporter:
 
     def choice(self, name: str, choice: Choice) -> None:
         """Print an automatic choice once, with its reason."""
-        self.note(f"{name}: [bold]{choice.value}[/bold] [dim]({choice.reason})[/dim]", markup=True)
+        value, reason = escape(str(choice.value)), escape(choice.reason)
+        self.note(f"{name}: [bold]{value}[/bold] [dim]({reason})[/dim]", markup=True)
 
     def note(self, text: str, *, markup: bool = False) -> None:
         """Print a line."""
@@ -207,7 +209,5 @@ def silent() -> Reporter:
 
 
 def _short(text: Any, limit: int = 160) -> str:
-    from rich.markup import escape
-
     text = text if isinstance(text, str) else str(text)
     return escape(text if len(text) <= limit else text[: limit - 1] + "…")

@@ -162,15 +162,19 @@ def train(
     """Train as `config` says (see `fastft.training.train.train`), then write what `export.to`
     names.
 
-    `data`: a list of rows, or a `datasets.Dataset`, instead of the config's source.
+    `data`: a list of rows, or a `datasets.Dataset`, instead of the config's source. A run that was
+    finished before keeps what was exported of it.
     """
-    from fastft import exporting
+    from fastft.exporting import is_exported
     from fastft.training import ranks
     from fastft.training.train import train as train_run
 
     result = train_run(config, data=data, stop_after=stop_after, reporter=reporter)
-    if result.status == "done" and config.export.to != ["adapter"] and ranks.first():
-        exporting.export(result.run, config.export.to, reporter=reporter)
+    to = [] if config.export.to == ["adapter"] else config.export.to
+    if not result.trained:
+        to = [target for target in to if not is_exported(Path(result.run), target)]
+    if result.status == "done" and to and ranks.first():
+        export(result.run, to, reporter=reporter)
     return result
 
 

@@ -7,7 +7,8 @@ torch and the set that was tested with it are resolved in one call, so that they
 a pin of another triton than torch's own once made pip replace torch without an error.
 
     --dev      pytest, ruff, mypy and what the notebooks' tests need, too
-    --hashes   take only files whose SHA-256 stands in requirements/lock-*.txt
+    --hashes   check the SHA-256 of the tested set against requirements/lock-*.txt (torch and the
+               tools that pip builds llama.cpp with excepted)
     TORCH_INDEX=URL (environment)  an index to take torch from, besides those that pip knows
 """
 

@@ -10,9 +10,8 @@ A folder counts only when its manifest agrees with what lies there; otherwise it
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 from fastft.data.store import TokenDataset, open_folder
 from fastft.errors import CouldNotFinishError, FastFTError
 from fastft.files import flush, put_in_place, sha256
+from fastft.files.scratch import scratch
 
 _INDEX, _MANIFEST = "prepared.json", "manifest.json"
 
@@ -34,12 +34,13 @@ class WorkFolder:
     def __init__(self, final: Path | None) -> None:
         self.final = final
         self.work: Path | None = None
+        self._scratch = contextlib.ExitStack()  # removed also where this process is killed
 
     def __enter__(self) -> Path | None:
         if self.final is not None:
             try:
                 self.final.parent.mkdir(parents=True, exist_ok=True)
-                self.work = Path(tempfile.mkdtemp(dir=self.final.parent, prefix=".tokenising-"))
+                self.work = self._scratch.enter_context(scratch(".tokenising-", self.final.parent))
             except OSError as error:
                 raise FastFTError(
                     f"the data cache {self.final.parent} cannot be written: {error}."
@@ -49,14 +50,13 @@ class WorkFolder:
     def __exit__(self, kind: Any, *_: Any) -> None:
         if self.work is None or self.final is None:
             return
-        if kind is not None:
-            shutil.rmtree(self.work, ignore_errors=True)
-            return
         try:
-            put_in_place(self.work, self.final)
-            flush(self.final.parent)
+            with self._scratch:
+                if kind is not None:
+                    return
+                put_in_place(self.work, self.final)
+                flush(self.final.parent)
         except OSError as error:
-            shutil.rmtree(self.work, ignore_errors=True)
             raise CouldNotFinishError(
                 f"the data cache {self.final} could not be written: {error}. Make room, or set "
                 "FASTFT_CACHE to another disk."

@@ -104,7 +104,12 @@ def _tokenizer(model: str) -> Callable[[str], int] | None:
     if not isinstance(found, str | Path) or not Path(found).is_file():
         return None
     tokenizer = Tokenizer.from_file(str(found))
-    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def count(text: str) -> int:
+        whole = text.encode("utf-8", "replace").decode()  # half a character is no text
+        return len(tokenizer.encode(whole, add_special_tokens=False).ids)
+
+    return count
 
 
 def _estimate(text: str) -> int:

@@ -233,6 +233,7 @@ def _fingerprint(
         "columns": config.columns,
         "take": config.take,
         "deduplicate": config.deduplicate,
+        **({"strict": True} if config.strict else {}),  # else a cache would hide its refusals
         "documents": config.documents,
         "ignore": sorted(config.ignore),
         "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "check_secrets"},

@@ -59,14 +59,16 @@ def export(
     files: list[dict[str, Any]] = []
     refused: list[tuple[str, FastFTError]] = []
     with one_at_a_time(folder):
-        for group in _groups(wanted):
-            try:
-                files += _write(request, group)
-            except FastFTError as error:
-                if isinstance(error, CouldNotFinishError):  # a full disk is full for all
-                    raise
-                refused += [(kind, error) for kind in group]
-        forget(folder, [Path(entry["path"]).name for entry in files])
+        try:
+            for group in _groups(wanted):
+                try:
+                    files += _write(request, group)
+                except FastFTError as error:
+                    if isinstance(error, CouldNotFinishError):  # a full disk is full for all
+                        raise
+                    refused += [(kind, error) for kind in group]
+        finally:  # also where the next one ended it: what was written is not what was certified
+            forget(folder, [Path(entry["path"]).name for entry in files])
     if refused and not files:
         raise refused[0][1]
     for entry in files:
@@ -93,6 +95,14 @@ def _write(request: Request, group: list[str]) -> list[dict[str, Any]]:
     if group == ["gguf-lora"]:
         _refuse_unholdable(request.target)
     return _for_llamacpp(request, group)
+
+
+def is_exported(run: Path, kind: str) -> bool:
+    """Return whether the run's export/ holds the target `kind` already."""
+    patterns = {"adapter": "../final", "merged": "merged", "ollama": "Modelfile"}
+    patterns["gguf-lora"] = "*.lora.gguf"
+    pattern = patterns.get(kind) or f"*.{kind.removeprefix('gguf:').upper()}.gguf"
+    return any((run / "export").glob(pattern)) if pattern != "../final" else True
 
 
 def parse_targets(to: list[str]) -> list[str]:

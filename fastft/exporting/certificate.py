@@ -176,6 +176,7 @@ def forget(out: Path, names: Iterable[str]) -> None:
         certificate["files"] = {n: e for n, e in certificate["files"].items() if n not in gone}
         text = json.dumps(certificate, indent=2, ensure_ascii=False) + "\n"
         write_atomically(Path(out) / CERTIFICATE, text)
+        write_atomically(Path(out) / "certificate.md", as_markdown(certificate))
 
 
 def unchanged_check(path: Path, was: str, now: str) -> dict[str, str]:

@@ -129,14 +129,21 @@ def importance(target: Target, folder: Path, imatrix: str | None, report: Report
     return matrix
 
 
+def tokenizer_source(target: Target) -> Path:
+    """Return the adapter's folder where it has a tokenizer of its own, else the base's."""
+    own = target.adapter
+    return own if own and (own / "tokenizer_config.json").is_file() else base_folder(target)
+
+
 def _modelfile(target: Target, folder: Path, gguf: Path, report: Reporter) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     from fastft.data.template import choose_template
     from fastft.exporting.ollama import create_line, has_template, write_modelfile
 
-    with explained(str(target.adapter or target.base)):
-        tokenizer = AutoTokenizer.from_pretrained(str(target.adapter or target.base))
+    source = str(tokenizer_source(target))
+    with explained(source):
+        tokenizer = AutoTokenizer.from_pretrained(source)
     template = choose_template(tokenizer, None)
     stops = tokenizer.convert_ids_to_tokens(list(template.end_token_ids))
     bos = tokenizer.bos_token or ""

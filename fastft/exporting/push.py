@@ -287,9 +287,13 @@ def _size(part: Part) -> int:
 # --- what must not leave this machine
 
 
+WORDS = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"}
+"""Files whose texts are tokens, of which none may be taken for a path."""
+
+
 def _public(path: Path, target: Target, base: str) -> bytes | Path:
     """Return the path of a binary file, or the content of a text without this machine's folders."""
-    if path.suffix not in TEXT or path.name == "tokenizer.json":
+    if path.suffix not in TEXT or path.name in WORDS:
         return path
     return _scrub(path.read_text(encoding="utf-8"), target, base).encode()
 
@@ -312,11 +316,26 @@ def _scrub(text: str, target: Target, base: str) -> str:
         folders[source] = Path(source).name
         folders[str(Path(source).expanduser().resolve())] = Path(source).name
     for old in sorted(folders, key=len, reverse=True):
-        text = text.replace(json.dumps(old)[1:-1], folders[old]).replace(old, folders[old])
+        for written in {json.dumps(old)[1:-1], old}:
+            text = _replaced(text, written, folders[old])
     assert run is not None
-    for folder in sorted({str(run), str(run.resolve())}, key=len, reverse=True):
-        text = text.replace(folder + "/", "")
-    return text
+    # A relative name is a folder only where it has a slash: "." and "Qwen" stand in texts.
+    named = {str(run.resolve()), *([str(run)] if "/" in str(run) else [])}
+    for folder in sorted(named, key=len, reverse=True):
+        text = _replaced(text, f"{folder}/", "")
+    return CACHED_ON_THE_HUB.sub(r"\1/\2", text)
+
+
+CACHED_ON_THE_HUB = re.compile(
+    r"[^\s\"'`]*/models--([^/\s]+?)--([^/\s]+)/snapshots/[0-9a-f]+", re.ASCII
+)
+"""A base in the Hub's cache, as a certificate names it: the folder is this machine's business."""
+
+
+def _replaced(text: str, old: str, new: str) -> str:
+    """Return `text` with the path `old` replaced where it stands whole, not as a part of a name."""
+    end = "" if old.endswith("/") else r"(?![\w.-])"
+    return re.sub(rf"(?<![\w./-]){re.escape(old)}{end}", lambda _: new, text)
 
 
 def _with_base_in_card(part: Part, base: str) -> Part:

@@ -212,10 +212,13 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Return the hex sha256 of a file, or of the names and hashes of all files below a folder."""
+    """Return the hex sha256 of a file, or of the names and hashes of all files below a folder.
+
+    Hidden files are left out: a file manager puts them into a folder by itself.
+    """
     if path.is_dir():
         total = hashlib.sha256()
-        for inner in sorted(p for p in path.rglob("*") if p.is_file()):
+        for inner in sorted(p for p in path.rglob("[!.]*") if p.is_file()):
             total.update(f"{inner.relative_to(path).as_posix()}\0{sha256(inner)}\n".encode())
         return total.hexdigest()
     with path.open("rb") as handle:

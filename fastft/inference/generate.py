@@ -75,7 +75,8 @@ class HuggingFaceChat:
         compute = getattr(torch, self.dtype.value)
         quantized = bitsandbytes_config(target.quantization, compute)
         with explained(target.base):
-            self.tokenizer = AutoTokenizer.from_pretrained(source)
+            revision = target.revision if source == target.base else None
+            self.tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
             self.model: Any = AutoModelForCausalLM.from_pretrained(
                 target.base,
                 revision=target.revision,

@@ -653,11 +653,12 @@ class GgufChat:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        tools: Sequence[dict[str, Any]] | None = None,
     ) -> Iterator[str]:
         """Yield the answer to `messages` piece by piece; ends when the model does. Ids are in
         `last_tokens`.
         """
-        self.last_prompt_tokens = self.model.chat_tokens(messages)
+        self.last_prompt_tokens = self.model.chat_tokens(messages, tools=tools)
         return self._stream(self.last_prompt_tokens, max_new_tokens, temperature, top_p, seed)
 
     def complete(

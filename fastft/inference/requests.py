@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fastft.data.template import parse_arguments
+
 MAX_BODY_BYTES = 4 * 2**20
 BODY_SECONDS = 30.0  # a client that takes longer to send its request is given up
 
@@ -221,6 +223,10 @@ def _plain(message: _Message) -> dict[str, Any]:
         if len(texts) != len(content) or not all(isinstance(text, str) for text in texts):
             raise RefusedError(400, "messages.content: only parts of type text are understood")
         values["content"] = "".join(texts)
+    for call in values.get("tool_calls") or []:
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict):  # clients send text, templates were trained on objects
+            function["arguments"] = parse_arguments(function.get("arguments"))
     return values
 
 

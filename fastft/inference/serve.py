@@ -180,6 +180,10 @@ class Served:
 
     def _prompt(self, asked: Completion) -> list[int]:
         """Choose the adapter and return the prompt's ids; FastFTError where it does not fit."""
+        if len(self.adapters) > 1 and asked.model and asked.model not in self.adapters:
+            raise FastFTError(
+                f"there is no model {asked.model!r} here; there are: {', '.join(self.adapters)}"
+            )
         name = self.adapters.get(asked.model or "", next(iter(self.adapters.values())))
         if self.chat.model.loras and name != self.chat.model.active_lora:
             self.chat.use_lora(name)

@@ -37,20 +37,34 @@ class Calibration:
         return self.largest_bytes <= self.limit_bytes
 
     @property
-    def message(self) -> str:
-        """One line for the log; the advice where it will not fit."""
+    def too_much(self) -> str:
+        """What will not fit, in numbers, without what to do about it."""
+        return (
+            f"{self._seen}. {self._need} GiB, but only {self.limit_bytes / GIB:.2f} GiB are "
+            "available"
+        )
+
+    @property
+    def _seen(self) -> str:
         error = self.predicted_bytes / self.measured_bytes - 1
         planned, measured = self.predicted_bytes / GIB, self.measured_bytes / GIB
-        seen = (
+        return (
             f"A pass of {self.tokens:,} tokens took {measured:.2f} GiB of memory; "
             f"{planned:.2f} GiB were planned ({error:+.0%})"
         )
-        need = (
+
+    @property
+    def _need(self) -> str:
+        return (
             f"The largest pass still to come ({self.largest_tokens:,} tokens) needs about "
             f"{self.largest_bytes / GIB:.2f}"
         )
+
+    @property
+    def message(self) -> str:
+        """One line for the log; the advice where it will not fit."""
         if self.fits:
-            return f"{seen}. {need} of the {self.limit_bytes / GIB:.2f} GiB available."
+            return f"{self._seen}. {self._need} of the {self.limit_bytes / GIB:.2f} GiB available."
         most = self.largest_fitting_tokens
         if not most:
             advice = (
@@ -59,18 +73,15 @@ class Calibration:
             )
         elif most >= self.longest:
             advice = (
-                f"start a new run with train.micro_batch_tokens of at most {most:,} (the gradient "
-                "stays the same)"
+                f"set train.micro_batch_tokens to at most {most:,} and run the same command again "
+                "(the gradient stays the same)"
             )
         else:
             advice = (
                 f"start a new run with model.max_seq_length of at most {most:,}, or take a larger "
                 "machine"
             )
-        return (
-            f"{seen}. {need} GiB, but only {self.limit_bytes / GIB:.2f} GiB are available. "
-            f"The run stops here: {advice}"
-        )
+        return f"{self.too_much}. The run stops here: {advice}"
 
 
 def calibrate(

@@ -199,8 +199,8 @@ def _steps_of_data(config: RunConfig) -> tuple[int | None, str]:
     ):
         return None, ""
     held_out = 0.0 if config.data.eval_source else config.data.eval_fraction
-    steps = math.ceil(rows * (1 - held_out) * train.epochs / train.effective_batch_size)
-    return max(1, steps), f"{rows:,} rows in {source.name}"
+    an_epoch = math.ceil(rows * (1 - held_out) / train.effective_batch_size)
+    return max(1, math.ceil(train.epochs * an_epoch)), f"{rows:,} rows in {source.name}"
 
 
 def _is_plain_text(line: bytes) -> bool:

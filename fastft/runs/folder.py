@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import shutil
 import socket
 import time
@@ -296,8 +297,9 @@ def _rank(record: dict[str, Any]) -> tuple[float, float]:
 
     The record itself names the metric ("best_by"), so that a log can be read without its config.
     """
-    metric = record.get("best_by")
-    return (-record[metric] if metric else 0.0, record["eval_loss"])
+    metric, loss = record.get("best_by"), record["eval_loss"]
+    # NaN compares with nothing: where it stood first, it would stay the best for ever.
+    return (-record[metric] if metric else 0.0, loss if math.isfinite(loss) else math.inf)
 
 
 def out_of_patience(history: list[dict[str, Any]], patience: int | None) -> bool:

@@ -15,6 +15,7 @@ checkpoint. Each checkpoint holds all that is needed to go on from an empty disk
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import hashlib
 import json
@@ -177,13 +178,16 @@ class Mirror:
         own, _ = checkpoint.newest_whole(self.run.checkpoints)
         problem: list[OSError] = []
 
+        # Another object with the same folders: one that hangs is given up, and this one goes on.
+        reader = copy.copy(self)
+
         def work() -> None:
             try:
-                self._restore(checkpoint.step_of(own) if own else 0)
+                reader._restore(checkpoint.step_of(own) if own else 0)
             except OSError as error:
                 problem.append(error)
 
-        finished, raised = self._watched(work)
+        finished, raised = reader._watched(work)
         if raised is not None:
             raise raised
         if finished and not problem:

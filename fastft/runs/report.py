@@ -56,12 +56,13 @@ def _evaluations(entries: list[dict[str, Any]]) -> list[str]:
     """What train.eval_metrics measured: a row an evaluation, and the first answer of each."""
     if not entries:
         return []
-    names = [name for name in ("exact_match", "contains") if name in entries[0]]
+    names = [n for n in ("exact_match", "contains") if any(n in entry for entry in entries)]
     lines = ["## Evaluations", "", f"| step | loss | {' | '.join(names)} | an answer |"]
     lines.append("|---" * (3 + len(names)) + "|")
     for entry in entries:
-        values = [_number(entry["eval_loss"]), *(f"{entry[name]:.1%}" for name in names)]
-        sample = entry["samples"][0]["answer"] if entry["samples"] else ""
+        shares = (f"{entry[name]:.1%}" if name in entry else "" for name in names)
+        values = [_number(entry["eval_loss"]), *shares]
+        sample = entry["samples"][0]["answer"] if entry.get("samples") else ""
         lines.append(f"| {entry['step']} | {' | '.join(values)} | {_cell(sample)} |")
     return [*lines, ""]
 

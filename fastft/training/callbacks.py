@@ -232,7 +232,7 @@ class MemoryCheck(TrainerCallback):
         elif self.adjustable and found.largest_fitting_tokens >= self._longest_sequence():
             self.trainer.policy.micro_batch_tokens = found.largest_fitting_tokens
             self.report.warn(
-                f"{found.message.split('. Stop now')[0]}; micro-batches have at most "
+                f"{found.too_much}; micro-batches have at most "
                 f"{found.largest_fitting_tokens:,} tokens from here on (the effective batch stays)"
             )
         elif state.global_step < state.max_steps:

@@ -180,7 +180,8 @@ class StepTrainer(Trainer):
         """
         if self.held_out is None:
             return {}
-        judged = ranks.from_the_first(self.judge() if ranks.first() else None)
+        # The first process may generate for many minutes: no time limit for the others' wait.
+        judged = ranks.gather_when_ready(self.judge() if ranks.first() else None)[0]
         metrics = {"eval_loss": self.mean_loss(self.held_out), **judged}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(

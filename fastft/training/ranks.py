@@ -195,6 +195,8 @@ def _refuse_too_late() -> None:
 
 def _one_gpu_each(here: World) -> None:
     """Leave this process one of the visible GPUs: the one of its local rank."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in {"", "-1"}:
+        return  # the user has hidden them all
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     if len(visible) == 1 and here.local_size > 1 and here.launcher == "Slurm":
         return  # --gpus-per-task: Slurm has given each its own

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import os
 import signal
 import sys
 import threading
@@ -300,6 +301,12 @@ class Session:
             situation,
         )
         prepared = self._choose_layers(self._choose_rows(loaded))
+        if config.train.shard_base:
+            ranks.refuse_unlike(
+                "their rows or token budget, which train.shard_base needs alike; set "
+                "train.micro_batch_tokens and train.share_prefixes: false",
+                [prepared.rows, prepared.choices["micro_batch_tokens"].value],
+            )
         self._report(prepared)
         return prepared
 
@@ -666,7 +673,8 @@ def stop_signals(trainer: StepTrainer | MlxTrainer) -> Iterator[None]:
             raise KeyboardInterrupt
         trainer.stopped_by_signal = True
         if ranks.world().size == 1:  # several agree first, and the first of them says so
-            print("stopping after this step; once more to stop at once", file=sys.stderr)
+            # Not print: the signal may have come in the middle of another one.
+            os.write(2, b"stopping after this step; once more to stop at once\n")
 
     previous = {
         number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)

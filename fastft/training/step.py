@@ -191,7 +191,7 @@ class Stepper:
                 f"out of memory with {self.policy.micro_batch_tokens} tokens a micro-batch"
                 f"{_memory_numbers()}, and with train.shard_base no process can go on by itself. "
                 f"Set train.micro_batch_tokens to {max(self.policy.micro_batch_tokens // 2, 1)} "
-                "in a new run."
+                "and run the same command again."
             ) from error
 
     def loss(self, segments: list[Segment]) -> float:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from fastft.config import TRACKERS, RunConfig
 from fastft.data.read import GIVEN
 from fastft.engines import loading
-from fastft.errors import CouldNotFinishError, FastFTError, InterruptedRunError
+from fastft.errors import CouldNotFinishError, FastFTError, InterruptedRunError, explained
 from fastft.files import write_atomically
 from fastft.hardware import Choice, Hardware, probe
 from fastft.models import location
@@ -64,10 +64,12 @@ class RunResult:
     eval_loss_before: float | None
     eval_loss_after: float | None
     tokens_per_sec: float | None
-    """Without padding, median over this call's steps."""
+    """Without padding, median over all of the run's steps."""
     seconds: float
     final: str | None
     """The adapter's folder, once the run is done."""
+    trained: bool = True
+    """False where the run was finished before, and this call did nothing."""
 
 
 def train(
@@ -89,9 +91,11 @@ def train(
     """
     try:
         return _train_run(config, data, stop_after, reporter, kept)
-    except FastFTError as error:
+    except Exception as error:
         # A notebook keeps the last traceback, and its frames would keep the model on the GPU.
         traceback.clear_frames(error.__traceback__)
+        if not isinstance(error, FastFTError) and (told := explained(error)) is not None:
+            raise told from error
         raise
     finally:
         give_back_memory()
@@ -255,7 +259,7 @@ def _go_on(session: Session, newest: Path | None, moved: list[str]) -> RunResult
     trained = newest is not None and (at >= session.total_steps(data) or stopped_early)
     if trained and record.get("status") == "done" and _final_is_whole(session, at):
         report.note(f"this run is finished ({at} steps); its adapter is in {run.final}")
-        return _result_of(run, "done")
+        return replace(_result_of(run, "done"), trained=False)
     run.cut_log(at)
     prepared = session.prepare(opened, data)
     loop = session.loop(prepared)
@@ -368,11 +372,13 @@ def _judge_untrained(session: Session, prepared: Prepared, loop: Loop) -> float 
 def _train(session: Session, prepared: Prepared, loop: Loop, resume_from: Path | None) -> RunResult:
     """The loop itself, then final/ and the report; or a clean stop."""
     run, trainer, total = session.run, loop.trainer, session.total_steps(prepared.data)
+    run.update_record(status="started")  # "done" would be that of an earlier, shorter run
     try:
         with session.report.training(total):
             loop.run(resume_from)
     finally:
         run.plot_loss()
+        session.live.show(session.history, now=True)
     run.update_record(
         seconds_training=run.read_record().get("seconds_training", 0)
         + time.monotonic()

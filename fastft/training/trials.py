@@ -84,6 +84,8 @@ def _axis(text: str) -> tuple[str, list[str] | tuple[float, float]]:
     found = RANGE.fullmatch(values)
     if found is None:
         listed = [value.strip() for value in values.split(",") if value.strip()]
+        if not listed:
+            raise FastFTError(f"--vary {text!r} names no value: write it as --vary lora.r=8,16")
         return key, list(dict.fromkeys(listed))
     try:
         low, high = float(found["low"]), float(found["high"])
@@ -93,6 +95,8 @@ def _axis(text: str) -> tuple[str, list[str] | tuple[float, float]]:
         raise FastFTError(
             f"--vary {text!r}: a range needs two positive numbers, the smaller first."
         )
+    if found["low"].isdigit() and found["high"].isdigit():
+        return key, (int(low), int(high))  # whole numbers are drawn whole
     return key, (low, high)
 
 
@@ -100,7 +104,8 @@ def _one(generator: np.random.Generator, values: list[str] | tuple[float, float]
     if isinstance(values, list):
         return values[int(generator.integers(len(values)))]
     low, high = (math.log(end) for end in values)
-    return f"{math.exp(generator.uniform(low, high)):.3g}"
+    drawn = math.exp(generator.uniform(low, high))
+    return str(round(drawn)) if isinstance(values[0], int) else f"{drawn:.3g}"
 
 
 def train_to(trial: Trial, step: int | None, kept: Kept, report: Reporter) -> None:

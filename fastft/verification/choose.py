@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastft.errors import AnswerIsNoError, CouldNotFinishError, FastFTError
 from fastft.exporting.certificate import forget
 from fastft.exporting.llama import base_folder, importance, sample_ids
+from fastft.exporting.place import one_at_a_time
 from fastft.files.scratch import scratch
 from fastft.progress import Reporter
 from fastft.runs.target import resolve
@@ -133,16 +134,16 @@ def choose_for_run(
     report = reporter or Reporter()
     target = resolve(run, base=base)
     folder = Path(out).expanduser() if out is not None else target.default_out
-    folder.mkdir(parents=True, exist_ok=True)
-    found = choose_quantization(
-        base_folder(target),
-        target.adapter,
-        samples=sample_ids(target),
-        max_kl=max_kl,
-        out=folder,
-        imatrix=importance(target, folder, imatrix, report),
-        name=target.name,
-        say=report.note,
-    )
+    with one_at_a_time(folder):
+        found = choose_quantization(
+            base_folder(target),
+            target.adapter,
+            samples=sample_ids(target),
+            max_kl=max_kl,
+            out=folder,
+            imatrix=importance(target, folder, imatrix, report),
+            name=target.name,
+            say=report.note,
+        )
     report.note(f"{found['chosen']} is the smallest type within a mean KL of {max_kl:g}")
     return {key: found["record"][key] for key in ("path", "kind", "bytes")}

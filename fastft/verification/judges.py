@@ -147,7 +147,9 @@ class GgufJudged:
     def answers(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
         """Return the greedy answers, one after the other."""
         return [
-            "".join(self.chat.stream(q.messages, max_new_tokens=max_new_tokens)).strip()
+            "".join(
+                self.chat.stream(q.messages, max_new_tokens=max_new_tokens, tools=q.tools)
+            ).strip()
             for q in questions
         ]
 
@@ -161,7 +163,7 @@ class GgufJudged:
             parts = list(_windows(ids, min(WINDOW, self.model.n_ctx)))
             total = sum(self._log_probability(part, first) for part, first in parts)
             return Likelihood(total, len(ids) - 1, size)
-        prompt = self.model.render(question.messages)
+        prompt = self.model.render(question.messages, tools=question.tools)
         before = self.model.tokens(prompt, add_special=False)
         ids = self.model.tokens(prompt + answer, add_special=False)
         first = _same(before, ids)

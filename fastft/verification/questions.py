@@ -8,6 +8,7 @@ a number from 0, a letter or the text of the right one), `answers` (all that cou
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastft.data.formats import BadRowError, Format, convert, detect
-from fastft.data.read import Bad, open_source, parse_json
+from fastft.data.read import Bad, kind_of, open_source, parse_json
 from fastft.errors import FastFTError, one_of
 from fastft.inference.metrics import CHOICE_METRICS, METRICS, TEXT_METRICS
 
@@ -94,7 +95,7 @@ def read_questions(source: str, *, limit: int | None = None) -> QuestionFile:
     Raises FastFTError where no row can be used. Unusable rows are left out and counted.
     """
     path = Path(source).expanduser()
-    if path.suffix and not path.exists():
+    if kind_of(path) is not None and not path.exists():
         raise FastFTError(f"--data {source} does not exist (looked in {path.absolute().parent}).")
     rows: list[tuple[int, Any]] = []
     for chunk in open_source(source).chunks():
@@ -102,7 +103,11 @@ def read_questions(source: str, *, limit: int | None = None) -> QuestionFile:
         if limit is not None and len(rows) >= limit:
             rows = rows[:limit]
             break
-    good = [_completed(row) for _, row in rows if not isinstance(row, Bad)]
+    good = []
+    for _, row in rows:
+        with contextlib.suppress(BadRowError):  # said below, with its line
+            if not isinstance(row, Bad):
+                good.append(_completed(row))
     many = any(isinstance(row, Mapping) and row.get("choices") is not None for row in good)
     form = None if many or not good else detect(good[:200])
     found, dropped = [], {}

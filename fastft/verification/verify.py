@@ -24,7 +24,7 @@ from fastft.exporting.certificate import (
     worst,
     write_certificate,
 )
-from fastft.exporting.llama import base_folder, sample_ids
+from fastft.exporting.llama import base_folder, sample_ids, tokenizer_source
 from fastft.exporting.place import one_at_a_time
 from fastft.files import sha256
 from fastft.files.scratch import scratch
@@ -70,7 +70,7 @@ def verify(
             from fastft.exporting.gguf import export_gguf
 
             base_gguf = export_gguf(
-                base_path, work / "base.gguf", ["f32"], tokenizer=target.adapter
+                base_path, work / "base.gguf", ["f32"], tokenizer=tokenizer_source(target)
             )[0]["path"]
         found = verify_files(
             paths, base=base_path, adapter=target.adapter, samples=sample_ids(target), out=folder,

@@ -126,6 +126,10 @@ def test_data_given_as_a_config_says_what_to_do(here, say):
         ),
         (["train", "a.yaml", "--set", "lora.r=4"], ["train", "a.yaml", "--set", "lora.r=4"]),
         (["chat", "run", "-p", "a=b"], ["chat", "run", "-p", "a=b"]),
+        (
+            ["train", "a.yaml", "--json", "lora.r=4"],
+            ["train", "a.yaml", "--json", "--set", "lora.r=4"],
+        ),
         (["train", "my=file.yaml"], ["train", "--set", "my=file.yaml"]),
         ([], []),
     ],
@@ -276,3 +280,4 @@ def test_a_changed_file_stays_changed_until_it_is_exported_again(here):
     file.write_bytes(b"three")
     certificate.forget(here, ["a.gguf"])
     assert certificate.changed_since(file, here) is None
+    assert "a.gguf" not in (here / "certificate.md").read_text()

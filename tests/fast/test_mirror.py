@@ -440,6 +440,11 @@ def test_a_drive_that_cannot_be_read_at_the_start(tmp_path, drive):
     )
     hanging.restore()
     assert "did not answer" in said.text
+    hanging.files = Broken(lambda operation, path: None)  # the drive answers again
+    save(run, 8)
+    hanging.request(2)
+    assert hanging.close(20)
+    assert 8 in whole_steps(drive / "checkpoints"), "one stall does not end the mirror"
 
 
 def test_another_run_of_the_same_name_is_not_touched(run, drive, tmp_path):

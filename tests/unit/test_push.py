@@ -194,6 +194,26 @@ def test_local_paths_stay_here(call, hub, run, tmp_path):
     assert "rows.jsonl" in card
 
 
+def test_only_whole_paths_are_taken_out_of_texts(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from fastft.exporting.push import _replaced, _scrub
+
+    assert _replaced("see /home/me/runs/a/b, /home/me/runs", "/home/me/runs/a/", "") == (
+        "see b, /home/me/runs"
+    )
+    assert _replaced('"base_model_name_or_path": "model"', "model", "own/base") == (
+        '"base_model_name_or_path": "own/base"'
+    )
+    monkeypatch.chdir(tmp_path)
+    target = SimpleNamespace(base="own/base", run=None, adapter=Path("."))
+    cached = "/home/me/.cache/huggingface/hub/models--own--base/snapshots/0a1b"
+    text = f'{{"./": 5, "model": "{cached} with the adapter {tmp_path}/final"}}'
+    assert _scrub(text, target, "own/base") == (
+        '{"./": 5, "model": "own/base with the adapter final"}'
+    )
+
+
 def test_an_adapter_without_a_run_is_pushed_too(call, hub, run):
     (run / "run.yaml").unlink()
     assert pushed(call, run / "final")["code"] == 0

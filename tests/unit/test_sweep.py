@@ -127,3 +127,10 @@ def test_what_was_loaded_is_made_once():
     assert [kept.once("data", {"a": 1}, make) for _ in range(3)] == [1, 1, 1]
     assert kept.once("data", {"a": 2}, make) == 2
     assert kept.once("data", {"a": 1}, make) == 3  # only the latest is held
+
+
+def test_whole_numbers_are_drawn_whole_and_nothing_is_no_value():
+    drawn = draw(config(), ["lora.r=8..64"], 20)
+    assert all(8 <= int(settings["lora.r"]) <= 64 for settings in drawn)
+    with pytest.raises(FastFTError, match="names no value"):
+        draw(config(), ["lora.r=,"], None)
