@@ -141,7 +141,7 @@ def export_parts(
     for kind in include:
         if kind not in INCLUDES:
             raise one_of("--include", kind, INCLUDES)
-    exports = sorted(folder.glob("*.gguf")) if "gguf" in include else []
+    exports = sorted(folder.glob("[!.]*.gguf")) if "gguf" in include else []
     exports += [folder / "merged"] if "merged" in include else []
     missing = [path for path in exports if not path.exists()]
     if missing or ("gguf" in include and not any(path.suffix == ".gguf" for path in exports)):

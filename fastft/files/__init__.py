@@ -128,14 +128,17 @@ def _forget_cached(descriptor: int) -> None:
 
 
 @contextlib.contextmanager
-def written_aside(path: Path, is_ours: Callable[[str], bool] = lambda name: True) -> Iterator[Path]:
+def written_aside(
+    path: Path, is_ours: Callable[[str], bool] = lambda name: True, *, ending: str = ""
+) -> Iterator[Path]:
     """Yield a name beside `path` for a new file or folder, which becomes `path` when the block ends
     well and vanishes otherwise.
 
     What lies in a folder that is replaced and is not `is_ours(name)` is carried over. What a killed
-    process left is tidied first.
+    process left is tidied first. `ending` keeps an unfinished file from being taken for a whole one
+    by its name's ending.
     """
-    aside = path.with_name(f".writing-{path.name}")
+    aside = path.with_name(f".writing-{path.name}{ending}")
     recover(path)
     LOCAL.remove(aside)
     try:

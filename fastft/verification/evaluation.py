@@ -130,7 +130,7 @@ def _exports(target: str | Path, base: str | None) -> list[Path]:
         return []
     return [
         path
-        for path in sorted(resolved.run.export.glob("*.gguf"))
+        for path in sorted(resolved.run.export.glob("[!.]*.gguf"))
         if not path.name.endswith(".lora.gguf")
     ]
 

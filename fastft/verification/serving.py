@@ -38,7 +38,7 @@ def gguf_of(target: str | Path, *, base: str | None = None) -> tuple[Path, str]:
             "gguf:q4_k_m, or serve it with vLLM: --with vllm."
         )
     folder = resolved.default_out
-    files = [p for p in folder.glob("*.gguf") if not p.name.endswith(".lora.gguf")]
+    files = [p for p in folder.glob("[!.]*.gguf") if not p.name.endswith(".lora.gguf")]
     files.sort(key=lambda file: file.stat().st_mtime_ns, reverse=True)
     refused = []
     for file in files:

@@ -86,7 +86,7 @@ def exported_files(target: Target, folder: Path) -> list[Path]:
     """Return the adapter of a run and everything that `fastft export` wrote into `folder`."""
     found = [target.run.final] if target.run is not None else []
     found += [path for path in (folder / "adapter", folder / "merged") if path.is_dir()]
-    found += sorted(folder.glob("*.gguf"))
+    found += sorted(folder.glob("[!.]*.gguf"))
     found += [path for path in (folder / "Modelfile",) if path.is_file()]
     return found
 

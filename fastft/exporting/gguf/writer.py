@@ -140,7 +140,7 @@ def opened(outputs: list[Output]) -> Iterator[None]:
         with ExitStack() as stack:
             for output in outputs:
                 output.path.parent.mkdir(parents=True, exist_ok=True)
-                aside = stack.enter_context(written_aside(output.path))
+                aside = stack.enter_context(written_aside(output.path, ending=".part"))
                 output.file = stack.enter_context(open(aside, "wb", buffering=0))
                 output.file.write(output.header)
                 output.file.truncate(output.size)
