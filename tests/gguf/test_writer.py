@@ -367,9 +367,9 @@ def test_user_mistakes_are_refused(tmp_path, monkeypatch):
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     base = make_checkpoint("llama", tmp_path / "base")
     train_adapter(base, tmp_path / "adapter", target_modules=["q_proj"], scale=float("nan"))
-    with pytest.raises(FastFTError, match="NaN or infinite"):
+    with pytest.raises(FastFTError, match="NaN or infinity"):
         export_gguf(base, tmp_path / "out", ["q8_0"], adapter=tmp_path / "adapter")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not list(tmp_path.glob("out/*"))
 
 
 KILLED = """
