@@ -1,5 +1,6 @@
 """`fastft` and `python -m fastft`."""
 
+import sys
 from typing import NoReturn
 
 from fastft.child import forget_current_folder
@@ -8,8 +9,11 @@ from fastft.child import forget_current_folder
 def main() -> NoReturn:
     """Run the command line; nothing more is imported from the current folder."""
     forget_current_folder()
-    from fastft.cli import main as run
-
+    try:
+        from fastft.cli import main as run
+    except KeyboardInterrupt:  # while the libraries are read
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     run()
 
 

@@ -4,6 +4,8 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -281,3 +283,109 @@ def test_a_changed_file_stays_changed_until_it_is_exported_again(here):
     certificate.forget(here, ["a.gguf"])
     assert certificate.changed_since(file, here) is None
     assert "a.gguf" not in (here / "certificate.md").read_text()
+
+
+# --- said before it costs time
+
+
+def test_a_warm_up_longer_than_the_run_is_said(here):
+    from fastft.planning import command
+
+    settings = ["train.max_steps=10", "train.warmup_steps=100"]
+    notes = " ".join(command.run(write_config(here), settings, show=False).notes)
+    assert "the warm-up of 100 steps is longer than the run of 10" in notes
+    assert "reaches 10% of train.learning_rate at most" in notes
+
+
+def write_config(folder):
+    path = folder / "run.yaml"
+    path.write_text("model: {name: quickstart}\ndata: {source: qa.jsonl}\n")
+    return path
+
+
+def test_the_embedded_base_has_a_name(here):
+    name = load_config(write_config(here)).model.name
+    assert (Path(name) / "config.json").is_file()
+    (here / "quickstart").mkdir()
+    assert load_config(here / "run.yaml").model.name == "quickstart", "an own folder comes first"
+
+
+def test_a_conversation_knows_its_commands(monkeypatch, capsys):
+    from fastft.inference import conversation
+
+    asked = []
+
+    def answer(model, messages, sampling, on_piece=None):
+        asked.append([m["content"] for m in messages])
+        return SimpleNamespace(text="yes", tokens=[1], tokens_per_sec=1.0)
+
+    typed = iter(["hello", "more", "/help", "/reset", "again", "/exit", "never"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    monkeypatch.setattr(conversation, "open_chat", lambda target, **keywords: None)
+    monkeypatch.setattr(conversation, "ask", answer)
+    conversation.converse("run", system=None, sampling=None, compare=False)
+    assert asked == [["hello"], ["hello", "yes", "more"], ["again"]]
+    assert "/reset forgets what was said" in capsys.readouterr().err
+    assert next(typed) == "never"
+
+
+def test_ctrl_c_while_libraries_are_read_is_one_line(tmp_path):
+    code = (
+        "import builtins, sys\n"
+        "real = builtins.__import__\n"
+        "def interrupted(name, *rest):\n"
+        "    if name == 'fastft.cli': raise KeyboardInterrupt\n"
+        "    return real(name, *rest)\n"
+        "from fastft.__main__ import main\n"
+        "builtins.__import__ = interrupted\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+DOWNLOAD = """
+import sys
+from rich.console import Console
+from fastft import hub, progress
+progress.SECONDS_BETWEEN_LINES = 0.0
+report = progress.Reporter(Console(file=sys.stdout, width=200))
+for _ in range(2):
+    hub.download_model("own/base", progress=report.bytes)
+    print("--")
+"""
+
+
+def test_a_model_is_downloaded_once_with_its_size(tmp_path):
+    from tests.hub_stand_in import HubStandIn
+
+    with HubStandIn() as server:
+        files = {"config.json": b"{}", "model.safetensors": b"x" * 3_000_000, "a.bin": b"pickle"}
+        server.add("own/base", files)
+        environment = {
+            **os.environ, "HF_ENDPOINT": server.endpoint, "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0",
+        }  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", DOWNLOAD], capture_output=True, text=True, env=environment
+        )
+    assert done.returncode == 0, done.stderr
+    first, second, _ = done.stdout.split("--\n")
+    assert re.search(r"downloading own/base.*: 3 (of 3 )?MB", first), first
+    assert second == "", "everything is in the cache"
+    assert not list(tmp_path.rglob("a.bin")), "pickles stay on the Hub"
+
+
+def test_no_placeholder_is_left():
+    root = Path(__file__).parents[2]
+    listed = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no git checkout")
+    texts = (".md", ".ipynb", ".py", ".toml", ".yaml", ".yml", ".txt")
+    placeholder = "OWNER" + "/"
+    found = [
+        name
+        for name in listed.stdout.splitlines()
+        if name.endswith(texts) and placeholder in (root / name).read_text("utf-8", "replace")
+    ]
+    assert found == []
