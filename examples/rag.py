@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastft.errors import FastFTError
+
 LONGEST = 600  # characters of a passage; longer paragraphs are cut
 K1, B = 1.2, 0.75  # BM25's usual constants (Robertson and Zaragoza 2009, section 3.5)
 
@@ -129,6 +131,13 @@ def main(arguments: list[str] | None = None) -> None:
         sub.add_argument("docs", type=Path)
     verbs.choices["ask"].add_argument("question")
     given = parser.parse_args(arguments)
+    try:
+        _answer(given)
+    except (FastFTError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _answer(given: argparse.Namespace) -> None:
     passages = read_passages(given.docs)
     search = embeddings(passages, given.embeddings) if given.embeddings else bm25(passages)
     if given.verb == "ask":
@@ -137,7 +146,9 @@ def main(arguments: list[str] | None = None) -> None:
         text, sources = ask(open_chat(given.run), search, given.question, given.passages)
         print(f"{text}\n({', '.join(sources)})")
         return
-    for line in Path(given.questions).read_text(encoding="utf-8").splitlines():
+    for line in Path(given.questions).read_text(encoding="utf-8").split("\n"):
+        if not line.strip():
+            continue
         row = json.loads(line)
         found = context_of(search(row["question"], given.passages))
         print(json.dumps({"context": found, **row}, ensure_ascii=False))

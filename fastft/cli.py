@@ -476,6 +476,11 @@ def evaluate(
     if tasks is not None:
         from fastft.verification.harness import run_tasks
 
+        if metric or against or out or floors or max_new_tokens or not with_base:
+            raise FastFTError(
+                "--tasks lets lm-eval choose what is measured of RUN: --metric, --against, --out, "
+                "--at-least, --max-new-tokens and --no-base go with --data."
+            )
         found = run_tasks(
             target, tasks.split(","), folder=task_folder, base=base, dtype=dtype, limit=limit
         )
@@ -574,7 +579,10 @@ def serve(
     from fastft.verification.serving import gguf_of
 
     file, why = gguf_of(target, base=base)
-    print(f"serving {file} ({why}) at http://{host}:{port}/v1 (Ctrl-C ends it)", file=sys.stderr)
+    print(
+        f"loading {file} ({why}) to serve it at http://{host}:{port}/v1 (Ctrl-C ends it)",
+        file=sys.stderr,
+    )
     run_server(
         file,
         host=host,
@@ -708,8 +716,8 @@ app.add_typer(bench_app, name="bench")
 
 
 def _layers(text: str) -> int | str:
-    if text != "auto" and not text.isdigit():
-        raise FastFTError(f"--gpu-layers is {text!r}; it must be auto or a number of layers.")
+    if text not in ("auto", "-1") and not text.isdigit():
+        raise FastFTError(f"--gpu-layers is {text!r}; it must be auto, -1 (all) or a number.")
     return text if text == "auto" else int(text)
 
 

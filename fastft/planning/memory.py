@@ -438,7 +438,7 @@ def _power_of_two_below(x: float) -> int:
 CUDA_CONTEXT = int(0.45 * GIB)
 """What the driver takes of a card for a process: typical, not measured."""
 CUDA_SLACK = 0.05
-"""Share of what comes and goes that CUDA\'s allocator rounds up in blocks: assumed."""
+"""Share of what comes and goes that CUDA's allocator rounds up in blocks: assumed."""
 HEAP_FRAGMENTATION = {"off": 0.75, "recompute": 0.5, "offload": 0.5}
 """Resident but unused heap, as a share of what transformers' and peft's own modules save: fitted
 with glibc 2.36 (see docs/plan.md).

@@ -240,6 +240,10 @@ class MemoryCheck(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the watch where the run ended before its second step."""
+        self.stop()
+
+    def stop(self) -> None:
+        """End the watch; also after an error, of which transformers tells no callback."""
         if self.sampler is not None:
             self.sampler.stop()
 

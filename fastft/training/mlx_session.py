@@ -29,6 +29,9 @@ class Unwatched:
 
     advice: str | None = None
 
+    def stop(self) -> None:
+        """Nothing watches, so nothing is ended."""
+
 
 def load(
     session: Session, opened: Opened, data: Sequences, choices: dict[str, Choice]

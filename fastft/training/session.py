@@ -136,8 +136,11 @@ class Loop:
 
     def run(self, resume_from: Path | None = None) -> None:
         """Train to the end, or until a signal, a time limit or the watch stops it."""
-        with stop_signals(self.trainer):
-            self.trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        try:
+            with stop_signals(self.trainer):
+                self.trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        finally:
+            self.memory.stop()
 
 
 class Session:

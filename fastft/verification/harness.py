@@ -95,7 +95,16 @@ def _evaluate(
             f"the questions of {', '.join(names)} could not be loaded: {error}. lm-eval downloads "
             "them from the Hub; a task over a local file needs no network."
         ) from error
-    return {name: found["results"][name] | {"rows": found["n-samples"][name]} for name in names}
+    return {
+        name: found["results"].get(name, {}) | {"rows": _counted(found, name)} for name in names
+    }
+
+
+def _counted(found: dict[str, Any], name: str) -> dict[str, int]:
+    """Return the questions asked of a task; of a group, those of its tasks together."""
+    leaves = found.get("group_subtasks", {}).get(name) or [name]
+    asked = [found["n-samples"][leaf]["effective"] for leaf in leaves if leaf in found["n-samples"]]
+    return {"effective": sum(asked)}
 
 
 def _scores(values: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -82,7 +82,7 @@ def test_a_run_on_a_t4(base, tmp_path):
     # Out of memory in a step and in an evaluation: smaller rows, the run goes on.
     assert sorted(found["happened"]) == ["evaluation", "step"]
     # The model is gone from the card once `train` has returned. A tenth of this tiny run's peak is
-    # left (57,996 bytes a run, of no weights; where it is held is not known yet).
+    # left (57,996 bytes a run, what they are and where they are held is not known yet).
     first, second = found["left"]
     assert max(first, second - first) < 0.15 * found["peak"]
     assert found["emptied"] > 0
