@@ -213,7 +213,7 @@ def _checked(
         found = check(rows)
     except FastFTError:
         raise
-    except (RuntimeError, NotImplementedError, ValueError) as error:
+    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
         return (
             False,
             f"a row without padding failed: {type(error).__name__}: "
