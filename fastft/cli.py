@@ -191,7 +191,8 @@ def init(
         return print(text, end="")
     out.write_text(text, encoding="utf-8")
     found = f" for {seen}" if seen else f"; {data} is not a file here, so nothing was looked at"
-    print(f"wrote {out}{found}\nnext: fastft plan {out}, then fastft train {out}", file=sys.stderr)
+    steps = then(["fastft", "plan", out], ["fastft", "train", out])
+    print(f"wrote {out}{found}{steps}", file=sys.stderr)
 
 
 @app.command("config-schema", epilog=example("fastft config-schema > schema.json"))

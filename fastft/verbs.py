@@ -7,6 +7,8 @@ wrote. A result has attributes, and reads like the command's JSON as well: `resu
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -169,6 +171,9 @@ def train(
     from fastft.training import ranks
     from fastft.training.train import train as train_run
 
+    if "torch" not in sys.modules:
+        # Threads that spin while they wait slow a shared machine down; read when torch is loaded.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     result = train_run(config, data=data, stop_after=stop_after, reporter=reporter)
     to = [] if config.export.to == ["adapter"] else config.export.to
     if not result.trained:

@@ -223,7 +223,8 @@ def _plain(message: _Message) -> dict[str, Any]:
         if len(texts) != len(content) or not all(isinstance(text, str) for text in texts):
             raise RefusedError(400, "messages.content: only parts of type text are understood")
         values["content"] = "".join(texts)
-    for call in values.get("tool_calls") or []:
+    calls = values.get("tool_calls")
+    for call in calls if isinstance(calls, list) else []:
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict):  # clients send text, templates were trained on objects
             function["arguments"] = parse_arguments(function.get("arguments"))

@@ -69,7 +69,7 @@ def test_init_looks_at_the_data(here, say):
     code, out, err = say("init", "--data", "qa.jsonl", "-o", "run.yaml")
     assert (code, out) == (0, "")
     assert "wrote run.yaml for 40 rows" in err
-    assert "next: fastft plan run.yaml, then fastft train run.yaml" in err
+    assert "next: fastft plan run.yaml\n      fastft train run.yaml" in err
     config = load_config(here / "run.yaml")
     assert (config.project, config.train.epochs, config.model.max_seq_length) == ("qa", 3, 256)
     code, _, err = say("init", "-o", "run.yaml")

@@ -250,7 +250,7 @@ def test_calibration_scales_what_grows_and_says_what_would_fit():
     assert worse.largest_bytes > later
     assert not worse.fits
     assert 1024 <= worse.largest_fitting_tokens < 8192
-    assert f"train.micro_batch_tokens of at most {worse.largest_fitting_tokens:,}" in worse.message
+    assert f"train.micro_batch_tokens to at most {worse.largest_fitting_tokens:,}" in worse.message
     one_row = calibrate(
         shape, replace(s, longest=8192), tokens=1024, measured_bytes=planned + 2 * GIB, largest_tokens=8192,
         limit_bytes=12 * GIB,
