@@ -13,6 +13,12 @@ def lab(tmp_path_factory):
     return Lab(tmp_path_factory.mktemp("lab"))
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """An attack may name a relative folder, and what it leaves there must not lie in the clone."""
+    monkeypatch.chdir(tmp_path)
+
+
 def test_the_same_seed_gives_the_same_attacks():
     first, again, other = attacks(1), attacks(1), attacks(2)
     assert [attack.name for attack in first] == [attack.name for attack in again]
