@@ -169,7 +169,13 @@ def test_an_arm_that_stopped_for_want_of_memory_says_so():
         def train(self, resume_from_checkpoint):
             memory.advice = "17 GB do not fit"
 
-    memory = type("Memory", (), {"advice": None})()
+    class Memory:
+        advice = None
+
+        def stop(self):
+            pass
+
+    memory = Memory()
     with pytest.raises(MemoryError, match="17 GB do not fit") as caught:
         session.OpenSession(Loop(Trainer(), memory), {}).run()
     assert worker._status_of(caught.value)[0] == "oom"
