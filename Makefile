@@ -4,9 +4,11 @@
 # Both of the first need only Python 3.11 to 3.13, git, make, cmake and a C++ compiler.
 #
 # TORCH_INDEX=URL   an index to take torch from (the CPU build, where pip's own holds only CUDA's)
+# WORKERS=2         how many tests run beside each other, each with one thread (12 instead of 21 min)
 # HASHES=1          check the tested set against requirements/lock-*.txt (not torch, nor build tools)
 
 PYTHON ?= $(firstword $(foreach v,python3.11 python3.12 python3.13 python3,$(if $(shell $(v) -c "import sys, venv, ensurepip; sys.exit(not (3,11) <= sys.version_info[:2] <= (3,13))" 2>/dev/null && echo ok),$(v))))
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PINS := $(wildcard requirements/*.txt)
@@ -19,8 +21,9 @@ quickstart: $(VENV)/.ready
 	$(BIN)/fastft quickstart
 	@echo "fastft is $(BIN)/fastft; 'source $(BIN)/activate' makes it plain 'fastft' in this terminal"
 
+# A file's tests stay in one worker (they share checkpoints and runs).
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # What needs no torch and no model: under a minute.
 test-fast: $(VENV)/.ready-dev
