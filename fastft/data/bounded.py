@@ -1,4 +1,5 @@
-"""Limits of time and memory for chat templates, which are programs that somebody else wrote.
+"""Limits of time and memory for what somebody else wrote and is run here: chat templates, which
+are programs, and regular expressions.
 
 Jinja's sandbox keeps a template from reading files, not from counting to ten to the tenth or from
 doubling a text until the memory is full. A watching thread asks a few times a second whether a
@@ -158,6 +159,30 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], **keywords: Any) -> s
     except (TemplateLimitError, MemoryError) as error:
         why = str(error) or f"it ran for more than {SECONDS:.0f} s or filled the memory"
         raise FastFTError(f"the chat template cannot be used: {why}.") from error
+
+
+PATTERN_SECONDS = 2.0
+
+
+def matches(pattern: str, text: str, *, whole: bool = False) -> bool:
+    """Return whether the regular expression `pattern` is found in `text`, or is all of it.
+
+    Raises FastFTError where that takes more than PATTERN_SECONDS: one such as (a+)+$ tries every
+    way to cut a text into pieces.
+    """
+    import regex
+
+    try:
+        find = regex.fullmatch if whole else regex.search
+        return find(pattern, text, timeout=PATTERN_SECONDS) is not None
+    except TimeoutError as error:
+        raise FastFTError(
+            f"the pattern {pattern[:200]!r} takes more than {PATTERN_SECONDS:g} s on "
+            f"{text[:80]!r}: it repeats something that is itself repeated. Write it without, "
+            "as a+ for (a+)+."
+        ) from error
+    except regex.error as error:
+        raise FastFTError(f"the pattern {pattern[:200]!r} is no expression: {error}.") from error
 
 
 def _resident() -> int:

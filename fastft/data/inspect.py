@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fastft.config import ModelConfig, RunConfig, read_yaml
 from fastft.errors import FastFTError
+from fastft.files import ours
 from fastft.models import explained
 
 if TYPE_CHECKING:
@@ -67,21 +68,23 @@ def inspect_data(
 
 
 def _place_of_plot(config: RunConfig, console: Console) -> Path | None:
-    """Return data.png of the run, or None, with the reason, where that is a run of other data."""
+    """Return data.png of the run, or None, with the reason, where that is a run of other data or
+    the picture is somebody else's.
+    """
     folder = config.run_dir
+    path, why = folder / "data.png", None
     if (folder / "run.yaml").is_file():
         trained = (read_yaml(folder / "run.yaml").get("data") or {}).get("source")
         if trained != config.data.source:
-            console.print(
+            why = (
                 f"{folder} is a run of other data ({trained}), so nothing was written into it. "
-                "Give this config a project name of its own.",
-                style="yellow",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
+                "Give this config a project name of its own."
             )
-            return None
-    return folder / "data.png"
+    if why is None and (path.is_symlink() or path.exists()) and not ours.is_ours(path):
+        why = f"{path} was not written by fastft, so it stays as it is and no plot was written."
+    if why is not None:
+        console.print(why, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    return path if why is None else None
 
 
 def sharing_of(config: RunConfig, samples: Any) -> Sharing | None:

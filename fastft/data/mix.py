@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,6 +39,8 @@ def draw(sizes: Sequence[int], weights: Sequence[float] | None, seed: int) -> li
     """Return which samples of each source an epoch has; together as many as the sources have."""
     if weights is None:
         return [np.arange(size) for size in sizes]
+    if not math.isfinite(sum(weights)):
+        weights = [weight / max(weights) for weight in weights]
     total, sum_of_weights = sum(sizes), sum(weights)
     exact = np.array([total * weight / sum_of_weights for weight in weights])
     counts = np.floor(exact).astype(np.int64)

@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from fastft.files import ours
+
 BARS = 36
 # Unicode's line and paragraph separators, embeddings, overrides and isolates.
 _TURNS = {
@@ -151,7 +153,7 @@ class DataReport(BaseModel):
         axes.set_ylabel("samples")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-        FigureCanvasAgg(figure).print_png(str(path))
+        FigureCanvasAgg(figure).print_png(str(path), metadata=ours.PNG)
 
 
 def many(count: int, what: str) -> str:

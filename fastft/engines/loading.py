@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastft.config import MOVES_THE_BASE, LoraConfig, ModelConfig, RunConfig
+from fastft.data.bounded import matches
 from fastft.engines import choose_engine, get_engine
 from fastft.engines.base import Engine
 from fastft.errors import FastFTError, did_you_mean
@@ -435,7 +436,7 @@ def _targeted(model: Any, target_modules: Any) -> list[tuple[str, Any]]:
     if target_modules == "all-linear":
         return [(n, m) for n, m in linear if m is not head]
     if isinstance(target_modules, str) and not _plain_names(target_modules):
-        return [(n, m) for n, m in linear if re.fullmatch(target_modules, n)]
+        return [(n, m) for n, m in linear if matches(target_modules, n, whole=True)]
     leaves = {name.rsplit(".", 1)[-1] for name, _ in linear}
     wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     wanted += [FUSED[n] for n in wanted if n in FUSED and n not in leaves and FUSED[n] in leaves]

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastft.config import export_targets
 from fastft.errors import CouldNotFinishError, FastFTError
-from fastft.exporting.certificate import forget
+from fastft.exporting.certificate import forget, read_certificate
 from fastft.exporting.place import one_at_a_time
 from fastft.progress import Reporter
 from fastft.runs.mirror import follow
@@ -59,6 +59,7 @@ def export(
     files: list[dict[str, Any]] = []
     refused: list[tuple[str, FastFTError]] = []
     with one_at_a_time(folder):
+        read_certificate(folder)  # one that is none is said before anything is written
         try:
             for group in _groups(wanted):
                 try:
@@ -168,8 +169,7 @@ def _adapter(request: Request) -> list[dict[str, Any]]:
 def _merged(request: Request) -> list[dict[str, Any]]:
     from fastft.exporting.merged import export_merged
     from fastft.exporting.weights import resolve_base
-    from fastft.files import write_atomically
-    from fastft.runs.card import model_card
+    from fastft.runs.card import model_card, write_card
 
     target, out = request.target, request.folder / "merged"
     if target.adapter is None:
@@ -179,7 +179,8 @@ def _merged(request: Request) -> list[dict[str, Any]]:
         export_merged(base, target.adapter, out, dtype=request.dtype, progress=progress)
     if target.run is not None:
         card = model_card(target.run.read_config(), target.run.read_record(), kind="merged")
-        write_atomically(out / "README.md", card)
+        if kept := write_card(out / "README.md", card):
+            request.report.note(kept)
     return [describe(out, "merged")]
 
 

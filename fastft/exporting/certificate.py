@@ -17,6 +17,8 @@ from fastft.errors import FastFTError
 from fastft.files import read_json, sha256, write_atomically
 
 CERTIFICATE = "certificate.json"
+PAGE = "certificate.md"
+TITLE = "# Certificate\n"
 VERDICTS = ("pass", "warn", "fail")
 
 
@@ -130,7 +132,9 @@ def judge_distance(measured: dict[str, float], file_type: str) -> Check:
 
 def read_certificate(out: Path) -> dict[str, Any]:
     """Return the certificate in the folder `out` ({"files": {}} where there is none)."""
-    path = Path(out) / CERTIFICATE
+    path, page = Path(out) / CERTIFICATE, Path(out) / PAGE
+    if page.is_symlink() or (page.exists() and not _begins_like_ours(page)):
+        raise FastFTError(f"{page} was not written by fastft. Move it away and try again.")
     if not path.is_file():
         return {"files": {}}
     found = read_json(path, "Delete it and call fastft verify again.")
@@ -138,6 +142,13 @@ def read_certificate(out: Path) -> dict[str, Any]:
     if not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
         raise FastFTError(f"{path} is no certificate. Delete it and call fastft verify again.")
     return found
+
+
+def _begins_like_ours(page: Path) -> bool:
+    if not page.is_file():
+        return False
+    with page.open("rb") as file:
+        return file.read(len(TITLE)) == TITLE.encode()
 
 
 def _is_entry(entry: Any) -> bool:
@@ -176,7 +187,7 @@ def forget(out: Path, names: Iterable[str]) -> None:
         certificate["files"] = {n: e for n, e in certificate["files"].items() if n not in gone}
         text = json.dumps(certificate, indent=2, ensure_ascii=False) + "\n"
         write_atomically(Path(out) / CERTIFICATE, text)
-        write_atomically(Path(out) / "certificate.md", as_markdown(certificate))
+        write_atomically(Path(out) / PAGE, as_markdown(certificate))
 
 
 def unchanged_check(path: Path, was: str, now: str) -> dict[str, str]:
@@ -222,13 +233,13 @@ def write_certificate(out: Path, entries: list[dict[str, Any]], about: dict[str,
     write_atomically(
         out / CERTIFICATE, json.dumps(certificate, indent=2, ensure_ascii=False) + "\n"
     )
-    write_atomically(out / "certificate.md", as_markdown(certificate))
+    write_atomically(out / PAGE, as_markdown(certificate))
     return out / CERTIFICATE
 
 
 def as_markdown(certificate: dict[str, Any]) -> str:
     """Return the certificate as a person reads it."""
-    lines = ["# Certificate", "", "Is each file the model that was trained?", ""]
+    lines = [TITLE.rstrip(), "", "Is each file the model that was trained?", ""]
     lines += [
         "| File | Verdict | KL mean | KL p99 | Top-1 | Perplexity |",
         "|---|---|---|---|---|---|",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastft.errors import FastFTError
+from fastft.files import ours
 from fastft.models import explained
 from fastft.progress import Reporter
 from fastft.runs.target import Target
@@ -37,6 +38,8 @@ def export_for_llamacpp(
 
     base = base_folder(target)
     folder.mkdir(parents=True, exist_ok=True)
+    if ollama:
+        ours.refuse_foreign([folder / "Modelfile"])
     files: list[dict[str, Any]] = []
     wanted = types or ([OLLAMA_DEFAULT] if ollama else [])
     if wanted:
@@ -102,7 +105,12 @@ def importance(target: Target, folder: Path, imatrix: str | None, report: Report
     """Return the importance matrix that --imatrix asks for ({tensor: mean squared inputs}), or
     None.
     """
-    from fastft.exporting.gguf.imatrix import collect_imatrix, load_imatrix, save_imatrix
+    from fastft.exporting.gguf.imatrix import (
+        collect_imatrix,
+        load_imatrix,
+        refuse_foreign,
+        save_imatrix,
+    )
 
     if imatrix is None:
         return None
@@ -119,6 +127,7 @@ def importance(target: Target, folder: Path, imatrix: str | None, report: Report
             "--imatrix auto needs a run folder: its samples.jsonl holds the data that it is "
             "collected on."
         )
+    refuse_foreign(folder / "imatrix.npz")
     from fastft.inference.generate import HuggingFaceChat
 
     report.note(f"importance matrix: from {len(samples)} of the run's own samples")

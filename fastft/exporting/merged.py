@@ -19,6 +19,7 @@ from typing import Any
 from fastft.errors import FastFTError
 from fastft.exporting.place import whole_or_nothing
 from fastft.exporting.weights import Weights
+from fastft.files.ours import is_ours
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -68,7 +69,11 @@ def export_merged(
         raise FastFTError(
             f"{out} exists and was not written by fastft. Choose another --out, or remove it."
         )
-    with whole_or_nothing(out, total, belongs_to_merged) as folder:
+
+    def replaced(name: str) -> bool:
+        return belongs_to_merged(name) and (name != "README.md" or is_ours(out / name))
+
+    with whole_or_nothing(out, total, replaced) as folder:
         _write_shards(weights, kinds, plan, folder, progress)
         _write_config(weights, kinds, folder)
         _copy_tokenizer(weights, folder)

@@ -18,7 +18,7 @@ from typing import Any
 
 from fastft.data import bounded
 from fastft.errors import FastFTError
-from fastft.files import write_atomically
+from fastft.files import ours, write_atomically
 
 NO_TEMPLATE = (
     "# The chat template is none that fastft can write in Go's template language, so none stands "
@@ -111,11 +111,13 @@ def write_modelfile(
     an answer. `parameters`: Ollama's, for example {"temperature": 0.7, "num_ctx": 4096}. Where Go
     cannot write the same bytes, no TEMPLATE is written and a comment says so (see
     `has_template`): Ollama then takes a template of its own that looks like the one in the GGUF
-    file, which may be another format. Raises FastFTError for unknown parameters.
+    file, which may be another format. Raises FastFTError for unknown parameters, and for a
+    Modelfile that fastft did not write or that was changed since.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "Modelfile"
+    ours.refuse_foreign([path])
     text = modelfile_text(
         relative(gguf_path, out),
         tokenizer,
@@ -126,7 +128,7 @@ def write_modelfile(
         create=create_line(path, name or Path(gguf_path).stem.lower()),
         render=render,
     )
-    write_atomically(path, text)
+    write_atomically(path, ours.signed(text))
     if problems := check_modelfile(path):
         raise AssertionError(f"a Modelfile that we wrote is wrong: {problems}")
     return path

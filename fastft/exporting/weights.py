@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastft import files, hub
+from fastft.data.bounded import matches
 from fastft.errors import FastFTError
 from fastft.models import check_finite, read_header
 
@@ -706,6 +707,6 @@ def _by_pattern(patterns: dict[str, Any] | None, module: str, default: float) ->
     get_pattern_key does.
     """
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if matches(rf"(.*\.)?({pattern})", module, whole=True):
             return value
     return default

@@ -293,6 +293,10 @@ class GgufModel:
         """Return whether generation stops at this token (llama.cpp's end-of-generation set)."""
         return self._api.llama_vocab_is_eog(self._vocab, token)
 
+    def is_control(self, token: int) -> bool:
+        """Return whether a token is one that no text spells, such as "<|im_end|>"."""
+        return self._api.llama_vocab_is_control(self._vocab, token)
+
     # Text and token ids
 
     def tokens(
@@ -424,9 +428,7 @@ class GgufModel:
     @functools.cached_property
     def controls(self) -> list[str]:
         """How the file's control tokens are written, the longest first."""
-        api, vocab = self._api, self._vocab
-        ids = (i for i in range(self.n_vocab) if api.llama_vocab_is_control(vocab, i))
-        texts = {self._spelling(i) for i in ids}
+        texts = {self._spelling(i) for i in filter(self.is_control, range(self.n_vocab))}
         return sorted(texts - {""}, key=len, reverse=True)
 
     def _resolved(self, rendered: str, guards: _Guards) -> list[int]:

@@ -7,7 +7,6 @@ quickstart all judge with these.
 from __future__ import annotations
 
 import math
-import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -50,8 +49,13 @@ def contains(answer: str, accepted: Sequence[str]) -> float:
 
 
 def matches(answer: str, pattern: str) -> float:
-    """Return 1.0 where the regular expression `pattern` is found in the answer, else 0.0."""
-    return float(re.search(pattern, answer) is not None)
+    """Return 1.0 where the regular expression `pattern` is found in the answer, else 0.0.
+
+    Raises FastFTError for a pattern that takes seconds.
+    """
+    from fastft.data import bounded
+
+    return float(bounded.matches(pattern, answer))
 
 
 @dataclass(frozen=True)

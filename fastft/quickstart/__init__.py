@@ -15,6 +15,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from fastft.errors import FastFTError
+from fastft.files import write_atomically
+
 # The most tokens an answer needs, turn end included; a model that needs more does not stop by
 # itself.
 MAX_ANSWER_TOKENS = 16
@@ -46,7 +49,8 @@ def base_path() -> Path:
 def write_task(folder: str | Path) -> TaskFiles:
     """Write train.jsonl, heldout.jsonl and unknown.jsonl into `folder` and return their paths.
 
-    The content is the same on every machine; existing files are replaced.
+    The content is the same on every machine. Raises FastFTError where other files of these names
+    are there.
     """
     from fastft.quickstart import world
 
@@ -95,8 +99,10 @@ def quickstart_config(folder: str | Path, engine: str = "auto") -> dict[str, Any
 
 
 def _write_jsonl(path: Path, rows: list[dict]) -> None:
-    path.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-        encoding="utf-8",
-        newline="\n",
-    )
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if path.exists() and path.read_bytes() != text.encode():
+        raise FastFTError(
+            f"{path} is there and holds other rows than the quickstart's, so it stays as it is. "
+            "Choose another --out, or move it away."
+        )
+    write_atomically(path, text)

@@ -8,14 +8,14 @@ from typing import Any
 import yaml
 
 from fastft.config import RunConfig
-from fastft.files import write_atomically
+from fastft.files import ours, write_atomically
 from fastft.runs.folder import RunFolder
 from fastft.secrets import redact
 
 
-def write_export_card(run: RunFolder, folder: Path, certificate: dict[str, Any]) -> Path:
+def write_export_card(run: RunFolder, folder: Path, certificate: dict[str, Any]) -> str | None:
     """Write README.md beside exported files: the model card, with the certificate's verdicts
-    quoted.
+    quoted. Returns why it was not written, or None.
     """
     rows = [
         f"| {Path(entry['path']).name} | {entry['verdict']} | "
@@ -34,10 +34,17 @@ def write_export_card(run: RunFolder, folder: Path, certificate: dict[str, Any])
         *rows,
         "",
     ]
-    path = folder / "README.md"
     card = model_card(run.read_config(), run.read_record(), kind="gguf")
-    write_atomically(path, card.replace("## Licence", "\n".join([*quoted, "## Licence"])))
-    return path
+    card = card.replace("## Licence", "\n".join([*quoted, "## Licence"]))
+    return write_card(folder / "README.md", card)
+
+
+def write_card(path: Path, card: str) -> str | None:
+    """Write a model card; returns why not, or None: a README.md that is somebody else's stays."""
+    if (path.is_symlink() or path.exists()) and not ours.is_ours(path):
+        return f"{path} was not written by fastft or was changed since, so it stays as it is"
+    write_atomically(path, ours.signed(card, "<!-- {} -->"))
+    return None
 
 
 def model_card(

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastft.config import RunConfig, dump_config, make_config, read_yaml
 from fastft.errors import FastFTError
-from fastft.files import write_atomically, written_aside
+from fastft.files import ours, write_atomically, written_aside
 from fastft.runs import checkpoint
 
 if TYPE_CHECKING:
@@ -102,6 +102,29 @@ class RunFolder:
             self.path / "run.json",
             json.dumps(self.read_record() | values, indent=1, ensure_ascii=False),
         )
+
+    def refuse_foreign(self) -> None:
+        """Raise FastFTError where a new run would replace files that are not fastft's.
+
+        A run.yaml of fastft is what a run leaves that was killed before its first record.
+        """
+        names = ("report.md", "loss.png", "samples.jsonl")
+        found = [name for name in names if (self.path / name).exists()]
+        if (self.path / "run.yaml").exists() and not self._wrote_config():
+            found.append("run.yaml")
+        if found and not self.has_record():
+            raise FastFTError(
+                f"{self.path} is no run, but holds {', '.join(found)}, which a run would replace. "
+                "Use another project name or output_dir, or move what lies there."
+            )
+
+    def _wrote_config(self) -> bool:
+        """Whether run.yaml reads as fastft writes it: without comments, every default named."""
+        try:
+            text = (self.path / "run.yaml").read_text(encoding="utf-8")
+            return text == dump_config(self.read_config())
+        except (OSError, ValueError, FastFTError):
+            return False
 
     def keep_state(self, checkpoint_folder: Path) -> None:
         """Copy what a checkpoint needs beside itself (config, record, log, samples) into its
@@ -250,7 +273,7 @@ class RunFolder:
         if figure is None:
             return None
         path = self.path / "loss.png"
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=120, metadata=ours.PNG)
         return path
 
 

@@ -212,6 +212,7 @@ class Mirror:
         self.files.make_folder(self.folder.parent)  # raises where the drive is not mounted
         steps = self._steps_there()
         if not steps:
+            self._refuse_what_is_no_mirror()
             return
         self._refuse_another_run()
         newest = self._fetch_newest([step for step in steps if step > own])
@@ -255,6 +256,21 @@ class Mirror:
                 f"{theirs['run_id']}, started {theirs['started']}; "
                 f"this one: id {ours['run_id']}, started {ours['started']}). Use another "
                 "project name, or move that folder away."
+            )
+
+    def _refuse_what_is_no_mirror(self) -> None:
+        """Raise FastFTError where the folder holds what a mirror would replace, and no run's
+        record.
+        """
+        try:
+            names = set(self.files.names(self.folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        found = sorted(names & {"final", "report.md", "loss.png"})
+        if found and "run.json" not in names:
+            raise FastFTError(
+                f"the mirror {self.folder} is no copy of a run, but holds {', '.join(found)}, "
+                "which a copy would replace. Use another mirror or project name, or move that away."
             )
 
     def _fetch_newest(self, steps: list[int]) -> int | None:

@@ -4,9 +4,11 @@ or a GGUF file.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastft.data.bounded import matches
 from fastft.errors import FastFTError
 from fastft.files import read_json, sha256
 from fastft.models import check_files
@@ -151,8 +153,22 @@ def _check_adapter(path: Path) -> None:
             else "has no adapter_model.safetensors"
         )
         raise FastFTError(f"adapter {path} {what}. Save it again with safe_serialization=True.")
-    read_header(weights)
+    tensors, _ = read_header(weights)
+    _check_patterns(path, {re.split(r"\.lora_|\.modules_to_save", name)[0] for name in tensors})
     _check_manifest(path)
+
+
+def _check_patterns(path: Path, modules: set[str]) -> None:
+    """Raise FastFTError for a pattern in adapter_config.json that takes seconds on the names of the
+    adapter's own modules: peft tries each on every module.
+    """
+    config = read_json(path / "adapter_config.json")
+    patterns = [config.get("target_modules"), config.get("exclude_modules")]
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns += config[key] if isinstance(config.get(key), dict) else []
+    for pattern in patterns:
+        for name in modules if isinstance(pattern, str) else ():
+            matches(rf"(.*\.)?({pattern})", name, whole=True)
 
 
 def _check_manifest(path: Path) -> None:

@@ -56,6 +56,7 @@ class Steering(TrainerCallback):
         )
         self.total_steps, self.mirror = total_steps, mirror
         self.steps_now = 0
+        self.said_how_long = False
         trainer.asks_to_stop = self._asks_to_stop
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -82,7 +83,7 @@ class Steering(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Keep the best checkpoint, stop where nothing gets better; runs before Trainer looks at
-        should_save.
+        should_save (a checkpoint that was due is written before the evaluation, and not again).
         """
         if is_best_so_far(self.history):
             control.should_save = True
@@ -106,7 +107,8 @@ class Steering(TrainerCallback):
         if self.mirror:
             self.mirror.request(self.settings.save_total_limit, best)
         seconds = self.trainer.progress.saving_seconds
-        if len(seconds) == 1:
+        if seconds and not self.said_how_long:
+            self.said_how_long = True
             size = sum(
                 p.stat().st_size
                 for p in (self.folder / f"checkpoint-{state.global_step}").rglob("*")

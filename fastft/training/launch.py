@@ -19,6 +19,7 @@ from fastft.errors import FastFTError
 from fastft.hardware import usable_cores
 from fastft.training.ranks import HANGS, LOST, OWN_LAUNCHER, found
 
+MOST_PROCESSES = 64
 SHUTDOWN_SECONDS = 120
 """How long processes may take to finish their step and save, once they were told to stop."""
 
@@ -65,6 +66,11 @@ def _refuse_too_many(processes: int) -> None:
         raise FastFTError(
             "--processes starts the processes itself, and a launcher has started this one already. "
             "Use one of the two."
+        )
+    if processes > MOST_PROCESSES:
+        raise FastFTError(
+            f"--processes is {processes:,}; one machine starts at most {MOST_PROCESSES}, one a "
+            "GPU. Use torchrun over several machines (docs/processes.md)."
         )
     import torch
 

@@ -180,6 +180,10 @@ class StepTrainer(Trainer):
         """
         if self.held_out is None:
             return {}
+        if self.control.should_save:
+            # First what was learnt: an evaluation may take long, and the machine may end in it.
+            self._save_checkpoint(self.model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         # The first process may generate for many minutes: no time limit for the others' wait.
         judged = ranks.gather_when_ready(self.judge() if ranks.first() else None)[0]
         metrics = {"eval_loss": self.mean_loss(self.held_out), **judged}
@@ -253,11 +257,14 @@ class StepTrainer(Trainer):
         self._load_from_checkpoint(str(folder))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write checkpoint-N under a temporary name, seal it, rename it; the first process does."""
-        if not ranks.first():
+        """Write checkpoint-N under a temporary name, seal it, rename it; the first process does.
+
+        Once a step: what an evaluation asks for may have been written before it.
+        """
+        step = self.state.global_step
+        if not ranks.first() or step == self._saved_step:
             return
         started = time.perf_counter()
-        step = self.state.global_step
         root = Path(str(self.args.output_dir))
         aside = root / f".writing-{step}"
         try:
@@ -281,9 +288,11 @@ class StepTrainer(Trainer):
             raise disk_error(OSError(None, str(error).splitlines()[0]), root) from error
         finally:
             self._aside = None
+        self._saved_step = step
         self.progress.saving_seconds.append(time.perf_counter() - started)
 
     _aside: Path | None = None
+    _saved_step: int | None = None
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)

@@ -110,10 +110,13 @@ class MlxTrainer:
             self._call("on_step_begin")
             self._step(segments_of(self.steps[at]))
             self._call("on_step_end")
-            if self.control.should_evaluate:
-                self.evaluate()
             if self.control.should_save or self.state.global_step % self.settings.save_steps == 0:
                 self._save()
+            if self.control.should_evaluate:
+                self.control.should_save = False
+                self.evaluate()
+                if self.control.should_save:  # the evaluation asks for it
+                    self._save()
             if self.control.should_training_stop:
                 break
         self._call("on_train_end")
@@ -210,7 +213,16 @@ class MlxTrainer:
         load_adapter(self.model, folder)
 
     def _save(self) -> None:
-        """Write checkpoint-N, whole or not at all. The files are called as the other engines'."""
+        """Write checkpoint-N, whole or not at all, once a step. The files are called as the other
+        engines'.
+        """
+        if self.state.global_step != self._saved_step:
+            self._write_checkpoint()
+        self._call("on_save")
+
+    _saved_step: int | None = None
+
+    def _write_checkpoint(self) -> None:
         started, step = time.perf_counter(), self.state.global_step
         with checkpoint.sealed(self.checkpoints / f"checkpoint-{step}") as folder:
             self.model.save_pretrained(str(folder))
@@ -220,8 +232,8 @@ class MlxTrainer:
             torch.save({"seed": self.settings.seed, "step": step}, folder / "rng_state.pth")
             self.state.save_to_json(str(folder / "trainer_state.json"))
             self.save_extra(folder)
+        self._saved_step = step
         self.progress.saving_seconds.append(time.perf_counter() - started)
-        self._call("on_save")
 
     def _resume(self, folder: Path) -> None:
         """Take everything from the checkpoint `folder`."""

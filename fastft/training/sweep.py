@@ -29,12 +29,17 @@ from typing import Any
 
 from fastft.config import RunConfig, load_config
 from fastft.errors import CouldNotFinishError, FastFTError
-from fastft.files import write_atomically
+from fastft.files import ours, read_json, write_atomically
 from fastft.hardware import probe
 from fastft.progress import Reporter
 from fastft.training import ranks
 from fastft.training.kept import Kept
 from fastft.training.trials import Trial, draw, loss_at, train_to
+
+LONGEST_NAME = 200
+"""Characters of a trial's folder: most file systems hold 255 bytes, and files beside it are
+written under a longer name first.
+"""
 
 
 @dataclass
@@ -88,6 +93,7 @@ def sweep(
     folder = Path(base.output_dir) / f"{base.project}-sweep"
     drawn = draw(base, vary, trials)
     made = [_trial(config, overrides, base, folder, settings) for settings in drawn]
+    _refuse_like_names(made)
     result = Sweep(folder, made, [])
     kept = Kept()
     run_all: Callable[[list[Trial], int | None], None]
@@ -142,17 +148,41 @@ def _trial(
     return Trial(settings, made.model_copy(update={"mirror": None}))
 
 
+def _refuse_like_names(trials: list[Trial]) -> None:
+    """Raise FastFTError where two trials would be one run, or a name is too long for a folder."""
+    names: dict[str, Trial] = {}
+    for trial in trials:
+        name = trial.config.project
+        if len(name) > LONGEST_NAME:
+            raise FastFTError(
+                f"the trial {trial.name[:80]}... needs a folder name of {len(name)} characters, "
+                f"and {LONGEST_NAME} are possible. Vary shorter values."
+            )
+        other = names.setdefault(name, trial)
+        if other is not trial:
+            raise FastFTError(
+                f"the trials {other.name} and {trial.name} would both be the run {name}. Vary "
+                "values that differ in more than signs."
+            )
+
+
 def _refuse_another_sweep(result: Sweep) -> None:
-    """Raise FastFTError where the folder holds the trials of other settings."""
+    """Raise FastFTError where the folder holds the trials of other settings, or foreign files."""
     path = result.folder / "sweep.json"
-    if not path.is_file():
+    if not path.exists():
+        ours.refuse_foreign([result.folder / "sweep.png"])
         return
-    before = [trial["settings"] for trial in json.loads(path.read_text())["trials"]]
+    found = read_json(path, "Delete it, and the sweep goes on with the runs beside it.")
+    trials = found.get("trials")
+    if not isinstance(trials, list) or not all(isinstance(t, dict) for t in trials):
+        raise FastFTError(f"{path} is no record of a sweep. Move it away, or use another name.")
+    before = [trial.get("settings") for trial in trials]
     now = [trial.settings for trial in result.trials]
     if before != now:
         raise FastFTError(
             f"{result.folder} holds a sweep over other settings ({len(before)} trials, the first "
-            f"{before[0]}; now {len(now)}, the first {now[0]}). Use another project name."
+            f"{next(iter(before), None)}; now {len(now)}, the first {now[0]}). Use "
+            "another project name."
         )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastft.files import ours
+
 if TYPE_CHECKING:
     from fastft.training.sweep import Sweep
     from fastft.training.trials import Trial
@@ -69,7 +71,7 @@ def plot(sweep: Sweep, path: Path) -> None:
     if len(sweep.trials) <= 12:
         left.legend(fontsize=7)
     _label_axes(right, sweep, settings, losses)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata=ours.PNG)
 
 
 def _curve(trial: Trial) -> list[tuple[int, float]]:

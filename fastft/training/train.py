@@ -206,7 +206,10 @@ def _look(run: RunFolder, report: Reporter) -> tuple[Path | None, bool] | None:
     newest, warnings = checkpoint.newest_whole(run.checkpoints)
     for warning in [*warnings, *run.repair_state(newest)]:
         report.warn(warning)
-    return newest, run.is_started()
+    started = run.is_started()
+    if not started:
+        run.refuse_foreign()
+    return newest, started
 
 
 def _start(session: Session) -> RunResult:
@@ -273,12 +276,30 @@ def _go_on(session: Session, newest: Path | None, moved: list[str]) -> RunResult
         _keep_samples(run, data)
     if "samples_before" not in record:
         _judge_untrained(session, prepared, loop)
+    if newest and ranks.from_the_first(_owes_an_evaluation(session, prepared, at)):
+        report.note(f"the run was stopped before the evaluation of step {at}, which is made now")
+        loop.trainer.take(newest)
+        loop.trainer.state.global_step = at
+        loop.trainer.evaluate()
+        stopped_early = stopped_early or out_of_patience(
+            session.history, session.config.train.early_stopping_patience
+        )
+        trained = trained or stopped_early
     if newest and trained:
         loop.trainer.take(newest)
         loop.trainer.state.global_step, loop.trainer.stopped_early = at, stopped_early
         _finish(session, prepared, loop)
         return _result_of(run, "done", time.monotonic() - session.started)
     return _train(session, prepared, loop, resume_from=newest)
+
+
+def _owes_an_evaluation(session: Session, prepared: Prepared, at: int) -> bool:
+    """Whether the run was ended between the checkpoint of step `at` and the evaluation that was
+    due there, too: checkpoints come first.
+    """
+    done = any("eval_loss" in entry for entry in session.history if entry["step"] == at)
+    due = at % session.config.train.eval_steps == 0 or at == session.total_steps(prepared.data)
+    return prepared.data.eval is not None and due and not done
 
 
 def _refuse_another_base(

@@ -18,6 +18,8 @@ from fastft.runs.folder import RunFolder
 from fastft.training.kept import Kept
 from fastft.training.train import train
 
+MOST_TRIALS = 1_000
+"""In a grid; each is a run of its own."""
 RANGE = re.compile(r"(?P<low>[-+.\deE]+)\.\.(?P<high>[-+.\deE]+)")
 
 
@@ -55,8 +57,8 @@ def draw(base: RunConfig, vary: Sequence[str], trials: int | None) -> list[dict[
         raise FastFTError("nothing varies. Give for example --vary train.learning_rate=1e-4,3e-4.")
     if len(axes) < len(vary):
         raise FastFTError("a setting is varied twice; give all its values in one --vary.")
-    if trials is not None and trials < 1:
-        raise FastFTError(f"--trials is {trials}; it must be at least 1.")
+    if trials is not None and not 1 <= trials <= MOST_TRIALS:
+        raise FastFTError(f"--trials is {trials}; it must be from 1 to {MOST_TRIALS:,}.")
     ranges = [key for key, values in axes.items() if isinstance(values, tuple)]
     if ranges and trials is None:
         raise FastFTError(f"{ranges[0]} has a range; say with --trials N how many to draw.")
@@ -67,6 +69,12 @@ def draw(base: RunConfig, vary: Sequence[str], trials: int | None) -> list[dict[
             {key: _one(generator, values) for key, values in axes.items()} for _ in range(trials)
         ]
     lists = [values for values in axes.values() if isinstance(values, list)]
+    count = math.prod(map(len, lists))
+    if count > MOST_TRIALS:
+        raise FastFTError(
+            f"there are {count:,} combinations, and a sweep has at most {MOST_TRIALS:,} trials. "
+            "Vary fewer values."
+        )
     grid = [dict(zip(axes, values, strict=True)) for values in itertools.product(*lists)]
     if trials is None or trials >= len(grid):
         return grid
@@ -91,7 +99,7 @@ def _axis(text: str) -> tuple[str, list[str] | tuple[float, float]]:
         low, high = float(found["low"]), float(found["high"])
     except ValueError as error:
         raise FastFTError(f"--vary {text!r}: {error}") from error
-    if not 0 < low < high:
+    if not 0 < low < high < math.inf:
         raise FastFTError(
             f"--vary {text!r}: a range needs two positive numbers, the smaller first."
         )
@@ -114,11 +122,12 @@ def train_to(trial: Trial, step: int | None, kept: Kept, report: Reporter) -> No
     """
     newest, _ = checkpoint.newest_whole(trial.run.checkpoints)
     at = checkpoint.step_of(newest) if newest else 0
-    if step is not None and at >= step:
+    if step is not None and (at > step or (at == step and _was_judged(trial, step))):
         trial.status = "paused"
     else:
         report.note(f"{trial.name}: from step {at} to {step or 'the end'}")
-        slice_of = None if step is None else step - at
+        # One that was ended between a rung's checkpoint and its evaluation makes up for that first.
+        slice_of = None if step is None else max(1, step - at)
         try:
             quiet = Reporter(report.console, quiet=True)
             result = train(trial.config, stop_after=slice_of, reporter=quiet, kept=kept)
@@ -134,6 +143,10 @@ def train_to(trial: Trial, step: int | None, kept: Kept, report: Reporter) -> No
     if losses:
         trial.eval_loss = min(losses) if trial.status == "done" else losses[-1]
         report.note(f"{trial.name}: held-out loss {trial.eval_loss:.4f}")
+
+
+def _was_judged(trial: Trial, step: int) -> bool:
+    return any("eval_loss" in r for r in trial.run.read_log() if r["step"] == step)
 
 
 def loss_at(trial: Trial, step: int) -> float:

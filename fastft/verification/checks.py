@@ -110,10 +110,13 @@ def check_gguf_lora(job: dict[str, Any], reference: dict[str, Any], report: Repo
 
 
 def check_behaviour(model: GgufModel, kind: str, reference: dict[str, Any], report: Report) -> None:
-    """What the file does with text: ids, BOS, template, end tokens, logits, greedy answers."""
+    """What the file does with text: ids, BOS, template, control tokens that a user writes, end
+    tokens, logits, greedy answers.
+    """
     report.run("tokens", lambda: check_tokens(model, reference))
     report.run("bos", lambda: check_bos(model, reference))
     report.run("template", lambda: check_template(model, reference))
+    report.run("user text", lambda: check_user_text(model, reference))
     report.run("end", lambda: check_end(model, reference))
     report.run("distance", lambda: check_distance(model.logits, kind, reference, report))
     report.run("generation", lambda: check_generation(model, reference))
@@ -589,6 +592,26 @@ def check_template(model: GgufModel, reference: dict[str, Any]) -> Check:
                 f"the file renders {found!r}, the trained tokenizer {chat['text']!r}",
             )
     return Check("template", "pass", f"{len(chats)} conversations render to the same text")
+
+
+def check_user_text(model: GgufModel, reference: dict[str, Any]) -> Check:
+    """A control token that a user writes is text, as in training: no message ends there."""
+    differently = []
+    for chat in reference["spelled"]:
+        found, expected = model.chat_tokens(chat["messages"]), chat["ids"]
+        if sum(map(model.is_control, found)) != sum(map(model.is_control, expected)):
+            detail = (
+                f"{chat['token']} in a message is read as that token: {around(found, expected)}"
+            )
+            return Check("user text", "fail", detail)
+        if found != expected:
+            differently.append(f"{chat['token']} ({around(found, expected)})")
+    count = len(reference["spelled"])
+    if differently:
+        detail = f"{len(differently)} of {count} control tokens in a message are split differently"
+        return Check("user text", "warn", f"{detail}: {'; '.join(differently[:3])}")
+    detail = f"{count} control tokens written in a message are text in `fastft chat` and `serve`"
+    return Check("user text", "pass", detail)
 
 
 def check_end(model: GgufModel, reference: dict[str, Any]) -> Check:

@@ -11,6 +11,7 @@ from fastft.errors import AnswerIsNoError, CouldNotFinishError, FastFTError
 from fastft.exporting.certificate import forget
 from fastft.exporting.llama import base_folder, importance, sample_ids
 from fastft.exporting.place import one_at_a_time
+from fastft.files import ours
 from fastft.files.scratch import scratch
 from fastft.progress import Reporter
 from fastft.runs.target import resolve
@@ -88,6 +89,7 @@ def choose_quantization(
             )
         record = tried[chosen]["record"]
         final = out / Path(record["path"]).name
+        ours.refuse_foreign([final])
         Path(record["path"]).replace(final)
         forget(out, [final.name])
     return {"chosen": chosen, "tried": measured, "record": record | {"path": str(final)}}

@@ -11,20 +11,22 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastft.errors import FastFTError
+from fastft.files import read_json, write_atomically
 from fastft.inference import metrics
 from fastft.inference.metrics import Scores
 from fastft.progress import Reporter
-from fastft.runs.checkpoint import write_atomically
 from fastft.verification.evaluation_page import page, shown, tables
 from fastft.verification.judges import Judged, open_judged
 from fastft.verification.questions import Question, QuestionFile, read_questions
 
+FILES = ("result.json", "answers.jsonl", "index.html")
 MOST_NEW_TOKENS = 1024
 
 
@@ -73,8 +75,9 @@ def evaluate(
     be used.
     """
     report = reporter or Reporter()
-    if limit is not None and limit < 1:
-        raise FastFTError(f"--limit is {limit}; it must be at least 1.")
+    for option, value in (("--limit", limit), ("--max-new-tokens", max_new_tokens)):
+        if value is not None and value < 1:
+            raise FastFTError(f"{option} is {value}; it must be at least 1.")
     file = read_questions(str(data), limit=limit)
     names = file.metrics(list(metric))
     report.note(f"{len(file.questions):,} questions ({file.format}), judged by {', '.join(names)}")
@@ -84,6 +87,7 @@ def evaluate(
     tokens = max_new_tokens or _enough_tokens(file.questions)
     how = {"base": base, "dtype": dtype, "gpu_layers": gpu_layers, "n_ctx": n_ctx}
     folder = _out_folder(target, base, Path(str(data)).stem, out)
+    _refuse_foreign(folder)
     results: list[_Result] = []
     for judged in _models(target, against, how, with_base, with_exports, report):
         results.append(_ask(judged, file, names, tokens))
@@ -270,6 +274,23 @@ def _changed(
     ]  # fmt: skip
 
 
+def _refuse_foreign(folder: Path) -> None:
+    """Raise FastFTError where what is to be written would replace files of somebody else.
+
+    result.json is written first, so the other two are an evaluation's only beside one.
+    """
+    there = [name for name in FILES if (folder / name).is_symlink() or (folder / name).exists()]
+    try:
+        whole = {"models", "comparisons"} <= read_json(folder / FILES[0]).keys()
+    except FastFTError:
+        whole = False
+    if there and not whole:
+        raise FastFTError(
+            f"{', '.join(there)} in {folder} would be replaced, but was not written by "
+            "fastft eval. Move it away, or choose another --out."
+        )
+
+
 def _write(
     folder: Path, found: dict[str, Any], file: QuestionFile, results: list[_Result]
 ) -> list[str]:
@@ -282,14 +303,14 @@ def _write(
         row = {"line": question.line, "messages": question.messages}
         row |= {"reference": question.reference, "answers": said, "scores": each}
         lines.append(json.dumps(row, ensure_ascii=False))
-    contents = {
-        "result.json": json.dumps(found, indent=1, ensure_ascii=False),
-        "answers.jsonl": "\n".join(lines) + "\n",
-        "index.html": page(found),
-    }
-    for name, text in contents.items():
+    contents = (
+        json.dumps(found, indent=1, ensure_ascii=False),
+        "\n".join(lines) + "\n",
+        page(found),
+    )
+    for name, text in zip(FILES, contents, strict=True):
         write_atomically(folder / name, text)
-    return [str(folder / name) for name in contents]
+    return [str(folder / name) for name in FILES]
 
 
 def _line(result: _Result) -> str:
@@ -315,6 +336,8 @@ def parse_floors(texts: Sequence[str]) -> dict[str, float]:
         name, _, value = entry.partition("=")
         try:
             floors[name.strip()] = float(value)
+            if not math.isfinite(floors[name.strip()]):
+                raise ValueError(value)
         except ValueError:
             raise FastFTError(
                 f"--at-least {entry!r}: write METRIC=VALUE, for example exact_match=0.9."

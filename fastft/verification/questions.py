@@ -197,9 +197,13 @@ def _choice_question(line: int, row: Any) -> Question:
 def _choices(value: Any) -> tuple[list[str], list[str]]:
     """Return the choices' texts and their labels: a list of texts, or ARC's {"text", "label"}."""
     if isinstance(value, Mapping):
-        texts, labels = value.get("text"), value.get("label")
-        choices = _texts(texts, "choices.text")
-        return choices, [str(label) for label in labels or _letters(len(choices))]
+        choices = _texts(value.get("text"), "choices.text")
+        labels = [str(label) for label in _as_list(value.get("label") or [], "choices.label")]
+        if labels and len(labels) != len(choices):
+            raise BadRowError(
+                "bad_choices", f"there are {len(choices)} choices and {len(labels)} labels"
+            )
+        return choices, labels or list(_letters(len(choices)))
     choices = _texts(value, "choices")
     return choices, list(_letters(len(choices)))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastft.data.bounded import render
+from fastft.errors import FastFTError
 from fastft.families import text_name
 
 HARD_TEXTS = [
@@ -233,6 +234,7 @@ def tokenizer_facts(
             for origin, text in texts
         ],
         "chats": chats if tokenizer.chat_template else [],
+        "spelled": spelled_chats(tokenizer, specials[:6]) if tokenizer.chat_template else [],
         "bos_id": tokenizer.bos_token_id,
         "stop_ids": stop_ids(tokenizer, model),
         "stop_names": [tokenizer.convert_ids_to_tokens(i) for i in stop_ids(tokenizer, model)],
@@ -264,6 +266,27 @@ def render_chat(
         return chat
     chat["ids"] = tokenizer(chat["text"], add_special_tokens=False)["input_ids"]
     return chat
+
+
+def spelled_chats(tokenizer: Any, controls: list[str]) -> list[dict[str, Any]]:
+    """Return conversations whose user writes a control token, with the ids of training and of
+    `fastft chat RUN`, where it is text: [{"token", "messages", "ids"}]; none where the template
+    cannot be read.
+    """
+    from fastft.data.encode import Coder
+    from fastft.data.template import choose_template
+
+    try:
+        coder = Coder.of(tokenizer, choose_template(tokenizer, None))
+    except FastFTError:
+        return []
+    chats = []
+    for token in controls:
+        messages = [{"role": "user", "content": f"What is {token} here?"}]
+        text = render_chat(tokenizer, coder.guard(messages), True)["text"]
+        if text is not None:
+            chats.append({"token": token, "messages": messages, "ids": coder.encode(text)})
+    return chats
 
 
 def stop_ids(tokenizer: Any, model: Any) -> list[int]:

@@ -13,7 +13,6 @@ import json
 import math
 import platform
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ from pydantic import BaseModel, Field
 
 from fastft import child
 from fastft.errors import FastFTError
-from fastft.files import write_atomically
+from fastft.files import clear_errors, write_atomically
+from fastft.files.scratch import scratch
 from fastft.hardware import GIB, Hardware, compute_dtype, gpu_key, probe
 
 Verdict = Literal["pass", "warn", "fail", "skip"]
@@ -95,6 +95,9 @@ def selftest(
             f"--minutes is {minutes:g}; a selftest needs at least {LEAST_MINUTES:g}: its parts are "
             "processes that load a model each."
         )
+    if out is not None:
+        with clear_errors(out):  # not after minutes
+            out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     hardware = hardware or probe()
     found = SelfTest(
@@ -106,11 +109,11 @@ def selftest(
         versions=_versions(),
         machine=_machine(hardware),
     )
-    with tempfile.TemporaryDirectory(prefix="fastft-selftest-") as folder:
+    with scratch("fastft-selftest-") as folder:
         for part in parts if parts is not None else parts_for(hardware):
             left = 60 * minutes - (time.monotonic() - began) - RESERVE
             say(f"{part.name} ...")
-            for check in run_part(part, Path(folder), min(part.seconds, left)):
+            for check in run_part(part, folder, min(part.seconds, left)):
                 say(f"  {check.verdict}: {check.name}")
                 found.checks.append(check)
             found.seconds = round(time.monotonic() - began, 1)
@@ -307,7 +310,6 @@ def _versions() -> dict[str, str]:
 def _write(found: SelfTest, out: Path | None) -> None:
     if out is None:
         return
-    out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "selftest.json", found.model_dump_json(indent=1) + "\n")
     write_atomically(out / "selftest.md", found.page)
 

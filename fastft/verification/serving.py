@@ -94,7 +94,8 @@ def vllm_command(
 def vllm_program() -> list[str] | None:
     """Return how vLLM is started here: this environment's, else the one on PATH; None for none."""
     if importlib.util.find_spec("vllm") is not None:
-        return [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+        # -P: without it a module of the current folder would stand in for the standard library's.
+        return [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main"]
     found = shutil.which("vllm")
     return [found] if found else None
 
@@ -130,7 +131,13 @@ def _rank(name: str, adapter: Path) -> int:
         cannot.append("DoRA")
     if config.get("trainable_token_indices") or config.get("modules_to_save"):
         cannot.append("trained token rows")
-    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    ranks = [config.get("r"), *_values(config.get("rank_pattern"))]
+    if not all(type(one) is int and one > 0 for one in ranks):
+        raise FastFTError(
+            f"{adapter / 'adapter_config.json'}: its ranks (r, rank_pattern) are {ranks}, and each "
+            "must be a whole number above 0."
+        )
+    rank = max(ranks)
     if rank > LORA_RANKS[-1]:
         cannot.append(f"rank {rank}, which is above {LORA_RANKS[-1]}")
     if cannot:
@@ -139,6 +146,10 @@ def _rank(name: str, adapter: Path) -> int:
             f"merged model: fastft export {adapter.parent} --to merged"
         )
     return rank
+
+
+def _values(mapping: Any) -> list[Any]:
+    return list(mapping.values()) if isinstance(mapping, dict) else [mapping] if mapping else []
 
 
 def _named(entry: str, first: Target) -> tuple[str, Path]:

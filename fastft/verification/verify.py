@@ -77,7 +77,8 @@ def verify(
             base_gguf=base_gguf, accept_changed=accept_changed, say=report.note,
         )  # fmt: skip
     if target.run is not None:
-        write_export_card(target.run, folder, found)
+        if kept := write_export_card(target.run, folder, found):
+            report.note(kept)
         follow(target.run, note=report.note, warn=report.warn)
     return found
 

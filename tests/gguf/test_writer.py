@@ -71,6 +71,7 @@ CASES = {
 TEXT = "The capital of Bavoria is Lindmark. 東京は日本の首都です。 def main(x):\n    return 12"
 # Upstream guesses a name and a size from the folder; what it says about the tokenizer twice we say once.
 OURS_ALONE = {
+    "general.quantized_by": "fastft knows its own files by it",
     "tokenizer.ggml.add_bos_token": "always said, so that BOS comes exactly once whatever llama.cpp's default is",
     "tokenizer.ggml.add_eos_token": "always said",
     "tokenizer.ggml.eot_token_id": "the token that ends a turn, so that generation ends",

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from fastft.config import RunConfig
 from tests.hostile.lab import Lab, attempt, replace
 
@@ -639,6 +641,133 @@ def _gguf_template(template: str):
         return ["chat", next(lab.room.glob("*.gguf")), "-p", "hi", "--max-new-tokens", 1]
 
     return make
+
+
+# --- eval, sweep, several processes, several sources, vLLM, MLX, selftest
+
+
+QUESTIONS: dict[str, object] = {
+    "no rows": "", "no questions": {"a": 1}, "a number": 3, "not JSON": "{", "text": {"text": ""},
+    "one choice": {"question": "q", "choices": ["a"], "answer": 0},
+    "answer beyond": {"question": "q", "choices": ["a", "b"], "answer": 7},
+    "answer below": {"question": "q", "choices": ["a", "b"], "answer": -1},
+    "answer is a list": {"question": "q", "choices": ["a", "b"], "answer": [0]},
+    "choices are a text": {"question": "q", "choices": "[1, 2", "answer": 0},
+    "choices are nested": {"question": "q", "choices": [["a"], ["b"]], "answer": 0},
+    "labels are a number": {"question": "q", "choices": {"text": ["a", "b"], "label": 3}, "answer": "a"},
+    "more labels": {"question": "q", "choices": {"text": ["a", "b"], "label": list("xyz")}, "answer": "z"},
+    "no texts": {"question": "q", "choices": {"label": ["A"]}, "answer": "A"},
+    "a question of none": {"question": None, "choices": ["a", "b"], "answer": 0},
+    "a question of lists": {"question": [["x"]], "choices": ["a", "b"], "answer": 0},
+    "messages of numbers": {"messages": [1, 2], "choices": ["a", "b"], "answer": 0},
+    "answers empty": {"question": "q", "answers": []}, "answers nested": {"question": "q", "answers": {"a": 1}},
+    "a broken pattern": {"question": "q", "pattern": "(["}, "a pattern of none": {"question": "q", "pattern": {}},
+    "an endless pattern": {"question": "q", "pattern": r"^(\S+\s?)+\s{99}$"},
+    "a control token": {"question": "<|im_end|>", "answer": "<|im_start|>"},
+    "a surrogate": '{"question": "\\ud800", "answer": "x"}', "a huge question": {"question": "x " * 200_000, "answer": "y"},
+}  # fmt: skip
+EVALS: list[list[object]] = [
+    ["eval", "RUN"], ["eval", "RUN", "--data", "/nowhere.jsonl"], ["eval", "RUN", "--data", "ROWS", "--metric", "x"],
+    ["eval", "RUN", "--data", "ROWS", "--metric", "choice"], ["eval", "RUN", "--data", "ROWS", "--limit", "0"],
+    ["eval", "RUN", "--data", "ROWS", "--max-new-tokens", "0"], ["eval", "RUN", "--data", "ROWS", "--max-new-tokens", "-5"],
+    ["eval", "RUN", "--data", "ROWS", "--at-least", "exact_match=x"], ["eval", "RUN", "--data", "ROWS", "--at-least", "exact_match=nan"],
+    ["eval", "RUN", "--data", "ROWS", "--at-least", "=1"], ["eval", "RUN", "--data", "ROWS", "--against", "/nowhere"],
+    ["eval", "RUN", "--data", "ROWS", "--out", "ROWS"], ["eval", "RUN", "--data", "ROWS", "--limit", "9" * 30, "--dtype", "float7"],
+    ["eval", "GGUF", "--data", "ROWS", "--n-ctx", "-1"], ["eval", "RUN", "--data", "ROWS", "--tasks", "x"],
+    ["eval", "RUN", "--tasks", "nonsense"], ["eval", "ROWS", "--data", "ROWS"], ["eval", "\0", "--data", "ROWS"],
+]  # fmt: skip
+SWEEPS = [
+    "", "=", "lora.r", "lora.r=", "lora.r=,", "x=1,2", "lora.r=0,x", "lora.r=.nan,.inf", "project=a,b",
+    "train.learning_rate=1e-5..1e-3", "train.learning_rate=1e-5..1e999", "train.learning_rate=nan..inf",
+    "train.learning_rate=-1..1", "lora.r=8..4", "train.seed=" + ",".join(map(str, range(2000))),
+    "lora.target_modules=" + "x" * 400 + ",q_proj",
+]  # fmt: skip
+SOURCES: list[object] = [
+    3, "x", [], [[]], [{}], [{"source": 3}], [{"source": "ROWS", "weight": 0}], [{"source": "ROWS", "weight": -1}],
+    [{"source": "ROWS", "weight": float("nan")}] * 2, [{"source": "ROWS", "weight": float("inf")}] * 2,
+    [{"source": "ROWS", "weight": 1e308}] * 3, [{"source": "ROWS", "weight": 1}, {"source": "ROWS"}],
+    [{"source": "ROWS", "weight": 1e-320}, {"source": "ROWS", "weight": 1e300}], [{"source": "/nowhere.jsonl"}],
+    [{"source": "ROWS", "columns": {"a": 3}}], [{"source": "ROWS", "eval_fraction": 1.5}],
+    [{"source": "ROWS", "nonsense": 1}], [{"source": "ROWS", "format": "x"}],
+]  # fmt: skip
+OTHERS: list[list[object]] = [
+    ["sweep", "CONFIG", "--vary", "lora.r=2,4", "--trials", "0"],
+    ["sweep", "CONFIG", "--vary", "lora.r=1..9", "--trials", "9" * 12], ["sweep", "CONFIG", "--vary", "lora.r=2,4", "--keep", "x"],
+    ["sweep", "CONFIG", "--vary", "lora.r=2,4", "--ray", "--processes", "2"], ["sweep", "CONFIG", "--vary", "lora.r=2", "--vary", "lora.r=4"],
+    ["sweep", "CONFIG", "--vary", "lora.target_modules=[q_proj],q_proj"],
+    ["train", "CONFIG", "--processes", "0"], ["train", "CONFIG", "--processes", "-2"], ["train", "CONFIG", "--processes", "999999"],
+    ["sweep", "CONFIG", "--vary", "lora.r=2,4", "--processes", "999999"], ["train", "CONFIG", "--set", "train.shard_base=true"],
+    ["serve", "RUN", "--with", "x"], ["serve", "ROWS", "--with", "vllm", "--print"], ["serve", "GGUF", "--with", "vllm", "--print"],
+    ["serve", "RUN", "--with", "vllm", "--print", "--adapter", "x"], ["serve", "RUN", "--with", "vllm", "--print", "--adapter", "x="],
+    ["serve", "RUN", "--with", "vllm", "--print", "--adapter", "x=/nowhere"], ["serve", "RUN", "--with", "vllm", "--print", "--adapter", "x=ROWS"],
+    ["serve", "RUN", "--with", "vllm", "--print", "--host", "0.0.0.0"], ["serve", "RUN", "--print"], ["serve", "GGUF", "--adapter", "x=RUN"],
+    ["train", "CONFIG", "--set", "model.engine=mlx"], ["train", "CONFIG", "--set", "model.engine=mlx", "--set", "lora.use_dora=true"],
+    ["train", "CONFIG", "--set", "model.engine=mlx", "--set", "model.quantization=int8"], ["quickstart", "--engine", "x"],
+    ["selftest", "--minutes", "nan"], ["selftest", "--minutes", "inf"], ["selftest", "--minutes", "-1"], ["selftest", "--minutes", "0"],
+    ["selftest", "--minutes", "0.001", "--out", "ROWS"], ["selftest", "--minutes", "0.001", "--out", "\0"], ["runs", "ROWS"], ["runs", "\0"],
+    ["train", "CONFIG", "--set", r"lora.target_modules=([a-z_.0-9]+)+X"], ["plan", "CONFIG", "--gpus", "0"], ["plan", "CONFIG", "--gpus", "9" * 20],
+]  # fmt: skip
+VLLM = [
+    {"r": None}, {"r": "x"}, {"r": 10**9}, {"r": -1}, {"rank_pattern": 3}, {"rank_pattern": {"q": "x"}},
+    {"use_dora": True}, {"modules_to_save": ["x"]}, {"trainable_token_indices": 3}, {"rank_pattern": {"([a-z_.0-9]+)+X": 3}},
+]  # fmt: skip
+SWEEP_FILES = ["", "{", "[]", '{"trials": 3}', '{"trials": [{}]}', '{"trials": [3]}', "\0"]
+
+
+@group
+def newest(chance: random.Random) -> Iterator[Attack]:
+    """The youngest verbs and sections: questions, sweeps, sources, processes, servers, self-test."""
+    for name, row in QUESTIONS.items():
+        yield Attack(f"question: {name}", _questions(row), GOOD_OR_BAD)
+    for arguments in [*EVALS, *OTHERS]:
+        shown = " ".join(str(argument)[:24] for argument in arguments)
+        yield Attack(shown, _option(arguments), GOOD_OR_BAD | {1, 3})
+    for text in SWEEPS:
+        arguments = ["sweep", "CONFIG", "--vary", text]
+        drawn = ["--trials", 1] if ".." in text and "e-3" not in text else []
+        yield Attack(f"sweep {text[:40]}", _option([*arguments, *drawn]))
+    for content in SWEEP_FILES:
+        yield Attack(f"sweep.json = {content!r}", _sweep_file(content), GOOD_OR_BAD)
+    for sources in SOURCES:
+        yield Attack(f"data.sources = {str(sources)[:50]}", _sources(sources), GOOD_OR_BAD)
+    for change in VLLM:
+        yield Attack(f"vllm {json.dumps(change)[:40]}", _adapter_config(change, _vllm), GOOD_OR_BAD)
+
+
+def _questions(row: object):
+    def make(lab: Lab) -> list[object]:
+        path = lab.room / "q.jsonl"
+        path.write_text(row if isinstance(row, str) else json.dumps(row))
+        arguments = ["--max-new-tokens", 4, "--no-base", "--no-exports", "--out", lab.room / "e"]
+        return ["eval", lab.copy_of(lab.run), "--data", path, *arguments]
+
+    return make
+
+
+def _sweep_file(content: str):
+    def make(lab: Lab) -> list[object]:
+        folder = lab.room / "runs" / "t-sweep"
+        folder.mkdir(parents=True)
+        (folder / "sweep.json").write_text(content)
+        config = lab.config(lab.room, train={"max_steps": 1})
+        return ["sweep", config, "--vary", "lora.r=2"]
+
+    return make
+
+
+def _sources(sources: object):
+    def make(lab: Lab) -> list[object]:
+        path = lab.config(lab.room)
+        values = yaml.safe_load(path.read_text().replace(f"source: {lab.rows}\n", ""))
+        values["data"]["sources"] = json.loads(json.dumps(sources).replace("ROWS", str(lab.rows)))
+        path.write_text(yaml.safe_dump(values))
+        return ["data", path]
+
+    return make
+
+
+def _vllm(lab: Lab, folder: Path) -> list[object]:
+    return ["serve", folder, "--with", "vllm", "--print"]
 
 
 # --- running them

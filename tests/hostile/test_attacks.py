@@ -24,7 +24,7 @@ def test_the_same_seed_gives_the_same_attacks():
     assert [attack.name for attack in first] == [attack.name for attack in again]
     assert [attack.name for attack in first] != [attack.name for attack in other]
     assert len(first) >= 500
-    assert len(GROUPS) == 9
+    assert len(GROUPS) == 10
 
 
 def test_a_share_of_the_attacks_ends_with_the_promised_code_and_one_message(lab):

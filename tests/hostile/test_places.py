@@ -7,12 +7,16 @@ import pytest
 
 from fastft.config import make_config
 from fastft.errors import FastFTError
+from fastft.exporting.gguf.writer import header_bytes
+from fastft.exporting.ollama import write_modelfile
 from fastft.exporting.place import LOCK, one_at_a_time, whole_or_nothing
 from fastft.exporting.push import adapter_parts
+from fastft.files import ours
 from fastft.runs import checkpoint
 from fastft.runs.adapter import copy_adapter
+from fastft.runs.card import write_card
 from fastft.runs.folder import RunFolder
-from fastft.runs.mirror import follow
+from fastft.runs.mirror import Mirror, follow
 from fastft.runs.target import Target
 
 
@@ -121,3 +125,43 @@ def test_a_run_from_elsewhere_does_not_choose_what_is_written_to(tmp_path):
     follow(run, note=notes.append, warn=pytest.fail)
     assert len(notes) == 2
     assert [p.name for p in there.iterdir()] == ["run.json"]
+
+
+def test_a_file_that_fastft_did_not_write_is_never_replaced(tmp_path):
+    text = ours.signed("FROM ./a.gguf\n")
+    modelfile, gguf = tmp_path / "Modelfile", tmp_path / "a.gguf"
+    modelfile.write_text(text)
+    gguf.write_bytes(header_bytes("llama", {ours.GGUF_KEY: (ours.NAME, "STRING")}, [])[0])
+    ours.refuse_foreign([modelfile, gguf, tmp_path / "nothing.gguf"])
+    modelfile.write_text(text.replace("a.gguf", "b.gguf"))  # the user's own change
+    gguf.write_bytes(header_bytes("llama", {"general.name": ("fastft", "STRING")}, [])[0])
+    (tmp_path / "link.gguf").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(
+        FastFTError, match=r"Modelfile, a\.gguf, link\.gguf in .* would be replaced"
+    ):
+        ours.refuse_foreign([modelfile, gguf, tmp_path / "link.gguf"])
+    assert write_card(modelfile, "card") is not None
+    assert "b.gguf" in modelfile.read_text()
+    with pytest.raises(FastFTError, match="not written by fastft"):
+        write_modelfile(tmp_path, gguf, None)
+
+
+def test_a_new_run_replaces_nothing_that_lies_in_its_folder(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    run.write_config(make_config({"model": {"name": "m"}, "data": {"source": "d"}}))
+    run.refuse_foreign()  # left by a kill before the first record
+    (run.path / "run.yaml").write_text("# mine\n" + (run.path / "run.yaml").read_text())
+    (run.path / "report.md").write_text("years of work")
+    with pytest.raises(FastFTError, match=r"holds report\.md, run\.yaml"):
+        run.refuse_foreign()
+
+
+def test_a_foreign_folder_is_no_mirror(tmp_path):
+    run, there = RunFolder(tmp_path / "run"), tmp_path / "drive" / "run"
+    run.path.mkdir()
+    (there / "final").mkdir(parents=True)
+    (there / "final" / "thesis.txt").write_text("years of work")
+    with pytest.raises(FastFTError, match="is no copy of a run, but holds final"):
+        Mirror(run, there, note=pytest.fail, warn=pytest.fail).restore()
+    assert (there / "final" / "thesis.txt").exists()

@@ -8,9 +8,14 @@ import torch.nn.functional as F
 
 from fastft.config import make_config
 from fastft.data.batches import StepBatches, segments_of
+from fastft.errors import CouldNotFinishError
 from fastft.hardware import probe
 from fastft.progress import Reporter
+from fastft.runs.checkpoint import newest_whole
+from fastft.runs.folder import RunFolder
+from fastft.training.loop import StepTrainer
 from fastft.training.session import Session
+from fastft.training.train import train
 from tests.families import make_checkpoint
 
 SETTINGS = {
@@ -34,17 +39,21 @@ def made(tmp_path_factory):
     return folder, base
 
 
-def prepared(made, project, **changes):
+def config_of(made, project, eval_fraction=0.0, **changes):
     folder, base = made
     values = {
         "project": project, "output_dir": str(folder / "runs"),
         "model": {"name": str(base), "engine": "stock", "dtype": "float32", "max_seq_length": 64},
-        "data": {"source": str(folder / "rows.jsonl"), "eval_fraction": 0.0},
+        "data": {"source": str(folder / "rows.jsonl"), "eval_fraction": eval_fraction},
         "lora": {"r": 4, "alpha": 16, "target_modules": ["q_proj", "down_proj"]} | changes,
         "train": SETTINGS | {"fused_layers": False},
     }  # fmt: skip
-    config = make_config(values)
-    session = Session(config, probe(str(folder)), report=Reporter(quiet=True))
+    return make_config(values)
+
+
+def prepared(made, project, **changes):
+    config = config_of(made, project, **changes)
+    session = Session(config, probe(str(made[0])), report=Reporter(quiet=True))
     session.run.path.mkdir(parents=True, exist_ok=True)
     opened = session.open()
     return session, session.prepare(opened, session.read_data(opened))
@@ -102,6 +111,37 @@ def test_a_run_is_the_loop_written_out_by_hand(made):
 def test_dropout_changes_what_is_learnt(made):
     losses = [trained(*prepared(made, f"dropout-{share}", dropout=share)) for share in (0.0, 0.5)]
     assert losses[0][-1] != pytest.approx(losses[1][-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("call", [1, 2], ids=["in the middle", "at the end"])
+def test_a_checkpoint_that_is_due_is_written_before_the_evaluation(made, monkeypatch, call):
+    """The machine ends in an evaluation: nothing is trained again, and the evaluation is made up."""
+    steps = {"max_steps": 4, "save_steps": 2, "eval_steps": 2, "epochs": 1}
+    values = config_of(made, f"ended-{call}", eval_fraction=0.2).model_dump()
+    config = make_config(values | {"train": SETTINGS | steps})
+    mean_loss, calls = StepTrainer.mean_loss, []
+
+    def ending(trainer, dataset):
+        calls.append(trainer.state.global_step)
+        if len(calls) == call + 1:
+            raise CouldNotFinishError("the machine ends")
+        return mean_loss(trainer, dataset)
+
+    monkeypatch.setattr(StepTrainer, "mean_loss", ending)
+    with pytest.raises(CouldNotFinishError, match="the machine ends"):
+        train(config, reporter=Reporter(quiet=True))
+    run = RunFolder(config.run_dir)
+    assert newest_whole(run.checkpoints)[0].name == f"checkpoint-{2 * call}"
+    train(config, reporter=Reporter(quiet=True))
+    assert calls == [0, 2, 2, 4] if call == 1 else [0, 2, 4, 4]
+    evaluated = [(r["step"], r["eval_loss"]) for r in run.read_log() if "eval_loss" in r]
+    whole = make_config(config.model_dump() | {"project": f"whole-{call}"})
+    monkeypatch.setattr(StepTrainer, "mean_loss", mean_loss)
+    train(whole, reporter=Reporter(quiet=True))
+    undisturbed = RunFolder(whole.run_dir).read_log()
+    assert evaluated == [(r["step"], r["eval_loss"]) for r in undisturbed if "eval_loss" in r]
+    losses = [[r["loss"] for r in log if "loss" in r] for log in (run.read_log(), undisturbed)]
+    assert losses[0] == losses[1]
 
 
 def test_each_epoch_has_an_order_of_its_own():

@@ -39,6 +39,7 @@ from fastft.exporting.gguf.writer import (
 )
 from fastft.exporting.place import check_disk
 from fastft.exporting.weights import Weights
+from fastft.files import ours
 from fastft.files.scratch import scratch
 from fastft.models import tokens_without_row
 
@@ -77,14 +78,16 @@ def export_gguf(
     which is GGUF's reversed.
 
     Raises FastFTError: unknown type, an adapter that does not fit, a type that needs an imatrix,
-    not enough disk (with the numbers), a model that neither we nor the upstream converter can
-    write; CouldNotFinishError: the disk filled up. No file is left then.
+    a file of that name that fastft did not write, not enough disk (with the numbers), a model that
+    neither we nor the upstream converter can write; CouldNotFinishError: the disk filled up. No
+    file is left then.
     """
     kinds = check_types(types, imatrix is not None)
     say = say or (lambda text: None)
     weights = Weights(base, adapter, dequantize=dequantize)
     vocabulary = tokenizer or tokenizer_folder(weights)
     paths = _paths(Path(out), kinds, name or _name(weights))
+    ours.refuse_foreign(paths.values())
     try:
         model = describe(weights)
         fields = _fields(weights, model, vocabulary, name or _name(weights))
@@ -156,6 +159,7 @@ def _fields(
     return {
         "general.type": ("model", "STRING"),
         "general.name": (_safe_name(name, vocabulary), "STRING"),
+        ours.GGUF_KEY: (ours.NAME, "STRING"),
         "general.quantization_version": (2, "UINT32"),
         **model.metadata,
         **tokens,

@@ -140,6 +140,18 @@ def save_imatrix(path: Path | str, imatrix: dict[str, np.ndarray]) -> Path:
     return path
 
 
+def refuse_foreign(path: Path) -> None:
+    """Raise FastFTError where `path`, which is to be written, is there and no importance matrix."""
+    if path.is_symlink() or path.exists():
+        try:
+            load_imatrix(path)
+        except FastFTError as error:
+            raise FastFTError(
+                f"{path} would be replaced, but was not written by fastft. Move it away, or choose "
+                "another --out."
+            ) from error
+
+
 def load_imatrix(path: Path | str) -> dict[str, np.ndarray]:
     """Return what `save_imatrix` wrote; raises FastFTError where the file is something else."""
     import zipfile

@@ -17,6 +17,7 @@ from fastft.exporting.gguf.architectures import Model, describe
 from fastft.exporting.gguf.writer import make_output, opened
 from fastft.exporting.place import check_disk
 from fastft.exporting.weights import Change, Weights
+from fastft.files import ours
 
 
 def export_gguf_lora(
@@ -27,7 +28,8 @@ def export_gguf_lora(
 
     `out`: the file, or a folder for NAME.lora.gguf. Raises FastFTError for what the format cannot
     hold (DoRA, modules_to_save, trained token rows or biases, embeddings), naming the tensors, and
-    Unsupported for a base that the streaming writer does not know.
+    for a file of that name that fastft did not write; Unsupported for a base that the streaming
+    writer does not know.
     """
     weights = Weights(base, adapter)
     check_holdable(weights)
@@ -37,10 +39,12 @@ def export_gguf_lora(
     if out.suffix != ".gguf" or out.is_dir():
         safe = re.sub(r"[^\w.+-]+", "-", name or Path(adapter).resolve().name)
         out = out / f"{safe}.lora.gguf"
+    ours.refuse_foreign([out])
     shapes = {part: tuple(tensor.shape) for part, tensor in parts.items()}
     fields: dict[str, tuple[Any, str]] = {
         "general.type": ("adapter", "STRING"),
         "general.name": (name or Path(adapter).resolve().name, "STRING"),
+        ours.GGUF_KEY: (ours.NAME, "STRING"),
         "adapter.type": ("lora", "STRING"),
         "adapter.lora.alpha": (0.0, "FLOAT32"),
         "general.file_type": (0, "UINT32"),

@@ -7,6 +7,7 @@ with the gguf-py that it came with.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ from fastft.exporting.gguf.quantize import UNQUANTIZED, cache_folder
 from fastft.exporting.merged import export_merged
 from fastft.exporting.place import check_disk
 from fastft.exporting.weights import Weights
-from fastft.files import sha256
+from fastft.files import ours, sha256
 from fastft.files.scratch import scratch
 
 if TYPE_CHECKING:
@@ -96,7 +97,10 @@ def convert(
     `has_mtp`: the checkpoint holds the heads that predict several tokens (Qwen3.5's `mtp.*`).
     transformers saves a model without them, and the converter must be told.
     """
-    script = ("convert_hf_to_gguf.py", str(model), "--outfile", str(out), "--outtype", kind)
+    about = out.with_name("metadata.json")
+    about.write_text(json.dumps({ours.GGUF_KEY: ours.NAME}), encoding="utf-8")
+    files = ("--outfile", str(out), "--metadata", str(about))
+    script = ("convert_hf_to_gguf.py", str(model), *files, "--outtype", kind)
     done = subprocess.run(
         child.command("fastft.exporting.gguf.convert", str(converter), *script),
         capture_output=True,
