@@ -58,7 +58,7 @@ def draw(base: RunConfig, vary: Sequence[str], trials: int | None) -> list[dict[
     if len(axes) < len(vary):
         raise FastFTError("a setting is varied twice; give all its values in one --vary.")
     if trials is not None and not 1 <= trials <= MOST_TRIALS:
-        raise FastFTError(f"--trials is {trials}; it must be from 1 to {MOST_TRIALS:,}.")
+        raise FastFTError(f"--trials is {trials}; it must be at least 1, at most {MOST_TRIALS:,}.")
     ranges = [key for key, values in axes.items() if isinstance(values, tuple)]
     if ranges and trials is None:
         raise FastFTError(f"{ranges[0]} has a range; say with --trials N how many to draw.")

@@ -11,6 +11,7 @@ must end with the undisturbed files.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -22,7 +23,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.hostile.kills import Site
+import psutil
+
+from tests.hostile.kills import Site, check_equal
 from tests.hostile.lab import Lab
 from tests.hub_stand_in import HubStandIn
 
@@ -76,37 +79,49 @@ int open64(const char *path, int flags, ...) {
 KINDS = ("write", "fsync", "rename", "open")
 ERRORS = {"ENOSPC": 28, "EIO": 5}
 COMMANDS = ("train", "export", "verify")
+"""train evaluates after each of its steps, so its evaluations are met as well."""
 
 
 class Failing(Site):
     """A site whose next process meets a fault."""
 
     def __init__(self, lab, folder, command, hub, shim) -> None:
-        super().__init__(lab, folder, "data" if command == "train" else command, hub)
-        self.shim, self.fault, self.cap = shim, "", 0
-        if command == "train":
-            self.arguments = ["train", folder / "run.yaml"]
+        super().__init__(lab, folder, command, hub)
+        self.shim, self.fault = shim, ""
 
     def start(self) -> subprocess.Popen:
         if self.fault:
             os.environ |= {"FAIL_AT": self.fault, "LD_PRELOAD": str(self.shim)}
-        before = resource.getrlimit(resource.RLIMIT_AS)
-        if self.cap:
-            resource.setrlimit(resource.RLIMIT_AS, (self.cap, before[1]))
         try:
             return super().start()
         finally:
-            resource.setrlimit(resource.RLIMIT_AS, before)
             os.environ.pop("FAIL_AT", None)
             os.environ.pop("LD_PRELOAD", None)
 
-    def fail(self, fault: str = "", cap: int = 0) -> int:
-        """Run it once with a fault below its folder, or with so many bytes of addresses."""
-        self.fault, self.cap = fault and f"{fault} {self.folder}/", cap
+    def fail(self, fault: str) -> int:
+        """Run it once with a fault below its folder; returns the exit code."""
+        self.fault = f"{fault} {self.folder}/"
         code = self.start().wait(900)
-        self.fault, self.cap = "", 0
+        self.fault = ""
+        return self.checked(code, fault)
+
+    def starve(self, after: float, more: int) -> int:
+        """Run it once; `after` so many seconds its processes get `more` bytes of addresses and no
+        others. Returns the exit code.
+        """
+        process = self.start()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(after)
+        for number in self.left():
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                cap = psutil.Process(number).memory_info().vms + more
+                resource.prlimit(number, resource.RLIMIT_AS, (cap, resource.RLIM_INFINITY))
+        return self.checked(process.wait(900), f"{more / 2**20:.0f} MiB after {after:.1f} s")
+
+    def checked(self, code: int, fault: str) -> int:
+        """Return the exit code; raises AssertionError where it did not end as promised."""
         text = self.log.read_text()
-        shown = f"{self.arguments[0]} with {fault or cap} ended with {code}:\n{text[-1500:]}"
+        shown = f"{self.arguments[0]} with {fault} ended with {code}:\n{text[-1500:]}"
         assert code in {0, 1, 2, 3}, shown
         assert "Traceback" not in text, shown
         assert "bug of fastft" not in text, shown
@@ -119,7 +134,7 @@ class Failing(Site):
 
 
 def survive(points: int, seed: int, caps: int = 0, commands=COMMANDS, say=print) -> dict[str, int]:
-    """Fail at `points` places and run under `caps` limits of memory; returns how often each ended
+    """Fail at `points` places and take the memory away `caps` times; returns how often each ended
     other than well.
     """
     chance, ended = random.Random(seed), dict.fromkeys((*KINDS, "memory"), 0)
@@ -131,26 +146,28 @@ def survive(points: int, seed: int, caps: int = 0, commands=COMMANDS, say=print)
         subprocess.run(compile_, check=True)
         (folder / "lab").mkdir()
         lab = Lab(folder / "lab")
-        expected = {}
+        expected, seconds = {}, {}
         for command in commands:
             site = Failing(lab, folder / f"{command}-undisturbed", command, hub, shim)
-            site.finish()
+            seconds[command] = site.finish()
             expected[command] = site.outcome()
-        faults = [
-            (f"{kind} {chance.randint(1, 12)} {chance.choice(list(ERRORS.values()))}", 0)
-            for kind in (KINDS[i % len(KINDS)] for i in range(points))
-        ] + [("", int(2**30 * chance.uniform(0.6, 6.0))) for _ in range(caps)]
-        for number, (fault, cap) in enumerate(faults):
-            command = commands[number % len(commands)]
+        for number in range(points + caps):
+            # Each kind of fault meets each command.
+            command = commands[(number + number // len(KINDS)) % len(commands)]
             site = Failing(lab, folder / f"{command}-{number}", command, hub, shim)
-            code = site.fail(fault, cap)
-            ended[fault.split()[0] if fault else "memory"] += code != 0
+            if number < points:
+                kind, error = KINDS[number % len(KINDS)], chance.choice(list(ERRORS))
+                what = f"{kind} {chance.randint(1, 12)} {error}"
+                code = site.fail(what.replace(error, str(ERRORS[error])))
+            else:
+                kind, more = "memory", chance.randint(0, 2**27)
+                after = seconds[command] * chance.uniform(0.1, 0.9)
+                what = f"{more / 2**20:.0f} MiB more after {after:.1f} s"
+                code = site.starve(after, more)
+            ended[kind] += code != 0
             site.finish()
-            found = site.outcome()
-            names = expected[command].keys() | found.keys()
-            differing = {n for n in names if expected[command].get(n) != found.get(n)}
-            assert not differing, f"{command} differs after {fault or cap}: {sorted(differing)}"
-            say(f"{command}: {fault or f'{cap / 2**30:.1f} GiB'} -> {code}, then equal")
+            check_equal(expected[command], site.outcome(), f"{command} after {what}")
+            say(f"{command}: {what} -> {code}, then equal")
             shutil.rmtree(site.folder)
     return ended
 

@@ -1,9 +1,10 @@
-"""SIGKILL at random moments of data, export, verify, push and quickstart; then the same call again.
+"""SIGKILL at random moments of train, data, export, verify, push and quickstart; then the same call
+again.
 
-    python -m tests.hostile.kills --kills 8 [--command export] [--seed N]
+    python -m tests.hostile.kills --kills 10 [--command export] [--seed N]
 
-After every kill no process of the command may be left two seconds later. After the last one the
-command is run to its end: its files are the undisturbed ones, and neither a lock nor a temporary
+After every kill no process of the command may be left five seconds later. The same call follows
+until one ends by itself: its files are the undisturbed ones, and neither a lock nor a temporary
 folder is left where it wrote or in the system's temporary folder.
 """
 
@@ -30,9 +31,26 @@ import yaml
 from tests.hostile.lab import SETTINGS, Lab
 from tests.hub_stand_in import TOKEN, HubStandIn
 
-COMMANDS = ("data", "export", "verify", "push", "quickstart")
+COMMANDS = ("train", "data", "export", "verify", "push", "quickstart")
+QUICKSTART = """
+import sys
+import fastft.quickstart.command as command
+from fastft.__main__ import main
+
+config, questions = command.quickstart_config, command.read_questions
+few = {"max_steps": 6, "save_steps": 2, "eval_steps": 3}
+command.quickstart_config = lambda *given: (
+    (made := config(*given)) | {"train": made["train"] | few}
+)
+command.read_questions = lambda path: questions(path)[:4]
+command.AT_LEAST = 0.0
+sys.argv = ["fastft", "quickstart", "--engine", "stock", *sys.argv[1:]]
+main()
+"""
+"""The quickstart with few steps and questions: its whole way, in seconds."""
 VOLATILE = {"certificate.json", "certificate.md", "run.json", "log.jsonl", "report.md", "data.png"}
-VOLATILE |= {"loss.png", "README.md", "run.yaml"}
+VOLATILE |= {"loss.png", "README.md", "run.yaml", "manifest.json"}
+"""These name folders or times; manifest.json holds the hash of one of them."""
 
 
 class Site:
@@ -50,19 +68,22 @@ class Site:
         self.mark, self.temporary = uuid.uuid4().hex, folder / "tmp"
         self.temporary.mkdir()
         if command == "verify":
-            shutil.copytree(lab.run / "export", self.out)
+            self.out.mkdir()
+            for path in (lab.run / "export").glob("*.F16.gguf"):
+                shutil.copy2(path, self.out)
         config = folder / "run.yaml"
         values = SETTINGS | {"output_dir": str(folder / "runs")}
         values["model"] = SETTINGS["model"] | {"name": str(lab.base)}
         values["data"] = SETTINGS["data"] | {"source": str(lab.rows)}
         config.write_text(yaml.safe_dump(values))
         self.arguments = {
+            "train": ["train", config, "--set", "train.eval_steps=1", "--set", "train.max_steps=6"],
             "data": ["data", config],
             "export": ["export", self.run, "--to", "adapter,merged,gguf:q8_0,gguf-lora,ollama",
                        "--out", self.out, "--no-verify"],
             "verify": ["verify", self.run, "--out", self.out],
             "push": ["push", self.run, "--repo", "me/x", "--base-id", "owner/base"],
-            "quickstart": ["quickstart", "--out", folder / "runs"],
+            "quickstart": ["--out", folder / "runs"],
         }[command]  # fmt: skip
 
     def start(self) -> subprocess.Popen:
@@ -72,7 +93,8 @@ class Site:
             "HF_ENDPOINT": self.hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
             "XDG_CACHE_HOME": str(self.folder.parent / "cache"),
         }  # fmt: skip
-        command = [sys.executable, "-m", "fastft", *map(str, self.arguments)]
+        how = ["-c", QUICKSTART] if self.command == "quickstart" else ["-m", "fastft"]
+        command = [sys.executable, *how, *map(str, self.arguments)]
         with self.log.open("w") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
@@ -85,6 +107,20 @@ class Site:
                 if alive and process.environ().get("FASTFT_KILL_MARK") == self.mark:
                     found.append(process.pid)
         return found
+
+    def is_killed(self, after: float) -> bool:
+        """Start it and kill it `after` so many seconds; False where it had ended by itself."""
+        process = self.start()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(after)
+        killed = process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        deadline = time.monotonic() + 5
+        while self.left() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not self.left(), f"{self.command}: {self.left()} outlived a kill after {after:.1f} s"
+        return killed
 
     def finish(self) -> float:
         """Run it to its end; returns the seconds."""
@@ -111,6 +147,13 @@ class Site:
         return found
 
 
+def check_equal(expected: dict[str, str], found: dict[str, str], what: str) -> None:
+    """Raise AssertionError naming the files that differ."""
+    names = expected.keys() | found.keys()
+    differing = sorted(n for n in names if expected.get(n) != found.get(n))
+    assert not differing, f"{what} differs: {differing}"
+
+
 def survive(kills: int, seed: int, commands=COMMANDS, say=print) -> dict[str, int]:
     """Kill each command `kills` times; raises AssertionError where something is left or differs."""
     chance, done = random.Random(seed), {}
@@ -122,33 +165,22 @@ def survive(kills: int, seed: int, commands=COMMANDS, say=print) -> dict[str, in
             site = Site(lab, folder / f"{command}-undisturbed", command, hub)
             seconds = site.finish()
             expected = site.outcome()
-            site = Site(lab, folder / command, command, hub)
-            done[command] = 0
-            for number in range(kills):
-                process = site.start()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(seconds * chance.uniform(0.05, 0.95))
-                killed = process.poll() is None
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                done[command] += killed
-                deadline = time.monotonic() + 5
-                while site.left() and time.monotonic() < deadline:
-                    time.sleep(0.1)
-                assert not site.left(), f"{command}: {site.left()} outlived kill {number}"
-            site.finish()
-            found = site.outcome()
-            differing = {
-                n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n)
-            }
-            assert not differing, f"{command} differs after {kills} kills: {sorted(differing)}"
-            say(f"{command}: {done[command]} kills, {len(found)} files equal, nothing left")
+            done[command] = runs = 0
+            while done[command] < kills:
+                runs += 1
+                site = Site(lab, folder / f"{command}-{runs}", command, hub)
+                while done[command] < kills and site.is_killed(seconds * chance.uniform(0.1, 1.0)):
+                    done[command] += 1
+                site.finish()
+                check_equal(expected, site.outcome(), f"{command} after {done[command]} kills")
+                shutil.rmtree(site.folder)
+            say(f"{command}: {done[command]} kills, {runs} runs, {len(expected)} files equal")
     return done
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=8)
+    parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--command", choices=COMMANDS, action="append")
     arguments = parser.parse_args()

@@ -113,35 +113,36 @@ def test_dropout_changes_what_is_learnt(made):
     assert losses[0][-1] != pytest.approx(losses[1][-1], rel=1e-4)
 
 
-@pytest.mark.parametrize("call", [1, 2], ids=["in the middle", "at the end"])
-def test_a_checkpoint_that_is_due_is_written_before_the_evaluation(made, monkeypatch, call):
-    """The machine ends in an evaluation: nothing is trained again, and the evaluation is made up."""
+def test_a_checkpoint_that_is_due_is_written_before_the_evaluation(made, monkeypatch):
+    """The machine ends in an evaluation, in the middle and at the end of a run: no step is trained
+    again, and the evaluation is made up for.
+    """
     steps = {"max_steps": 4, "save_steps": 2, "eval_steps": 2, "epochs": 1}
-    values = config_of(made, f"ended-{call}", eval_fraction=0.2).model_dump()
-    config = make_config(values | {"train": SETTINGS | steps})
-    mean_loss, calls = StepTrainer.mean_loss, []
+    values = config_of(made, "ended", eval_fraction=0.2).model_dump() | {"train": SETTINGS | steps}
+    config, run = make_config(values), RunFolder(make_config(values).run_dir)
+    mean_loss, trained, ends_at = StepTrainer.mean_loss, [], [2, 4]
 
     def ending(trainer, dataset):
-        calls.append(trainer.state.global_step)
-        if len(calls) == call + 1:
+        if trainer.state.global_step in ends_at:
+            ends_at.remove(trainer.state.global_step)
             raise CouldNotFinishError("the machine ends")
         return mean_loss(trainer, dataset)
 
     monkeypatch.setattr(StepTrainer, "mean_loss", ending)
-    with pytest.raises(CouldNotFinishError, match="the machine ends"):
-        train(config, reporter=Reporter(quiet=True))
-    run = RunFolder(config.run_dir)
-    assert newest_whole(run.checkpoints)[0].name == f"checkpoint-{2 * call}"
+    for step in (2, 4):
+        with pytest.raises(CouldNotFinishError, match="the machine ends"):
+            train(config, reporter=Reporter(quiet=True))
+        assert newest_whole(run.checkpoints)[0].name == f"checkpoint-{step}"
+        trained += [record["step"] for record in run.read_log() if "loss" in record]
+    assert trained == [1, 2, 1, 2, 3, 4]
     train(config, reporter=Reporter(quiet=True))
-    assert calls == [0, 2, 2, 4] if call == 1 else [0, 2, 4, 4]
-    evaluated = [(r["step"], r["eval_loss"]) for r in run.read_log() if "eval_loss" in r]
-    whole = make_config(config.model_dump() | {"project": f"whole-{call}"})
-    monkeypatch.setattr(StepTrainer, "mean_loss", mean_loss)
+    whole = make_config(values | {"project": "whole"})
     train(whole, reporter=Reporter(quiet=True))
-    undisturbed = RunFolder(whole.run_dir).read_log()
-    assert evaluated == [(r["step"], r["eval_loss"]) for r in undisturbed if "eval_loss" in r]
-    losses = [[r["loss"] for r in log if "loss" in r] for log in (run.read_log(), undisturbed)]
-    assert losses[0] == losses[1]
+    logs = run.read_log(), RunFolder(whole.run_dir).read_log()
+    for name in ("loss", "eval_loss"):
+        found, expected = ([(r["step"], r[name]) for r in log if name in r] for log in logs)
+        assert found == expected
+        assert expected[-1][0] == 4
 
 
 def test_each_epoch_has_an_order_of_its_own():
