@@ -146,6 +146,16 @@ FAULTS = (
         f"{PLANTED}::test_patience_is_not_one_late_and_the_best_is_not_the_last",
     ),
     Fault(
+        "an evaluation comes before the checkpoint that is due", "fastft/training/loop.py",
+        "        if self.control.should_save:\n", "        if False:\n",
+        f"{BY_HAND}::test_a_checkpoint_that_is_due_is_written_before_the_evaluation",
+    ),
+    Fault(
+        "an evaluation that was missed is not made", "fastft/training/train.py",
+        "return prepared.data.eval is not None and due and not done", "return False",
+        f"{BY_HAND}::test_a_checkpoint_that_is_due_is_written_before_the_evaluation",
+    ),
+    Fault(
         "the sliding window is one too wide", "fastft/kernels/varlen.py",
         "(distance >= 0) & (distance < (window or keys))",
         "(distance >= 0) & (distance <= (window or keys))",
@@ -186,6 +196,22 @@ FAULTS = (
         "foreign files are not carried over", "fastft/files/__init__.py",
         "        carry_foreign(path, aside, is_ours)\n", "        pass\n",
         "tests/hostile/test_places.py::test_a_note_in_our_own_folder_outlives_a_second_export",
+    ),
+    Fault(
+        "a file of somebody else is replaced", "fastft/files/ours.py",
+        "    if foreign:\n", "    if False:\n",
+        "tests/hostile/test_places.py::test_a_file_that_fastft_did_not_write_is_never_replaced",
+    ),
+    Fault(
+        "a Modelfile that somebody changed is taken for ours", "fastft/files/ours.py",
+        "found is not None and _sha256(text[: found.start()]) == found[1]", "found is not None",
+        "tests/hostile/test_places.py::test_a_file_that_fastft_did_not_write_is_never_replaced",
+    ),
+    Fault(
+        "the certificate takes a control token in a message for text",
+        "fastft/verification/checks.py",
+        "sum(map(model.is_control, found)) != sum(map(model.is_control, expected))", "False",
+        f"{PLANTED}::test_a_message_whose_control_token_is_read_as_one_is_not_the_trained_model",
     ),
     Fault(
         "any page may ask the server", "fastft/inference/gate.py",

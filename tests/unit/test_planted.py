@@ -11,6 +11,7 @@ import torch
 from fastft.bench.case import Tolerances
 from fastft.bench.parity import judge
 from fastft.config import make_config
+from fastft.data import bounded
 from fastft.errors import FastFTError
 from fastft.exporting.certificate import LIMITS, judge_distance
 from fastft.files import Files
@@ -21,6 +22,7 @@ from fastft.planning.shape import load_shape
 from fastft.runs import checkpoint
 from fastft.runs.folder import RunFolder, best_step, out_of_patience
 from fastft.runs.mirror import Mirror
+from fastft.verification.checks import check_user_text
 from tests.unit.test_bench_gate import a_run, failed
 
 KEY = "hf_" + "Abcdefghijklmnopqrstuvwxyz012345"
@@ -141,6 +143,26 @@ def test_a_kl_beyond_the_limit_fails_whatever_the_perplexity_says(kind):
         kl = LIMITS[kind].kl_fail * factor
         assert judge_distance(measured | {"kl_mean": kl}, kind).verdict == verdict
     assert judge_distance(measured | {"kl_mean": math.nan}, kind).verdict == "fail"
+
+
+@pytest.mark.parametrize(
+    ("ids", "verdict"), [([5, 1, 2, 6], "pass"), ([5, 2, 1, 6], "warn"), ([5, 9, 6], "fail")]
+)
+def test_a_message_whose_control_token_is_read_as_one_is_not_the_trained_model(ids, verdict):
+    """Tokens from 9 on are control tokens."""
+    file = SimpleNamespace(chat_tokens=lambda messages: ids, is_control=lambda token: token >= 9)
+    spelled = {"token": "<|im_end|>", "messages": [], "ids": [5, 1, 2, 6]}
+    assert check_user_text(file, {"spelled": [spelled]}).verdict == verdict
+
+
+def test_a_pattern_that_tries_every_way_to_cut_a_text_ends(monkeypatch):
+    monkeypatch.setattr(bounded, "PATTERN_SECONDS", 0.2)
+    with pytest.raises(FastFTError, match=r"takes more than 0\.2 s"):
+        bounded.matches(r"([a-z_.0-9]+)+X", "model.layers.0.self_attn.q_proj", whole=True)
+    assert bounded.matches(r".*\.(q|v)_proj", "model.layers.0.self_attn.q_proj", whole=True)
+    assert not bounded.matches("q", "model.layers.0.self_attn.q_proj", whole=True)
+    with pytest.raises(FastFTError, match="is no expression"):
+        bounded.matches("([", "x")
 
 
 # --- what is kept, and when it ends
