@@ -14,6 +14,8 @@ import contextlib
 import ctypes
 import math
 import os
+import re
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -162,17 +164,21 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], **keywords: Any) -> s
 
 
 PATTERN_SECONDS = 2.0
+"""Of the processor's time."""
 
 
 def matches(pattern: str, text: str, *, whole: bool = False) -> bool:
     """Return whether the regular expression `pattern` is found in `text`, or is all of it.
 
     Raises FastFTError where that takes more than PATTERN_SECONDS: one such as (a+)+$ tries every
-    way to cut a text into pieces.
+    way to cut a text into pieces. What passes here may be given to peft, which uses `re` too.
     """
-    import regex
-
     try:
+        if threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer"):
+            with _processor_time():
+                return (re.fullmatch if whole else re.search)(pattern, text) is not None
+        import regex  # has a limit of its own, and knows shortcuts that `re` does not
+
         find = regex.fullmatch if whole else regex.search
         return find(pattern, text, timeout=PATTERN_SECONDS) is not None
     except TimeoutError as error:
@@ -181,8 +187,24 @@ def matches(pattern: str, text: str, *, whole: bool = False) -> bool:
             f"{text[:80]!r}: it repeats something that is itself repeated. Write it without, "
             "as a+ for (a+)+."
         ) from error
-    except regex.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise FastFTError(f"the pattern {pattern[:200]!r} is no expression: {error}.") from error
+
+
+@contextlib.contextmanager
+def _processor_time() -> Iterator[None]:
+    """Raise TimeoutError in this block after PATTERN_SECONDS; `re` looks for signals as it goes."""
+
+    def end(number: int, frame: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGVTALRM, end)
+    signal.setitimer(signal.ITIMER_VIRTUAL, PATTERN_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _resident() -> int:

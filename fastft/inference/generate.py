@@ -99,17 +99,24 @@ class HuggingFaceChat:
         self.template = choose_template(self.tokenizer, None)
         self.last_tokens: list[int] = []
 
-    def stream(self, messages: Messages, sampling: Sampling) -> Iterator[str]:
-        """Yield the answer to `messages` in pieces of text."""
+    def prompt_of(self, messages: Messages, tools: Any = None) -> list[int]:
+        """Return the ids that ask for an answer; raises FastFTError where they are more than the
+        model has positions, which would take minutes and give nonsense.
+        """
         from fastft.data.encode import generation_prompt
 
-        prompt = generation_prompt(self.tokenizer, self.template, messages)
+        prompt = generation_prompt(self.tokenizer, self.template, messages, tools)
         most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if most is not None and len(prompt) >= most:
             raise FastFTError(
                 f"the conversation has {len(prompt):,} tokens, the model's positions end at "
                 f"{most:,}. Shorten it."
             )
+        return prompt
+
+    def stream(self, messages: Messages, sampling: Sampling) -> Iterator[str]:
+        """Yield the answer to `messages` in pieces of text."""
+        prompt = self.prompt_of(messages)
         pieces = _Pieces(self.tokenizer)
         result: dict[str, Any] = {}
 
@@ -150,10 +157,8 @@ class HuggingFaceChat:
         """
         import torch
 
-        from fastft.data.encode import generation_prompt
-
         prompts = [
-            generation_prompt(self.tokenizer, self.template, messages, tools[i] if tools else None)
+            self.prompt_of(messages, tools[i] if tools else None)
             for i, messages in enumerate(conversations)
         ]
         pad = (

@@ -197,6 +197,10 @@ def template_errors() -> tuple[type[Exception], ...]:
     return (jinja2.TemplateError, TemplateLimitError, MemoryError, *own)
 
 
+_MARK = chr(0xF0FFF)
+"""A character that no vocabulary holds, so it is bytes, and nothing beside it joins with them."""
+
+
 class _Guards:
     """One private-use character for each control token that a conversation spells out.
 
@@ -406,20 +410,21 @@ class GgufModel:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[dict[str, Any]] | None = None,
+        then: str = "",
     ) -> list[int]:
         """Return the ids of the rendered conversation: exactly the template's text, no BOS beyond
-        the template's own.
+        the template's own; and of the answer `then`, where one is given.
 
         This is how the model was trained: the template, and nothing else, decides about BOS, and a
         control token that somebody spells out in a message is text. Such a spelling goes through
         the template as one private-use character, as in `fastft.data.encode`.
         """
-        guards = _Guards(self.controls, messages, tools)
+        guards = _Guards(self.controls, messages, tools, then)
         rendered = self.render(
             guards.put(list(messages)),
             add_generation_prompt=add_generation_prompt,
             tools=guards.put(tools),
-        )
+        ) + guards.put(then)
         found = guards.pattern and guards.pattern.search(rendered)
         if not found:
             return self.tokens(rendered, add_special=False, parse_special=True)
@@ -453,21 +458,30 @@ class GgufModel:
             while token < len(ids) and ends[token] <= start:
                 out.append(ids[token])
                 token += 1
-            out += self.tokens(
-                guards.spelling(match.group()), add_special=False, parse_special=False
-            )
+            out += self._tokens_inside(guards.spelling(match.group()), parse_special=False)
             while token < len(ids) and ends[token] <= end:
                 token += 1
         return out + ids[token:]
 
     def _in_parts(self, rendered: str, guards: _Guards) -> list[int]:
         assert guards.pattern is not None
-        out: list[int] = []
-        for part in re.split(f"({guards.pattern.pattern})", rendered):
+        first, *parts = re.split(f"({guards.pattern.pattern})", rendered)
+        out = self.tokens(first, add_special=False, parse_special=True)
+        for part in parts:
             is_guard = guards.pattern.fullmatch(part) is not None
             text = guards.spelling(part) if is_guard else part
-            out += self.tokens(text, add_special=False, parse_special=not is_guard)
+            out += self._tokens_inside(text, parse_special=not is_guard)
         return out
+
+    def _tokens_inside(self, text: str, *, parse_special: bool) -> list[int]:
+        """Return the ids of `text` as they stand within a longer one: SentencePiece puts a space in
+        front of every text, so one is given something else for it to stand before.
+        """
+        if not self._prefixes_space or not text:
+            return self.tokens(text, add_special=False, parse_special=parse_special)
+        mark = self.tokens(_MARK, add_special=False, parse_special=False)
+        ids = self.tokens(_MARK + text, add_special=False, parse_special=parse_special)
+        return ids[len(mark) :]
 
     # LoRA adapters
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -51,13 +52,11 @@ class TransformersJudged:
 
     def answers(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
         """Return the greedy answers, in padded batches of questions of like length."""
-        from fastft.data.encode import generation_prompt
-
         chat = self.chat
-        sizes = [
-            len(generation_prompt(chat.tokenizer, chat.template, q.messages, q.tools))
-            for q in questions
-        ]
+        sizes = []
+        for question in questions:
+            with _naming(question):
+                sizes.append(len(chat.prompt_of(question.messages, question.tools)))
         order = sorted(range(len(questions)), key=lambda i: (sizes[i], i))
         found = [""] * len(questions)
         with self._as_asked():
@@ -77,11 +76,17 @@ class TransformersJudged:
     def likelihood(self, question: Question, answer: str) -> Likelihood:
         """See `Judged`. The tokens are those that training would put loss on."""
         ids, first = self._encoded(question, answer)
+        most = self._context()
+        if question.messages and len(ids) > most:
+            raise FastFTError(
+                f"line {question.line}: question and answer have {len(ids):,} tokens, the model's "
+                f"positions end at {most:,}. Shorten it, or leave it out."
+            )
         with self._as_asked():
             if question.messages:
                 total = self._log_probability(ids, first)
             else:
-                windows = _windows(ids, min(WINDOW, self._context()))
+                windows = _windows(ids, min(WINDOW, most))
                 total = sum(self._log_probability(window, start) for window, start in windows)
         return Likelihood(total, len(ids) - first, len(answer.encode("utf-8")))
 
@@ -126,7 +131,8 @@ class TransformersJudged:
             return float(rows.gather(1, chosen).double().sum())
 
     def _context(self) -> int:
-        return int(getattr(self.chat.model.config, "max_position_embeddings", WINDOW) or WINDOW)
+        config = self.chat.model.config.get_text_config()
+        return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
 
     def _as_asked(self) -> contextlib.AbstractContextManager[Any]:
         off = self.without_adapter
@@ -146,12 +152,14 @@ class GgufJudged:
 
     def answers(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
         """Return the greedy answers, one after the other."""
-        return [
-            "".join(
-                self.chat.stream(q.messages, max_new_tokens=max_new_tokens, tools=q.tools)
-            ).strip()
-            for q in questions
-        ]
+        answers = []
+        for question in questions:
+            with _naming(question):
+                pieces = self.chat.stream(
+                    question.messages, max_new_tokens=max_new_tokens, tools=question.tools
+                )
+                answers.append("".join(pieces).strip())
+        return answers
 
     def likelihood(self, question: Question, answer: str) -> Likelihood:
         """See `Judged`."""
@@ -163,9 +171,8 @@ class GgufJudged:
             parts = list(_windows(ids, min(WINDOW, self.model.n_ctx)))
             total = sum(self._log_probability(part, first) for part, first in parts)
             return Likelihood(total, len(ids) - 1, size)
-        prompt = self.model.render(question.messages, tools=question.tools)
-        before = self.model.tokens(prompt, add_special=False)
-        ids = self.model.tokens(prompt + answer, add_special=False)
+        before = self.model.chat_tokens(question.messages, tools=question.tools)
+        ids = self.model.chat_tokens(question.messages, tools=question.tools, then=answer)
         first = _same(before, ids)
         return Likelihood(self._log_probability(ids, first), len(ids) - first, size)
 
@@ -183,6 +190,15 @@ class GgufJudged:
                     total += float(row[ids[at + 1]]) - _log_sum_exp(np, row)
                 at += 1
         return total
+
+
+@contextlib.contextmanager
+def _naming(question: Question) -> Iterator[None]:
+    """Say of which line of the file a FastFTError is."""
+    try:
+        yield
+    except FastFTError as error:
+        raise type(error)(f"line {question.line}: {error}") from error
 
 
 def _log_sum_exp(np: Any, row: np.ndarray) -> float:

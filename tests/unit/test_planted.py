@@ -156,7 +156,7 @@ def test_a_message_whose_control_token_is_read_as_one_is_not_the_trained_model(i
 
 
 def test_a_pattern_that_tries_every_way_to_cut_a_text_ends(monkeypatch):
-    monkeypatch.setattr(bounded, "PATTERN_SECONDS", 0.2)
+    monkeypatch.setattr(bounded, "PATTERN_SECONDS", 0.2)  # of this thread's processor
     with pytest.raises(FastFTError, match=r"takes more than 0\.2 s"):
         bounded.matches(r"([a-z_.0-9]+)+X", "model.layers.0.self_attn.q_proj", whole=True)
     assert bounded.matches(r".*\.(q|v)_proj", "model.layers.0.self_attn.q_proj", whole=True)
