@@ -340,6 +340,8 @@ def within_the_language_model(model: Any, target_modules: Any) -> Any:
     path = language_model_path(model)
     if not path and target_modules == "all-linear" and _has_experts(model):
         return sorted({name.rsplit(".", 1)[-1] for name, _ in _targeted(model, "all-linear")})
+    if isinstance(target_modules, str) and target_modules.isidentifier():
+        target_modules = [target_modules]  # peft would take a text for a pattern of whole names
     if not path or not _plain_names(target_modules):
         return target_modules
     names = [name for name, _ in _targeted(model, target_modules)]
@@ -399,7 +401,7 @@ def unknown_target_modules(model: Any, target_modules: Any) -> list[str]:
         return []
     names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     if isinstance(target_modules, str) and not target_modules.isidentifier():
-        return []  # a regular expression, which is peft's to judge
+        return [] if _targeted(model, target_modules) else [target_modules]
     have = {
         name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastft.config import export_targets
 from fastft.errors import CouldNotFinishError, FastFTError
-from fastft.exporting.certificate import forget, read_certificate
+from fastft.exporting.certificate import forget, refuse_foreign
 from fastft.exporting.place import one_at_a_time
 from fastft.progress import Reporter
 from fastft.runs.mirror import follow
@@ -59,7 +59,7 @@ def export(
     files: list[dict[str, Any]] = []
     refused: list[tuple[str, FastFTError]] = []
     with one_at_a_time(folder):
-        read_certificate(folder)  # one that is none is said before anything is written
+        refuse_foreign(folder)  # said before anything is written
         try:
             for group in _groups(wanted):
                 try:

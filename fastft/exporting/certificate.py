@@ -132,9 +132,7 @@ def judge_distance(measured: dict[str, float], file_type: str) -> Check:
 
 def read_certificate(out: Path) -> dict[str, Any]:
     """Return the certificate in the folder `out` ({"files": {}} where there is none)."""
-    path, page = Path(out) / CERTIFICATE, Path(out) / PAGE
-    if page.is_symlink() or (page.exists() and not _begins_like_ours(page)):
-        raise FastFTError(f"{page} was not written by fastft. Move it away and try again.")
+    path = Path(out) / CERTIFICATE
     if not path.is_file():
         return {"files": {}}
     found = read_json(path, "Delete it and call fastft verify again.")
@@ -142,6 +140,14 @@ def read_certificate(out: Path) -> dict[str, Any]:
     if not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
         raise FastFTError(f"{path} is no certificate. Delete it and call fastft verify again.")
     return found
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raise FastFTError where certificate.json or certificate.md in `out` is none of fastft's."""
+    read_certificate(out)
+    page = Path(out) / PAGE
+    if page.is_symlink() or (page.exists() and not _begins_like_ours(page)):
+        raise FastFTError(f"{page} was not written by fastft. Move it away and try again.")
 
 
 def _begins_like_ours(page: Path) -> bool:

@@ -20,6 +20,7 @@ from fastft import child
 from fastft.errors import CouldNotFinishError, FastFTError
 from fastft.exporting.certificate import (
     changed_since,
+    refuse_foreign,
     unchanged_check,
     worst,
     write_certificate,
@@ -127,6 +128,7 @@ def verify_files(
         )
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    refuse_foreign(out)
     entries = []
     with scratch(".verify-", out) as folder:
         say("trained model: logits, answers and weights to compare with")

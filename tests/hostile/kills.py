@@ -91,6 +91,7 @@ class Site:
         environment = os.environ | {
             "FASTFT_KILL_MARK": self.mark, "TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1",
             "HF_ENDPOINT": self.hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
+            "PYTHONHASHSEED": "0",  # peft writes target_modules in the order of a set
             "XDG_CACHE_HOME": str(self.folder.parent / "cache"),
         }  # fmt: skip
         how = ["-c", QUICKSTART] if self.command == "quickstart" else ["-m", "fastft"]
