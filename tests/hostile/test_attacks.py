@@ -5,7 +5,7 @@ import pytest
 from tests.hostile.attacks import GROUPS, attacks, survey
 from tests.hostile.lab import Lab
 
-SHARE = 14  # every 14th attack of each seed's list is made by default
+SHARE = 16  # every 16th attack of each seed's list is made by default
 
 
 @pytest.fixture(scope="module")
