@@ -221,6 +221,11 @@ class LoraConfig(Section):
     alpha: float = Field(16, gt=0, description="scale: the delta is alpha / r times B A")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before A; 0 is fastest")
     target_modules: str | list[str] = Field("all-linear", description="all-linear, or module names")
+    target_parameters: list[str] = Field(
+        default_factory=list,
+        description="expert parameters of a mixture that LoRA is put on as well, such as "
+        "mlp.experts.gate_up_proj and mlp.experts.down_proj (peft's target_parameters)",
+    )
     # LoftQ is not among them: it needs its own copy of the changed base beside the adapter.
     init: Literal["default", "gaussian", "pissa", "olora", "orthogonal"] = Field(
         "default", description="how A and B start (peft's init_lora_weights)"

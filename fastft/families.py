@@ -44,6 +44,8 @@ class Family:
     model_type: str
     classes: str
     """What transformers' class names begin with: Llama of LlamaAttention, LlamaForCausalLM."""
+    layer_classes: str = ""
+    """What those of its layers begin with, where that is something else: Gemma4Text."""
     norms: Literal["plain", "plus_one"] = "plain"
     """Whether an RMSNorm multiplies by its weight, or by one plus its weight."""
     norms_a_layer: int = 2
@@ -69,6 +71,11 @@ class Family:
     """Config key of what the logits are divided by (granite's logits_scaling)."""
     written_out_scores: bool = False
     """Softcaps or sinks: scores of all pairs of positions are kept for the backward pass."""
+    experts: Literal["none", "rows", "columns"] = "none"
+    """How transformers holds the experts of a mixture, where fastft knows it: rows: gate_up_proj
+    (experts, 2 x width, hidden), the gate's rows first. columns: (experts, hidden, 2 x width), gate
+    and up alternate, with biases (gpt_oss).
+    """
     mlp_tensors: int = 3
     """Tensors of the MLP's width that autograd keeps of a layer on transformers' modules."""
     chunked_loss_on_cpu: bool = False
@@ -204,7 +211,13 @@ _ROWS = (
         fused=frozenset({"head"}),
         written_out_scores=True,
         float16_overflows=True,
+        experts="columns",
         mlp_tensors=6,
+        gguf=Gguf(
+            "gpt-oss",
+            frozenset({"default", "yarn"}),
+            biases=_QKV_BIASES | {"attn_output", "ffn_gate_inp"},
+        ),
     ),
     Family(
         "smollm3",
@@ -232,9 +245,31 @@ _ROWS = (
         wrappers=("Mistral3ForConditionalGeneration",),
         gguf=Gguf("mistral3", frozenset({"yarn"}), permuted=True, ignores_window=True),
     ),
+    Family(
+        "qwen3_moe",
+        "Qwen3Moe",
+        qk_norms="head",
+        float16_overflows=True,
+        experts="rows",
+        gguf=Gguf("qwen3moe"),
+    ),
+    Family(
+        "gemma4_text",
+        "Gemma4",
+        layer_classes="Gemma4Text",
+        norms_a_layer=4,
+        qk_norms="head",
+        tied=True,
+        wrappers=("Gemma4ForConditionalGeneration",),
+        gguf=Gguf(
+            "gemma4",
+            frozenset({"default", "proportional"}),
+            activation=_GELU,
+            partial_rotary=True,
+        ),
+    ),
     # Known to the plan alone.
     Family("mixtral", "Mixtral"),
-    Family("qwen3_moe", "Qwen3Moe", qk_norms="head", float16_overflows=True),
     Family("olmo2", "Olmo2", qk_norms="projection", chunked_loss_on_cpu=True),
 )
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}

@@ -557,7 +557,13 @@ def _sentencepiece(spec: Family, kind: str, folder: Path | None) -> Any:
                 "bos_piece": "<bos>",
                 "eos_piece": "<eos>",
             }
-            | {"user_defined_symbols": list(spec.specials)}
+            | {
+                # as published: no piece of Gemma 4 goes beyond the end of a line
+                "user_defined_symbols": [
+                    *spec.specials,
+                    *(["\n"] if spec.model_type == "gemma4_text" else []),
+                ]
+            }
             if gemma
             else {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
         ),

@@ -253,6 +253,7 @@ def attach_lora(
     section 4.1), DoRA `out` more; each trained token row has the embedding's width.
     """
     check_target_modules(model, config.target_modules)
+    check_target_parameters(model, config)
     _refuse_whole_embeddings(engine, config.target_modules)
     if config.init in MOVES_THE_BASE and train_token_ids:
         raise FastFTError(
@@ -277,7 +278,9 @@ def attach_lora(
     }
     if config.use_dora:
         keywords["use_dora"] = True
-    if engine.name == "unsloth" and model.device.type == "cuda":
+    if config.target_parameters:
+        keywords["target_parameters"] = list(config.target_parameters)
+    elif engine.name == "unsloth" and model.device.type == "cuda":
         # Left to itself, Unsloth's GPU path adds LoRA to the expert parameters of a mixture of
         # experts; fastft trains, counts, plans and exports the same adapter on every machine.
         keywords["target_parameters"] = []
@@ -361,16 +364,61 @@ def _plain_names(target_modules: Any) -> bool:
 
 
 def count_lora_parameters(model: Any, config: LoraConfig, train_tokens: int = 0) -> int:
-    """Return the closed-form number of LoRA parameters: sum of r (in + out) over targets, DoRA +
-    out, token rows.
+    """Return the closed-form number of LoRA parameters: sum of r (in + out) over targets and
+    experts, DoRA + out, token rows.
     """
     total = 0
     for _, module in _targeted(model, config.target_modules):
         total += config.r * (module.in_features + module.out_features)
         total += module.out_features if config.use_dora else 0
+    for _, parameter in expert_parameters(model, config.target_parameters):
+        experts, *sizes = parameter.shape
+        total += experts * config.r * sum(sizes)
     if train_tokens:
         total += train_tokens * model.get_input_embeddings().embedding_dim
     return total
+
+
+def expert_parameters(model: Any, target_parameters: Sequence[str]) -> list[tuple[str, Any]]:
+    """Return (name, parameter) of every expert parameter that `target_parameters` names, as peft
+    finds them: by the whole name or its end.
+    """
+    return [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3
+        and any(name == wanted or name.endswith(f".{wanted}") for wanted in target_parameters)
+    ]
+
+
+def check_target_parameters(model: Any, config: LoraConfig) -> None:
+    """Raise FastFTError for names of lora.target_parameters that match no expert parameter, and
+    for what peft cannot do on one.
+    """
+    experts = sorted(
+        {
+            ".".join(name.split(".")[-3:])
+            for name, p in model.named_parameters()
+            if p.ndim == 3 and ".experts." in name
+        }
+    )
+    missing = [n for n in config.target_parameters if not expert_parameters(model, [n])]
+    if missing:
+        has = f"It has: {', '.join(experts)}." if experts else "It is no mixture of experts."
+        raise FastFTError(
+            f"lora.target_parameters: the model has no {', '.join(map(repr, missing))}. {has}"
+        )
+    wrong = {
+        "lora.dropout": config.dropout > 0,
+        "lora.use_dora": config.use_dora,
+        f"lora.init {config.init}": config.init not in {"default", "gaussian"},
+    }
+    if config.target_parameters and any(wrong.values()):
+        names = ", ".join(name for name, set_so in wrong.items() if set_so)
+        raise FastFTError(
+            f"lora.target_parameters cannot be combined with {names}: peft has LoRA on experts "
+            "only plain. Set them to their defaults, or leave the experts out."
+        )
 
 
 def check_target_modules(model: Any, target_modules: Any) -> None:

@@ -283,6 +283,8 @@ def _refuse(lora: LoraConfig, train_token_ids: Sequence[int]) -> None:
     cannot = []
     if lora.use_dora:
         cannot.append("lora.use_dora: true (set it to false)")
+    if lora.target_parameters:
+        cannot.append("lora.target_parameters (leave the experts out)")
     if lora.init not in ("default", "gaussian"):
         cannot.append(f"lora.init: {lora.init} (set it to default)")
     if train_token_ids:

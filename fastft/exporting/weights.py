@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from fastft import files, hub
 from fastft.data.bounded import matches
 from fastft.errors import FastFTError
+from fastft.exporting.experts import PARTS, single
+from fastft.families import family_of
 from fastft.models import check_finite, read_header
 
 if TYPE_CHECKING:
@@ -146,6 +148,21 @@ class Checkpoint:
         return buffer.view(getattr(torch, self.dtype(name))).reshape(shape)
 
 
+@dataclass(frozen=True)
+class Experts:
+    """Which experts a LoRA on their parameter means for one tensor of the base (peft's
+    `target_parameters`): A is (experts x r, inputs), B (outputs, r x experts).
+    """
+
+    number: int
+    layout: str
+    """as `Family.experts` has it"""
+    only: int | None = None
+    """the one expert whose matrix the tensor is; None: the tensor holds all of them"""
+    part: str = ""
+    """that matrix: gate_proj, up_proj or down_proj"""
+
+
 @dataclass
 class Change:
     """What the adapter does to one tensor; the fields name tensors in the adapter's file."""
@@ -163,6 +180,7 @@ class Change:
     row_indices: tuple[int, ...] = ()
     add: str | None = None
     """lora_bias: bias + scale * B's bias"""
+    experts: Experts | None = None
 
 
 class Weights:
@@ -176,8 +194,8 @@ class Weights:
 
     Raises FastFTError: not a LoRA adapter, an adapter of another base (all mismatches at once), a
     quantised base (with the fix; `dequantize=True` merges onto dequantised bitsandbytes weights
-    instead), fan_in_fan_out, trained target_parameters, initialisations that moved the base's
-    weights.
+    instead), fan_in_fan_out, experts of a family that is not known, initialisations that moved the
+    base's weights.
     """
 
     def __init__(self, base: Path, adapter: Path | None = None, *, dequantize: bool = False):
@@ -187,6 +205,7 @@ class Weights:
         self._quantized = _check_quantization(self.base, self.config, dequantize)
         self._checkpoint = Checkpoint(self.base)
         self._dequantized: tuple[str, Any] | None = None
+        self._last_b: tuple[str, torch.Tensor] | None = None
         self._lock = threading.Lock()
         self.changed: dict[str, Change] = {}
         self._names = [n for n in self._checkpoint.names if not _is_quantization_state(n)]
@@ -271,6 +290,8 @@ class Weights:
 
         assert change.lora is not None
         name_a, name_b = change.lora
+        if change.experts:
+            return weight + self._expert_delta(change, weight.shape, rows) * change.scale
         if change.embedding:  # A (r, vocabulary), B (hidden, r)
             a = self._adapter.read(name_a).to(torch.float32)
             b = self._adapter.read(name_b).to(torch.float32)
@@ -282,6 +303,41 @@ class Weights:
             length = self._adapter.read(change.magnitude, rows).to(torch.float32)
             weight = (length / torch.linalg.norm(weight, dim=1))[:, None] * weight
         return weight
+
+    def _expert_delta(self, change: Change, shape: torch.Size, rows: slice | None) -> torch.Tensor:
+        """Return B A of one expert's matrix, or of the experts `rows` of a parameter that holds
+        them all (peft's `ParamWrapper.get_delta_weight`).
+        """
+        import torch
+
+        assert change.lora is not None
+        assert change.experts is not None
+        experts, (name_a, name_b) = change.experts, change.lora
+        chosen = rows or slice(None)
+        if experts.only is not None:
+            chosen = slice(experts.only, experts.only + 1)
+        first, last, _ = chosen.indices(experts.number)
+        rank = self._adapter.shape(name_a)[0] // experts.number
+        a = self._adapter.read(name_a, slice(first * rank, last * rank)).to(torch.float32)
+        a = a.reshape(last - first, rank, -1)  # (experts, r, inputs)
+        b = self._all_experts(name_b, experts.number)[:, :, first:last]  # (outputs, r, experts)
+        delta = torch.einsum("ore,eri->eoi", b, a)
+        if experts.only is None:
+            return delta if delta.shape[1:] == shape[1:] else delta.transpose(1, 2)
+        matrix = single(delta, experts.part, experts.layout)[0]
+        return matrix if rows is None else matrix[rows]
+
+    def _all_experts(self, name: str, experts: int) -> torch.Tensor:
+        """Return a B of all experts, (outputs, r, experts); the last one is kept, since each
+        expert's matrix needs its own columns of it.
+        """
+        import torch
+
+        with self._lock:
+            if self._last_b is None or self._last_b[0] != name:
+                whole = self._adapter.read(name).to(torch.float32)
+                self._last_b = (name, whole.reshape(len(whole), -1, experts))
+            return self._last_b[1]
 
     def _replace_rows(
         self, weight: torch.Tensor, change: Change, rows: slice | None
@@ -372,6 +428,10 @@ class Weights:
             if ".original_module." in key:
                 continue  # what modules_to_save had before; peft saves it where it was resized
             module, kind = _split_key(key)
+            if _is_of_experts(module) and kind in {"lora_A.weight", "lora_B.weight"}:
+                if kind == "lora_A.weight":
+                    self._read_experts(key, module, changes, problems)
+                continue
             target = self._locate(
                 module + (".bias" if kind in {"bias", "lora_B.bias"} else ".weight")
             )
@@ -405,6 +465,60 @@ class Weights:
         if problems:
             raise _all_problems(f"the adapter {self.adapter} does not fit", problems)
         return changes
+
+    def _read_experts(
+        self, key: str, module: str, changes: dict[str, Change], problems: list[str]
+    ) -> None:
+        """Sort a LoRA on an expert parameter. Its key names the module alone, since peft wraps one
+        parameter around the other: which one it is, its shape tells.
+        """
+        home = module.replace(".base_layer", "")
+        pair = (key, key.replace("lora_A", "lora_B"))
+        config = self.config.get("text_config") or self.config
+        layout = family_of(str(config.get("model_type"))).experts
+        number = config.get("num_local_experts") or config.get("num_experts") or 0
+        if pair[1] not in self._adapter or layout == "none" or not number:
+            problems.append(f"{key}: the experts of {config.get('model_type')} are not known")
+            return
+        (rows, inputs), outputs = self._adapter.shape(key), self._adapter.shape(pair[1])[0]
+        for parameter in dict.fromkeys(PARTS.values()):
+            targets = self._expert_targets(home, parameter, number, layout)
+            whole = self._parameter_shape(targets)
+            if sorted((inputs, outputs)) == sorted(whole):
+                name = f"{home}.{parameter}"
+                scale = self._scale(name, rows // number, problems)
+                changes |= {
+                    target: Change(lora=pair, scale=scale, experts=experts)
+                    for target, experts in targets.items()
+                }
+                return
+        problems.append(f"{key} fits no expert parameter of {home} in {self.base}")
+
+    def _expert_targets(
+        self, home: str, parameter: str, number: int, layout: str
+    ) -> dict[str, Experts]:
+        """Return the base's tensors that hold an expert parameter: one for all, or one for each
+        matrix of each expert; nothing where some are missing.
+        """
+        fused = self._locate(f"{home}.{parameter}")
+        if fused:
+            return {fused: Experts(number, layout)}
+        found = {
+            self._locate(f"{home}.{i}.{part}.weight"): Experts(number, layout, i, part)
+            for part, held in PARTS.items()
+            if held == parameter
+            for i in range(number)
+        }
+        return {} if None in found else {str(name): experts for name, experts in found.items()}
+
+    def _parameter_shape(self, targets: dict[str, Experts]) -> tuple[int, ...]:
+        """Return the two inner dimensions of the parameter that `targets` are, or ()."""
+        for name, experts in targets.items():
+            shape = self._checkpoint.shape(name)
+            if experts.only is None:
+                return shape[1:]
+            return shape if experts.part == "down_proj" else (2 * shape[0], shape[1])
+        return ()
 
     def _locate(self, name: str) -> str | None:
         """Return the base tensor behind the module parameter `name`; a tied head counts as a
@@ -482,7 +596,7 @@ class Weights:
         problems = []
         for name, change in self.changed.items():
             shape = self.shape(name)
-            if change.lora:
+            if change.lora and not change.experts:
                 a, b = (self._adapter.shape(part) for part in change.lora)
                 made = (a[-1], b[0]) if change.embedding else (b[0], a[-1])
                 if len(a) != 2 or len(shape) != 2 or made != shape:
@@ -612,10 +726,6 @@ def _check_adapter_kind(adapter: Path, config: dict[str, Any]) -> None:
         problems.append(f"peft_type is {config.get('peft_type')}; LORA is merged here")
     if config.get("fan_in_fan_out"):
         problems.append("fan_in_fan_out is set (weights stored transposed, as in GPT-2)")
-    if config.get("target_parameters"):
-        problems.append(
-            f"target_parameters {config['target_parameters']} are trained (fused experts)"
-        )
     for key in (
         "use_qalora",
         "use_bdlora",
@@ -700,6 +810,11 @@ def _split_key(key: str) -> tuple[str, str]:
     )
     module, _, kind = name.rpartition(".")
     return module, kind
+
+
+def _is_of_experts(module: str) -> bool:
+    """Whether `module` is that of a mixture's expert parameters, and no layer inside of it."""
+    return module.replace(".base_layer", "").endswith(".experts")
 
 
 def _by_pattern(patterns: dict[str, Any] | None, module: str, default: float) -> float:

@@ -47,6 +47,7 @@ class Situation:
     quantization: Literal["none", "nf4", "int8"] = "none"
     rank: int = 16
     target_modules: str | tuple[str, ...] = "all-linear"
+    target_parameters: tuple[str, ...] = ()
     use_dora: bool = False
     dropout: float = 0.0
     train_tokens: int = 0
@@ -72,10 +73,11 @@ class Situation:
     allocator_slack: bool = True
 
     @property
-    def lora(self) -> tuple[int, str | list[str]]:
-        """(rank, target modules) as ModelShape takes them."""
+    def lora(self) -> tuple[int, str | list[str], tuple[str, ...]]:
+        """(rank, target modules, target parameters) as ModelShape takes them."""
         targets = self.target_modules
-        return self.rank, targets if isinstance(targets, str) else list(targets)
+        names = targets if isinstance(targets, str) else list(targets)
+        return self.rank, names, self.target_parameters
 
     @property
     def hidden_bytes(self) -> int:
@@ -315,7 +317,21 @@ def moving_terms(shape: ModelShape, s: Situation) -> list[Term]:
     else:
         layer = [_recomputed_term(shape, s), *layer]
         kept = [_layer_inputs_term(shape, s)] if s.checkpointing == "recompute" else []
+    kept += _expert_copies(shape, s)
     return [*kept, *max(loss, layer, key=lambda terms: sum(term.bytes for term in terms))]
+
+
+def _expert_copies(shape: ModelShape, s: Situation) -> list[Term]:
+    """What a LoRA on experts keeps: peft adds it to the whole parameter in each forward pass, and
+    the sum stays until the layer's backward pass.
+    """
+    experts = [] if s.full_finetuning else shape.expert_targets(s.target_parameters)
+    if not experts:
+        return []
+    layers = 1 if s.checkpointing != "off" else max(w.count for w in experts)
+    size = sum(w.parameters // w.count for w in experts) * s.compute_bytes
+    formula = f"{layers} layers x {size:,} bytes"
+    return [_term("experts with LoRA", layers * size, formula, "peft's ParamWrapper")]
 
 
 def _backward_terms(shape: ModelShape, s: Situation) -> list[Term]:

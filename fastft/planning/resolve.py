@@ -116,6 +116,7 @@ def _resolve(
         quantization=quantization.value,
         rank=config.lora.r,
         target_modules=_frozen(config.lora.target_modules),
+        target_parameters=tuple(config.lora.target_parameters),
         use_dora=config.lora.use_dora,
         dropout=config.lora.dropout,
         train_tokens=0 if tokens == "auto" else len(tokens),

@@ -14,6 +14,7 @@ import socket
 import urllib.parse
 import urllib.request
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -149,21 +150,44 @@ class ModelShape:
         )
         return [w for w in linear if w.name in wanted] + head
 
+    def expert_targets(self, target_parameters: Sequence[str]) -> list[Weight]:
+        """Return the expert parameters that LoRA is put on (lora.target_parameters).
+
+        Raises FastFTError for names that the model does not have.
+        """
+        experts = {f"mlp.{w.name}": w for w in self.of("expert")}
+        found = {
+            name: [w for full, w in experts.items() if f".{full}".endswith(f".{name}")]
+            for name in target_parameters
+        }
+        missing = [repr(name) for name, weights in found.items() if not weights]
+        if missing:
+            has = f"It has: {', '.join(experts)}." if experts else "It is no mixture of experts."
+            raise FastFTError(
+                f"lora.target_parameters: {self.name} has no {', '.join(missing)}. {has}"
+            )
+        return list({w.name: w for weights in found.values() for w in weights}.values())
+
     def lora_parameters(
         self,
         r: int,
         target_modules: str | list[str] = "all-linear",
+        target_parameters: Sequence[str] = (),
         *,
         use_dora: bool = False,
         train_tokens: int = 0,
     ) -> int:
         """Trainable parameters: r (in + out) a layer (arXiv 2106.09685, 4.1), DoRA + out, each
-        token row + hidden.
+        token row + hidden; of an expert parameter r (in + out) an expert.
         """
         targets = self.lora_targets(target_modules)
+        experts = self.expert_targets(target_parameters)
         return sum(
             w.count * (r * sum(w.shape) + (w.shape[0] if use_dora else 0)) for w in targets
-        ) + (train_tokens * self.hidden)
+        ) + (
+            sum(w.count * w.shape[0] * r * sum(w.shape[1:]) for w in experts)
+            + train_tokens * self.hidden
+        )
 
 
 # Where a family fuses layers, the split names mean the fused one.

@@ -208,8 +208,9 @@ def expected_names(reader: Any, reference: dict[str, Any]) -> tuple[dict[str, st
         gguf_name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
         if gguf_name is None:
             unknown.append(hf_name)
-        else:
-            known[gguf_name] = hf_name
+        else:  # a parameter of its own, such as gpt_oss's sinks, has no suffix in transformers
+            bare = not gguf_name.endswith((".weight", ".bias"))
+            known[f"{gguf_name}.weight" if bare else gguf_name] = hf_name
     return known, unknown
 
 

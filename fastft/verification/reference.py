@@ -16,7 +16,8 @@ from typing import Any
 
 from fastft.data.bounded import render
 from fastft.errors import FastFTError
-from fastft.families import text_name
+from fastft.exporting.experts import PARTS, single
+from fastft.families import Family, family_of, text_name
 
 HARD_TEXTS = [
     "Hello, world! It's 12:30, isn't it? 3.14159 1000000 007",
@@ -402,27 +403,46 @@ def write_weights(model: Any, path: Path) -> dict[str, list[int]]:
         if weight.data_ptr() in seen and weight.ndim == 2:
             continue  # tied to one that was written
         seen[weight.data_ptr()] = name
-        shapes[name] = list(weight.shape)
-        rows = sampled_rows(weight.shape)
-        heads = head_count(name, config.num_attention_heads, config.num_key_value_heads)
-        if heads:
-            order = rotary_rows(weight.shape[0], heads)
-            rows = np.unique(np.concatenate([rows, order[rows]]))
-        kept[f"{name}#rows"] = rows
-        kept[name] = weight[rows].float().cpu().numpy()
+        for own, matrix in one_matrix_a_tensor(name, weight, family_of(config.model_type)):
+            shapes[own] = list(matrix.shape)
+            rows = sampled_rows(matrix.shape)
+            heads = head_count(own, config.num_attention_heads, config.num_key_value_heads)
+            if heads and matrix.shape[0] % (2 * heads) == 0:
+                order = rotary_rows(matrix.shape[0], heads)
+                rows = np.unique(np.concatenate([rows, order[rows]]))
+            kept[f"{own}#rows"] = rows
+            flat = matrix.reshape(-1, matrix.shape[-1]) if matrix.ndim > 2 else matrix
+            kept[own] = flat[rows].float().cpu().numpy()
     np.savez(path, **kept)  # type: ignore[arg-type]
     return shapes
 
 
+def one_matrix_a_tensor(name: str, weight: Any, family: Family) -> list[tuple[str, Any]]:
+    """Return (name, tensor) of a trained weight; of a parameter that holds experts, one pair for
+    each of gate, up and down, (experts, outputs, inputs), named as a linear layer would be.
+    """
+    home, _, leaf = name.rpartition(".")
+    parameter = leaf.removesuffix("_bias")
+    if family.experts == "none" or not home.endswith(".experts"):
+        return [(name, weight)]
+    suffix = "bias" if leaf.endswith("_bias") else "weight"
+    return [
+        (f"{home}.{part}.{suffix}", single(weight, part, family.experts))
+        for part, held in PARTS.items()
+        if held == parameter
+    ]
+
+
 def sampled_rows(shape: Any) -> Any:
-    """Return the indices of the rows (first dimension) of a tensor of `shape` that are compared,
-    sorted.
+    """Return the indices of the rows of a tensor of `shape` that are compared, sorted; the rows of
+    experts count one after the other.
     """
     import numpy as np
 
-    width = int(np.prod(shape[1:])) if len(shape) > 1 else 1
-    count = max(1, min(shape[0], ROW_ELEMENTS // width))
-    return np.unique(np.linspace(0, shape[0] - 1, count).round().astype(np.int64))
+    width = shape[-1] if len(shape) > 1 else 1
+    total = int(np.prod(shape)) // width
+    count = max(1, min(total, ROW_ELEMENTS // width))
+    return np.unique(np.linspace(0, total - 1, count).round().astype(np.int64))
 
 
 def head_count(name: str, query_heads: int, key_heads: int) -> int:

@@ -19,6 +19,7 @@ from fastft.errors import FastFTError
 from fastft.exporting.gguf import export_gguf
 from fastft.exporting.gguf.architectures import describe
 from fastft.exporting.gguf.imatrix import gguf_names
+from fastft.exporting.gguf.lora import export_gguf_lora
 from fastft.exporting.merged import export_merged
 from fastft.exporting.weights import Weights
 from fastft.planning import load_shape
@@ -222,6 +223,70 @@ def test_experts_stay_as_they_are_and_it_is_said(tmp_path, family):
     trained = [n for n, p in peft_model.named_parameters() if p.requires_grad]
     assert all(".self_attn." in name for name in trained)
     assert not peft_model.peft_config["default"].target_parameters
+
+
+@pytest.mark.parametrize("family", ["gpt-oss", "qwen3-moe"])
+def test_experts_are_trained_by_name(tmp_path, family):
+    base = make_checkpoint(family, tmp_path / "base")
+    attach = partial(loading.attach_lora, seed=1, gradient_checkpointing=False, train_token_ids=[])
+    model, _ = ENGINE.from_pretrained(str(base), dtype=torch.float32)
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    for wrong, words in (
+        ({"target_parameters": ["experts.w1"]}, r"no 'experts\.w1'\. It has: mlp\.experts\.down"),
+        ({"target_parameters": names, "dropout": 0.1}, r"cannot be combined with lora\.dropout"),
+    ):
+        with pytest.raises(FastFTError, match=words):
+            attach(model, ENGINE, LoraConfig(r=2, **wrong))
+    with pytest.raises(FastFTError, match=r"no 'experts\.w1'\. It has: mlp\.experts\.gate_up_proj"):
+        load_shape(str(base)).lora_parameters(2, "all-linear", ["experts.w1"])
+    trained, count = attach(model, ENGINE, LoraConfig(r=2, target_parameters=names))
+    assert count == load_shape(str(base)).lora_parameters(2, "all-linear", names)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    trained.save_pretrained(tmp_path / "adapter")
+    expected = hf_logits(trained.eval(), IDS)
+    export_merged(base, tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+    assert kl(expected, hf_logits(load(tmp_path / "merged"), IDS)) < 1e-9
+    (record,) = export_gguf(base, tmp_path, ["f32"], adapter=tmp_path / "adapter")
+    assert record["writer"] == "streaming"
+    assert kl(expected, llama_cpp_logits(Path(record["path"]), IDS)) < 1e-6
+    with pytest.raises(FastFTError, match="trained experts"):
+        export_gguf_lora(base, tmp_path / "adapter", tmp_path)
+
+
+def test_a_mixture_that_does_not_normalise_is_refused(tmp_path):
+    base = make_checkpoint("qwen3-moe", tmp_path / "base", norm_topk_prob=False)
+    with pytest.raises(FastFTError, match="norm_topk_prob is false cannot be held by GGUF"):
+        export_gguf(base, tmp_path, ["f32"])
+
+
+GEMMA4_KINDS = {
+    "no-cap": {},  # llama.cpp caps at 30 unless the file says 0
+    "no-layer-inputs": {"hidden_size_per_layer_input": 0},
+    "shared-keys": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "per_layer_config": {"1": {"head_dim": 32}, "3": {"head_dim": 32}},
+    },
+    "keys-are-values": {
+        "attention_k_eq_v": True,
+        "per_layer_config": {"1": {"head_dim": 32, "num_key_value_heads": 1}},
+    },
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", GEMMA4_KINDS)
+def test_every_kind_of_gemma4_is_written_exactly(tmp_path, kind):
+    cap = {} if kind == "no-cap" else {"final_logit_softcapping": 30.0}
+    base = make_checkpoint("gemma4", tmp_path / "base", **GEMMA4_KINDS[kind], **cap)
+    (record,) = export_gguf(base, tmp_path, ["f32"])
+    assert record["writer"] == "streaming"
+    assert kl(hf_logits(load(base), IDS), llama_cpp_logits(Path(record["path"]), IDS)) < 1e-6
 
 
 def test_unsloth_would_train_a_named_head_in_full():

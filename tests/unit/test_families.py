@@ -31,9 +31,10 @@ def test_a_row_says_what_transformers_does(row):
         assert hasattr(module, f"{row.classes}{needed[part]}"), part
     norm = inspect.getsource(getattr(module, f"{row.classes}RMSNorm"))
     assert ("1.0 + self.weight" in norm) is (row.norms == "plus_one")
-    layer = inspect.getsource(getattr(module, f"{row.classes}DecoderLayer").__init__)
-    assert len(re.findall(r"RMSNorm\(", layer)) == row.norms_a_layer
-    attention = inspect.getsource(getattr(module, f"{row.classes}Attention").__init__)
+    layers = row.layer_classes or row.classes
+    layer = inspect.getsource(getattr(module, f"{layers}DecoderLayer").__init__)
+    assert len(re.findall(r"\n {8}self\.\w+ = \w+RMSNorm\(", layer)) == row.norms_a_layer
+    attention = inspect.getsource(getattr(module, f"{layers}Attention").__init__)
     assert ("q_norm" in attention) is (row.qk_norms != "none")
     assert ("qkv_proj" in attention) is row.joined_projections
     if row.head_divisor:

@@ -27,6 +27,7 @@ from fastft.exporting.gguf.quantize import (
     agrees,
     check_types,
     plan_types,
+    unquantized,
 )
 from fastft.exporting.gguf.tokenizer import read_tokenizer, tokenizer_metadata
 from fastft.exporting.gguf.writer import (
@@ -192,7 +193,7 @@ def _plan(
 ) -> dict[str, dict[str, str]] | None:
     """Ask llama.cpp for each file's tensor types; None where it does not say."""
     shapes = [(t.name, t.shape) for t in model.tensors]
-    sixteen = [(name, shape, "f32" if len(shape) < 2 else "f16") for name, shape in shapes]
+    sixteen = [(name, shape, unquantized("f16", name, shape)) for name, shape in shapes]
     header, offsets = header_bytes(model.arch, _with_type(fields, "f16"), sixteen)
     size = offsets[-1] + tensor_bytes(sixteen[-1][1], sixteen[-1][2]) + 32
     return plan_types(header, size, shapes, kinds, imatrix is not None)
@@ -244,10 +245,7 @@ def _through_16_bit(
     """
     folder = next(iter(paths.values())).parent
     folder.mkdir(parents=True, exist_ok=True)
-    plan = {
-        t.name: "f32" if len(t.shape) < 2 or t.name.endswith("_norm.weight") else "bf16"
-        for t in model.tensors
-    }
+    plan = {t.name: unquantized("bf16", t.name, t.shape) for t in model.tensors}
     with scratch(".16-bit-", folder) as work:
         source = make_output(work / "model.gguf", "bf16", model, _with_type(fields, "bf16"), plan)
         _forecast([source], lambda text: None)

@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastft.errors import FastFTError
+from fastft.exporting.experts import PARTS, single, single_shape
 from fastft.exporting.weights import HEAD, Weights
 from fastft.families import FAMILIES, Family, Gguf, gguf_arch, text_name
 from fastft.models import explained
@@ -32,7 +33,7 @@ class Unsupported(FastFTError):
 class Tensor:
     """One tensor of the file: where its rows come from and what is done to them.
 
-    `shape` is in numpy's order, (rows, row length) or (length,).
+    `shape` is in numpy's order: (rows, row length), (length,), or (experts, rows, row length).
     """
 
     name: str
@@ -46,6 +47,12 @@ class Tensor:
     """added to every value: Gemma's norms multiply by 1 + weight"""
     values: tuple[float, ...] = ()
     """computed from the config instead of read"""
+    stacked: tuple[str, ...] = ()
+    """one matrix of each expert, stacked, in place of `source`"""
+    part: str = ""
+    """the matrix of each expert that is taken out of `source`: gate_proj, up_proj, down_proj"""
+    layout: str = ""
+    """how `source` holds its experts, as `Family.experts` has it"""
 
     @property
     def step(self) -> int:
@@ -58,6 +65,10 @@ class Tensor:
 
         if self.values:
             return torch.tensor(self.values[first:last], dtype=torch.float32)
+        if self.stacked:
+            return torch.stack([weights.tensor(name) for name in self.stacked[first:last]])
+        if self.part:
+            return single(weights.tensor(self.source, slice(first, last)), self.part, self.layout)
         part = weights.tensor(self.source, slice(first, last))
         if self.heads:
             part = (
@@ -98,6 +109,19 @@ FUSED = {
     "input_layernorm": "attn_norm", "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 
+
+# Of gemma4, where hidden_size_per_layer_input is not 0.
+PER_LAYER_INPUT = {
+    "per_layer_input_gate": "inp_gate", "per_layer_projection": "proj",
+    "post_per_layer_input_norm": "post_norm",
+}  # fmt: skip
+PER_LAYER_TABLES = {
+    "model.embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
+    "model.per_layer_model_projection.weight": "per_layer_model_proj.weight",
+    "model.per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
+}
+WITHOUT_SUFFIX = frozenset({"self_attn.sinks", "layer_scalar"})
+"""Parameters of a layer whose names do not end in .weight."""
 
 Metadata = dict[str, tuple[Any, str]]
 
@@ -211,6 +235,103 @@ def _phi3(config: dict[str, Any], metadata: Metadata) -> None:
         )
 
 
+def _experts(arch: str, config: dict[str, Any], metadata: Metadata, width: str) -> None:
+    """What llama.cpp's converter says of every mixture; `width`: the config's key of an expert's
+    intermediate size.
+    """
+    metadata[f"{arch}.expert_count"] = (config["num_local_experts"], "UINT32")
+    metadata[f"{arch}.expert_used_count"] = (config["num_experts_per_tok"], "UINT32")
+    metadata[f"{arch}.expert_feed_forward_length"] = (config[width], "UINT32")
+
+
+def _qwen3_moe(config: dict[str, Any], metadata: Metadata) -> None:
+    _experts("qwen3moe", config, metadata, "moe_intermediate_size")
+    if config["mlp_only_layers"] or config["decoder_sparse_step"] != 1:
+        raise Unsupported("layers without experts in qwen3_moe")
+    if not config["norm_topk_prob"]:
+        raise FastFTError(  # the upstream converter would write it, and it would answer otherwise
+            "a qwen3_moe whose norm_topk_prob is false cannot be held by GGUF: llama.cpp always "
+            "normalises the weights of the chosen experts. Export `merged`."
+        )
+
+
+def _gpt_oss(config: dict[str, Any], metadata: Metadata) -> None:
+    _experts("gpt-oss", config, metadata, "intermediate_size")
+    kinds = ["sliding_attention", "full_attention"]
+    if config["layer_types"] != [kinds[i % 2] for i in range(config["num_hidden_layers"])]:
+        raise Unsupported("layer_types: gpt-oss alternates sliding and full attention")
+    if config["tie_word_embeddings"]:
+        raise Unsupported("tied embeddings: llama.cpp's gpt-oss has a head of its own")
+    metadata["gpt-oss.attention.sliding_window"] = (config["sliding_window"], "UINT32")
+    rope = _rope(config)
+    if rope.get("rope_type") == "yarn":
+        if "attention_factor" in rope or rope.get("mscale") or rope.get("mscale_all_dim"):
+            raise Unsupported("yarn with an mscale or attention_factor in gpt-oss")
+        metadata["gpt-oss.rope.scaling.type"] = ("yarn", "STRING")
+        for name, field in (
+            ("factor", "factor"),
+            ("yarn_beta_fast", "beta_fast"),
+            ("yarn_beta_slow", "beta_slow"),
+        ):
+            metadata[f"gpt-oss.rope.scaling.{name}"] = (rope[field], "FLOAT32")
+        original = rope["original_max_position_embeddings"]
+        metadata["gpt-oss.rope.scaling.original_context_length"] = (original, "UINT32")
+
+
+def _gemma4(config: dict[str, Any], metadata: Metadata) -> None:
+    if config.get("enable_moe_block"):
+        raise Unsupported("enable_moe_block in gemma4")
+    if config.get("use_bidirectional_attention") == "all":
+        raise Unsupported("use_bidirectional_attention")
+    kinds, layers = config["layer_types"], config["num_hidden_layers"]
+    full = _full_layers(config)
+    if len({tuple(sorted(values.items())) for values in full}) != 1 or not (
+        set(full[0]) <= {"head_dim", "num_key_value_heads"}
+    ):
+        raise Unsupported(f"per_layer_config {config.get('per_layer_config')} in gemma4")
+    wide, narrow = full[0].get("head_dim", config["head_dim"]), config["head_dim"]
+    if _rope(config).get("rope_type") != "proportional":
+        raise Unsupported("full attention without proportional rope in gemma4")
+    if _rope(config, "sliding_attention").get("partial_rotary_factor", 1.0) != 1.0:
+        raise Unsupported("partial_rotary_factor of the sliding layers in gemma4")
+    numbers = {
+        "attention.sliding_window": config["sliding_window"],
+        "attention.shared_kv_layers": config["num_kv_shared_layers"],
+        "embedding_length_per_layer_input": config["hidden_size_per_layer_input"] or 0,
+        "attention.key_length": wide, "attention.value_length": wide, "rope.dimension_count": wide,
+        "attention.key_length_swa": narrow, "attention.value_length_swa": narrow,
+        "rope.dimension_count_swa": narrow,
+    }  # fmt: skip
+    metadata |= {f"gemma4.{name}": (value, "UINT32") for name, value in numbers.items()}
+    sliding = [kind == "sliding_attention" for kind in kinds]
+    metadata["gemma4.attention.sliding_window_pattern"] = (sliding, "BOOLS")
+    theta = _rope(config, "sliding_attention")["rope_theta"]
+    metadata["gemma4.rope.freq_base_swa"] = (theta, "FLOAT32")
+    # Without the key llama.cpp caps at 30; the upstream converter leaves it out (KL 1e-4).
+    cap = config.get("final_logit_softcapping") or 0.0
+    metadata["gemma4.final_logit_softcapping"] = (cap, "FLOAT32")
+    if config.get("use_double_wide_mlp"):
+        first = layers - config["num_kv_shared_layers"]
+        width = config["intermediate_size"]
+        widths = [width if i < first else 2 * width for i in range(layers)]
+        metadata["gemma4.feed_forward_length"] = (widths, "INT32S")
+    if "num_key_value_heads" in full[0]:
+        heads = [
+            config["num_key_value_heads"] if swa else full[0]["num_key_value_heads"]
+            for swa in sliding
+        ]
+        metadata["gemma4.attention.head_count_kv"] = (heads, "INT32S")
+
+
+def _full_layers(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what the config says of each full-attention layer alone (gemma4)."""
+    own = {int(i): values for i, values in (config.get("per_layer_config") or {}).items()}
+    full = [i for i, kind in enumerate(config["layer_types"]) if kind == "full_attention"]
+    if set(own) - set(full):
+        raise Unsupported("per_layer_config of sliding layers in gemma4")
+    return [own.get(i, {}) for i in full]
+
+
 # What a family's config says beyond the fields that all share, by general.architecture.
 EXTRA: dict[str, Callable[[dict[str, Any], Metadata], None]] = {
     "llama": partial(_sizes, "llama"),
@@ -220,17 +341,22 @@ EXTRA: dict[str, Callable[[dict[str, Any], Metadata], None]] = {
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "phi3": _phi3,
+    "qwen3moe": _qwen3_moe,
+    "gpt-oss": _gpt_oss,
+    "gemma4": _gemma4,
 }
 WRITTEN = {f"{row.classes}ForCausalLM": row for row in FAMILIES.values() if row.gguf}
 """Class name in a config's `architectures` -> the family's row."""
-# Fields that say how a model was trained or is to be sampled, and nothing about its arithmetic.
+# Fields that say how a model was trained or is to be sampled, and those that transformers reads
+# under another name or not at all (swiglu_limit: gpt_oss has 7 in its code).
 HARMLESS = {
     "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version",
     "quantization_config", "pretraining_tp", "rope_scaling", "rope_theta", "rope_local_base_freq",
     "sliding_window_pattern", "max_window_layers", "cache_implementation", "hidden_act",
     "hidden_activation", "unsloth_fixed", "unsloth_version", "model_name",
     "original_max_position_embeddings", "resid_pdrop", "embd_pdrop", "attention_dropout",
-    "head_dim",
+    "head_dim", "global_head_dim", "num_global_key_value_heads", "experts_per_token",
+    "initial_context_length", "swiglu_limit",
 }  # fmt: skip
 
 
@@ -263,7 +389,8 @@ def _read_config(weights: Weights) -> tuple[Family, dict[str, Any]]:
         raise Unsupported(
             f"architecture {name} (model_type {raw.get('model_type')}); known: {', '.join(WRITTEN)}"
         )
-    defaults = AutoConfig.for_model(family.model_type).to_dict()
+    plain = AutoConfig.for_model(family.model_type)
+    defaults = {*plain.to_dict(), *plain.attribute_map}
     strange = [
         k
         for k, v in raw.items()
@@ -289,11 +416,38 @@ def _gguf(family: Family) -> Gguf:
     return family.gguf
 
 
-def _layer_names(family: Family) -> dict[str, str]:
-    """Return {module in a transformers layer: GGUF name}."""
-    names = FUSED if family.joined_projections else ATTENTION | GATED_MLP
+def _layer_names(family: Family, config: dict[str, Any], layer: int) -> dict[str, str]:
+    """Return {module in a transformers layer: GGUF name}, without the experts."""
+    names = FUSED if family.joined_projections else ATTENTION
+    if family.experts == "none":
+        names = names if family.joined_projections else names | GATED_MLP
+    else:
+        names = names | {ROUTERS[family.experts]: "ffn_gate_inp"}
     names = names | (QK_NORMS if family.qk_norms == "head" else {})
-    return names | (FOUR_NORMS if family.norms_a_layer == 4 else TWO_NORMS)
+    names = names | (FOUR_NORMS if family.norms_a_layer == 4 else TWO_NORMS)
+    if family.model_type == "gpt_oss":
+        own = {"self_attn.sinks": "attn_sinks", "post_attention_layernorm": "post_attention_norm"}
+        return names | own
+    if family.model_type == "gemma4_text":
+        return _gemma4_names(names, config, layer)
+    return names
+
+
+ROUTERS = {"rows": "mlp.gate", "columns": "mlp.router"}
+
+
+def _gemma4_names(names: dict[str, str], config: dict[str, Any], layer: int) -> dict[str, str]:
+    """The last layers may take keys and values of earlier ones, and full attention its values from
+    its keys.
+    """
+    absent = set()
+    if config.get("attention_k_eq_v") and config["layer_types"][layer] == "full_attention":
+        absent = {"self_attn.v_proj"}
+    if layer >= config["num_hidden_layers"] - config["num_kv_shared_layers"]:
+        absent = {"self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm"}
+    names = {module: name for module, name in names.items() if module not in absent}
+    inputs = PER_LAYER_INPUT if config["hidden_size_per_layer_input"] else {}
+    return names | inputs | {"layer_scalar": "layer_output_scale"}
 
 
 def _check_config(family: Family, config: dict[str, Any]) -> None:
@@ -365,6 +519,12 @@ def _metadata(family: Family, config: dict[str, Any]) -> dict[str, tuple[Any, st
 
 def _rope_tensors(family: Family, config: dict[str, Any]) -> list[Tensor]:
     rope = _rope(config)
+    if rope.get("rope_type") == "proportional":
+        # Pairs beyond the rotated share are divided by so much that they stand still.
+        pairs = _full_layers(config)[0].get("head_dim", config["head_dim"]) // 2
+        rotated = int(pairs * rope.get("partial_rotary_factor", 1.0))
+        factors = (1.0,) * rotated + (1e30,) * (pairs - rotated)
+        return [Tensor("rope_freqs.weight", (pairs,), values=factors)]
     if rope.get("rope_type") == "llama3":
         factors = _llama3_factors(rope, _head_dim(config))
         return [Tensor("rope_freqs.weight", (len(factors),), values=factors)]
@@ -407,26 +567,16 @@ def _llama3_factors(rope: dict[str, Any], head_dim: int) -> tuple[float, ...]:
 
 def _tensors(family: Family, config: dict[str, Any], weights: Weights) -> list[Tensor]:
     """Name every tensor of the checkpoint; what is left over or missing is reported all at once."""
-    layers, layer = config["num_hidden_layers"], _layer_names(family)
-    wanted = {
-        "model.embed_tokens.weight": "token_embd.weight",
-        "model.norm.weight": "output_norm.weight",
-    }
-    for i in range(layers):
-        for module, name in layer.items():
-            wanted[f"model.layers.{i}.{module}.weight"] = f"blk.{i}.{name}.weight"
-    allowed = {"lm_head.weight": "output.weight"}
-    for i in range(layers):
-        for module, name in layer.items():
-            if name in _gguf(family).biases:
-                allowed[f"model.layers.{i}.{module}.bias"] = f"blk.{i}.{name}.bias"
+    wanted, allowed = _expected(family, config)
     names = {
         own: n
         for own, n in _own_names(weights).items()
         if not n.endswith((".rotary_emb.inv_freq", ".attention.masked_bias"))
     }
+    experts, taken, missing = _expert_tensors(family, config, weights, names)
+    names = {own: n for own, n in names.items() if own not in taken}
     strange = [n for n in names if n not in wanted and n not in allowed]
-    missing = [n for n in wanted if n not in names]
+    missing += [n for n in wanted if n not in names]
     if strange or missing:
         raise Unsupported(
             f"tensors unknown: {strange[:5]}, missing: {missing[:5]} in {family.model_type}"
@@ -439,7 +589,65 @@ def _tensors(family: Family, config: dict[str, Any], weights: Weights) -> list[T
             "export `merged`."
         )
     known = wanted | allowed
-    return [_tensor(family, config, weights, n, known[own]) for own, n in names.items()]
+    plain = [_tensor(family, config, weights, n, known[own]) for own, n in names.items()]
+    return plain + experts
+
+
+def _expected(family: Family, config: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return {checkpoint name: GGUF name} of what must be there, and of what may be."""
+    wanted = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+    }
+    if config.get("hidden_size_per_layer_input"):
+        wanted |= PER_LAYER_TABLES
+    allowed = {"lm_head.weight": "output.weight"}
+    for i in range(config["num_hidden_layers"]):
+        for module, name in _layer_names(family, config, i).items():
+            suffix = "" if module in WITHOUT_SUFFIX else ".weight"
+            wanted[f"model.layers.{i}.{module}{suffix}"] = f"blk.{i}.{name}.weight"
+            if name in _gguf(family).biases:
+                allowed[f"model.layers.{i}.{module}.bias"] = f"blk.{i}.{name}.bias"
+    return wanted, allowed
+
+
+def _expert_tensors(
+    family: Family, config: dict[str, Any], weights: Weights, names: dict[str, str]
+) -> tuple[list[Tensor], set[str], list[str]]:
+    """Return the experts' tensors, the checkpoint's names that they are made of, and those that
+    are missing. A checkpoint holds one matrix an expert, or one parameter for all.
+    """
+    found: list[Tensor] = []
+    taken: set[str] = set()
+    missing: list[str] = []
+    layers = range(config["num_hidden_layers"] if family.experts != "none" else 0)
+    for i, part in ((i, part) for i in layers for part in PARTS):
+        home, name = f"model.layers.{i}.mlp.experts", f"blk.{i}.ffn_{part[:-5]}_exps"
+        each = [f"{home}.{e}.{part}.weight" for e in range(config["num_local_experts"])]
+        fused = [f"{home}.{PARTS[part]}"]
+        fused += [f"{fused[0]}_bias"] if family.experts == "columns" else []
+        if each[0] in names:
+            missing += [n for n in each if n not in names]
+            stacked = tuple(names.get(n, "") for n in each)
+            shape = (len(each), *weights.shape(stacked[0]))
+            found.append(Tensor(f"{name}.weight", shape, stacked=stacked))
+            taken.update(each)
+            continue
+        missing += [n for n in fused if n not in names]
+        for own, suffix in zip(fused, ("weight", "bias"), strict=False):
+            if own in names:
+                shape = single_shape(weights.shape(names[own]), part, family.experts)
+                found.append(
+                    Tensor(
+                        f"{name}.{suffix}",
+                        shape,
+                        source=names[own],
+                        part=part,
+                        layout=family.experts,
+                    )
+                )
+        taken.update(fused)
+    return found, taken, missing
 
 
 def _own_names(weights: Weights) -> dict[str, str]:
@@ -482,6 +690,11 @@ def _notes(family: Family, config: dict[str, Any], weights: Weights) -> list[str
             f"to {window} tokens"
         )
     rope = _rope(config)
+    if rope.get("rope_type") == "yarn" and not rope.get("truncate", True):
+        notes.append(
+            "llama.cpp rounds the range of the frequencies that yarn stretches, this model does "
+            "not (truncate: false): its answers differ by a little"
+        )
     if rope.get("rope_type") == "longrope":
         original = (
             rope.get("original_max_position_embeddings")

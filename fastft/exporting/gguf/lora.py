@@ -71,6 +71,7 @@ def check_holdable(weights: Weights) -> None:
     kinds: dict[str, list[str]] = {}
     for target, change in weights.changed.items():
         for what, present in {
+            "trained experts": change.experts,
             "DoRA": change.magnitude,
             "whole tensors (modules_to_save, resized embeddings, biases)": change.replace,
             "trained token rows": change.row_values,

@@ -138,7 +138,7 @@ def plan_types(
     `shadow_header` describes the model in 16 bit; a sparse file of `shadow_bytes` stands in for it.
     """
     found = {
-        name: {t: _unquantized(name, t, shape) for t, shape in tensors}
+        name: {t: unquantized(name, t, shape) for t, shape in tensors}
         for name in types
         if name in UNQUANTIZED
     }
@@ -159,8 +159,14 @@ def plan_types(
     return found if len(found) == len(types) else None
 
 
-def _unquantized(file_type: str, tensor: str, shape: tuple[int, ...]) -> str:
-    return "f32" if len(shape) < 2 or tensor.endswith("_norm.weight") else file_type
+ALWAYS_F32 = ("_norm.weight", "ffn_gate_inp.weight", ".bias")
+
+
+def unquantized(file_type: str, tensor: str, shape: tuple[int, ...]) -> str:
+    """Return the type of a tensor in a file of f32, f16 or bf16: vectors, norms, routers and
+    biases stay in float32.
+    """
+    return "f32" if len(shape) < 2 or tensor.endswith(ALWAYS_F32) else file_type
 
 
 def agrees(ggml: Ggml, types: set[str]) -> bool:

@@ -92,6 +92,9 @@ def tokenizer_metadata(
     found |= _templates(tokenizer)
     if model["type"] == "Unigram":
         _refuse_other_pieces(tokenizer, spec, found)
+    if arch == "gemma4" and found["tokenizer.ggml.model"][0] == "llama":
+        by_merges = found | _gemma4(spec, vocab_size)
+        found = by_merges if _merges_alike(tokenizer, by_merges) else found
     if found["tokenizer.ggml.model"][0] == "gpt2":
         found["tokenizer.ggml.pre"] = (find_pre(tokenizer, found), "STRING")
     return found
@@ -214,6 +217,36 @@ def _unigram(spec: dict[str, Any], vocab_size: int) -> dict[str, tuple[Any, str]
     return found
 
 
+# What Gemma 4 writes for its thoughts and calls; llama.cpp's reader of answers wants to see it.
+GEMMA4_VISIBLE = frozenset(
+    {
+        *("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>"),
+        *("<|tool_response>", "<tool_response|>", '<|"|>'),
+    }
+)
+
+
+def _gemma4(spec: dict[str, Any], vocab_size: int) -> dict[str, tuple[Any, str]]:
+    """A BPE with byte fall-back that llama.cpp merges by the list of merges (Gemma 4)."""
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    types = [UNUSED] * vocab_size
+    for text, index in spec["model"]["vocab"].items():
+        tokens[index], types[index] = text, BYTE if _is_byte(text) else NORMAL
+    for added in spec.get("added_tokens", []):
+        text, index = added["content"], added["id"]
+        control = (added["special"] or _looks_special(text)) and text not in GEMMA4_VISIBLE
+        tokens[index], types[index] = text, CONTROL if control else USER_DEFINED
+    return {
+        "tokenizer.ggml.model": ("gemma4", "STRING"),
+        "tokenizer.ggml.pre": ("gemma4", "STRING"),
+        "tokenizer.ggml.tokens": (tokens, "STRINGS"),
+        "tokenizer.ggml.scores": ([-1000.0] * vocab_size, "FLOAT32S"),
+        "tokenizer.ggml.token_type": (types, "INT32S"),
+        "tokenizer.ggml.merges": ([_merge(pair) for pair in spec["model"]["merges"]], "STRINGS"),
+        "tokenizer.ggml.add_space_prefix": (_adds_a_space(spec), "BOOL"),
+    }
+
+
 def _is_byte(text: str) -> bool:
     return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
 
@@ -244,6 +277,17 @@ def _refuse_other_pieces(
         raise Unsupported(
             f"llama.cpp's Unigram gives this tokenizer's ids for {right} of {len(known)} texts"
         )
+
+
+def _merges_alike(tokenizer: Any, found: dict[str, tuple[Any, str]]) -> bool:
+    """Whether llama.cpp's Gemma 4, which merges nothing across the end of a line, gives the
+    tokenizer's ids on all PROBES.
+    """
+    expected = [tokenizer(text, add_special_tokens=False).input_ids for text in PROBES]
+    with scratch("fastft-gguf-") as work:
+        path = work / "vocabulary.gguf"
+        write_vocabulary(path, found)
+        return probe(path, ["gemma4"], expected).get("gemma4", 0) == len(PROBES)
 
 
 def _adds_a_space(spec: dict[str, Any]) -> bool:

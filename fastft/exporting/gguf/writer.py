@@ -226,13 +226,13 @@ def _write_chunk(
         raise FastFTError(
             f"{tensor.source or tensor.name} holds NaN or infinite values: the training diverged."
         )
-    row = rows.reshape(last - first, -1) if rows.ndim > 1 else rows.reshape(1, -1)
+    row = rows.reshape(-1, rows.shape[-1])
     made: dict[str, Any] = {}
     for output in outputs:
         kind = output.types[index]
         if kind not in made:
             made[kind] = _as_type(ggml, kind, row, tensor, imatrix)
-        per_row = row_bytes(kind, tensor.shape[-1]) if rows.ndim > 1 else row_bytes(kind, 1)
+        per_row = tensor_bytes(tensor.shape[1:], kind) if rows.ndim > 1 else row_bytes(kind, 1)
         output.write(output.offsets[index] + first * per_row, made[kind])
 
 
@@ -249,8 +249,8 @@ def _as_type(
         found = torch.from_numpy(row).to(torch.float16 if kind == "f16" else torch.bfloat16)
         if kind == "f16" and not torch.isfinite(found).all():
             raise FastFTError(
-                f"{tensor.source} has values above 65504, which f16 cannot hold. Export bf16 "
-                "instead."
+                f"{tensor.source or tensor.name} has values above 65504, which f16 cannot hold. "
+                "Export bf16 instead."
             )
         return found.view(torch.uint8).reshape(-1).numpy()
     return ggml.quantize(kind, row, imatrix.get(tensor.name))
