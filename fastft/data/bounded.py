@@ -147,8 +147,11 @@ def huge_constant(source: str) -> str | None:
 def render(tokenizer: Any, messages: list[dict[str, Any]], **keywords: Any) -> str:
     """Return the conversation as the tokenizer's own template writes it, within the limits.
 
-    Raises FastFTError where it does not keep to them, and what the template itself raises.
+    Raises FastFTError where it does not keep to them, and jinja2's TemplateError where the template
+    fails, also by what its own expressions raise (1 / 0).
     """
+    from jinja2 import TemplateError, TemplateRuntimeError
+
     huge = huge_constant(str(tokenizer.chat_template))
     try:
         if huge is not None:
@@ -161,8 +164,14 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], **keywords: Any) -> s
     except (TemplateLimitError, MemoryError) as error:
         why = str(error) or f"it ran for more than {SECONDS:.0f} s or filled the memory"
         raise FastFTError(f"the chat template cannot be used: {why}.") from error
+    except TemplateError:
+        raise
+    except OWN_ERRORS as error:
+        raise TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
 
 
+OWN_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What the expressions of a template may raise."""
 PATTERN_SECONDS = 2.0
 """Of the processor's time."""
 

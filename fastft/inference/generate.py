@@ -4,6 +4,7 @@ peft) or a GGUF file.
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from fastft.engines import loading
 from fastft.engines.base import Engine
 from fastft.errors import FastFTError, one_of
 from fastft.hardware import compute_dtype, probe
+from fastft.inference.llamacpp import HALF_A_CHARACTER
 from fastft.inference.sampling import Sampling
 from fastft.models import bitsandbytes_config, check_checkpoint, check_finite, explained
 from fastft.runs.target import Target, resolve
@@ -105,6 +107,10 @@ class HuggingFaceChat:
         """
         from fastft.data.encode import generation_prompt
 
+        try:
+            json.dumps(messages, ensure_ascii=False, default=str).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise FastFTError(HALF_A_CHARACTER) from error
         prompt = generation_prompt(self.tokenizer, self.template, messages, tools)
         most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if most is not None and len(prompt) >= most:

@@ -20,7 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastft.data.bounded import OUTPUT_CHARACTERS, TemplateLimitError, huge_constant, limited
+from fastft.data.bounded import (
+    OUTPUT_CHARACTERS,
+    OWN_ERRORS,
+    TemplateLimitError,
+    huge_constant,
+    limited,
+)
 from fastft.errors import FastFTError
 from fastft.hardware import cpu_flags
 from fastft.inference.gguf_header import check_header
@@ -131,6 +137,8 @@ def open_gguf(
     that matters, call this in a subprocess (with GGML_NO_BACKTRACE=1).
     """
     path = Path(path)
+    if n_ctx is not None and not 0 <= n_ctx < 2**31:
+        raise FastFTError(f"--n-ctx is {n_ctx}; it must be a number of tokens above 0.")
     check_header(path)
     _log.clear()
     for layers in _layer_counts(gpu_layers):
@@ -166,7 +174,10 @@ def _try_open(
         return None
     trained = api.llama_model_n_ctx_train(model)
     context = api.llama_context_default_params()
-    context.n_ctx = n_ctx or min(trained or DEFAULT_CHAT_CTX, DEFAULT_CHAT_CTX)
+    wanted = n_ctx or min(trained or DEFAULT_CHAT_CTX, DEFAULT_CHAT_CTX)
+    if n_ctx is not None and layers == 0:
+        _refuse_without_room(api, model, wanted, 4 if exact else 2)
+    context.n_ctx = wanted
     context.n_batch = context.n_ubatch = _rows_at_a_time(api, model)
     context.n_threads = context.n_threads_batch = threads or _threads()
     context.no_perf = True
@@ -178,6 +189,28 @@ def _try_open(
         api.llama_model_free(model)
         return None
     return GgufModel(path, api, model, ctx, layers)
+
+
+def _refuse_without_room(api: Any, model: Any, n_ctx: int, number_bytes: int) -> None:
+    """Raise FastFTError where the keys and values of `n_ctx` tokens are more than the free memory:
+    llama.cpp would fill it. Not known of models whose layers keep a window only.
+    """
+    import psutil
+
+    heads, width = api.llama_model_n_head(model), api.llama_model_n_embd(model)
+    if api.llama_model_n_swa(model) > 0 or heads <= 0:
+        return
+    a_token = 2 * api.llama_model_n_layer(model) * api.llama_model_n_head_kv(model)
+    needed = n_ctx * a_token * (width // heads) * number_bytes
+    free = psutil.virtual_memory().available
+    if needed > free:
+        trained = api.llama_model_n_ctx_train(model)
+        api.llama_model_free(model)
+        raise FastFTError(
+            f"a context of {n_ctx:,} tokens needs {needed / 2**30:,.1f} GiB for keys and values, "
+            f"and {free / 2**30:,.1f} GiB of memory are free. The model was trained for "
+            f"{trained:,} tokens; set --n-ctx to what you need."
+        )
 
 
 def _rows_at_a_time(api: Any, model: Any) -> int:
@@ -193,10 +226,13 @@ def template_errors() -> tuple[type[Exception], ...]:
     """Return what a chat template may raise: jinja2's errors, and what its own expressions do."""
     import jinja2
 
-    own = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
-    return (jinja2.TemplateError, TemplateLimitError, MemoryError, *own)
+    return (jinja2.TemplateError, TemplateLimitError, MemoryError, *OWN_ERRORS)
 
 
+HALF_A_CHARACTER = (
+    "the text holds half a character (a lone surrogate, or a byte that is not UTF-8). Write it "
+    "whole, or leave it out."
+)
 _MARK = chr(0xF0FFF)
 """A character that no vocabulary holds, so it is bytes, and nothing beside it joins with them."""
 
@@ -311,7 +347,10 @@ class GgufModel:
         `add_special`: add BOS / EOS as the file asks for; `parse_special`: read "<|im_end|>" as
         that token.
         """
-        data = text.encode("utf-8")
+        try:
+            data = text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise FastFTError(HALF_A_CHARACTER) from error
         size = len(data) + 8
         while True:
             ids = (self._api.llama_token * size)()

@@ -428,7 +428,7 @@ def adapters(chance: random.Random) -> Iterator[Attack]:
         "whole numbers": lambda w: w.astype(np.int64),
         "one row more": lambda w: np.vstack([w, w[:1]]),
         "flat": lambda w: w.reshape(-1),
-        "a number": lambda w: w.reshape(-1)[0],
+        "a number": lambda w: w.reshape(-1)[:1].reshape(()),
     }.items():
         for command in (_chat, _export):
             codes = GOOD_OR_BAD | ({3} if name in {"nan", "inf"} else set())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
+from jinja2 import TemplateError
 
 from fastft.config import DataConfig
 from fastft.data import bounded, pipeline, prepare
@@ -122,3 +124,12 @@ def test_a_damaged_cache_is_made_anew_and_said(tmp_path, tokenizer, monkeypatch,
         s.input_ids.tolist() for s in first.train
     ]
     assert _prepared(path, tokenizer).report.cached
+
+
+def test_what_a_templates_expression_raises_is_the_templates_error():
+    def divides(messages, **keywords):
+        return 1 / 0
+
+    tokenizer = SimpleNamespace(chat_template="{{ 1 / 0 }}", apply_chat_template=divides)
+    with pytest.raises(TemplateError, match="ZeroDivisionError"):
+        bounded.render(tokenizer, [])
