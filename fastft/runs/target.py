@@ -154,8 +154,29 @@ def _check_adapter(path: Path) -> None:
         )
         raise FastFTError(f"adapter {path} {what}. Save it again with safe_serialization=True.")
     tensors, _ = read_header(weights)
+    _check_shapes(path, {name: entry["shape"] for name, entry in tensors.items()})
     _check_patterns(path, {re.split(r"\.lora_|\.modules_to_save", name)[0] for name in tensors})
     _check_manifest(path)
+
+
+def _check_shapes(path: Path, shapes: dict[str, list[int]]) -> None:
+    """Raise FastFTError for parts of LoRA that are no matrices, and for a rank in
+    adapter_config.json above that of every one of them: peft would make room for it.
+    """
+    parts = {name: shape for name, shape in shapes.items() if re.search(r"\.lora_[AB]\.", name)}
+    for name, shape in parts.items():
+        if len(shape) < 2:
+            raise FastFTError(f"adapter {path}: {name} has the shape {shape} and is no matrix.")
+    config = read_json(path / "adapter_config.json")
+    pattern = config.get("rank_pattern")
+    said = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+    most = max((shape[0] for name, shape in parts.items() if ".lora_A." in name), default=None)
+    above = [rank for rank in said if type(rank) is int and most is not None and rank > most]
+    if above:
+        raise FastFTError(
+            f"adapter {path}: adapter_config.json says rank {above[0]:,}, and the largest of its "
+            f"weights is {most:,}. They do not belong together; download or copy it again."
+        )
 
 
 def _check_patterns(path: Path, modules: set[str]) -> None:

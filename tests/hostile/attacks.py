@@ -446,9 +446,11 @@ def adapters(chance: random.Random) -> Iterator[Attack]:
     ]  # fmt: skip
     for change in values:
         for command in (_chat, _export):
+            # Without a network nobody knows whether there is such a model on the Hub.
+            codes = GOOD_OR_BAD | ({3} if "no/such" in change.values() else set())
             yield Attack(
                 f"{command.__name__[1:]} adapter {json.dumps(change)[:50]}",
-                _adapter_config(change, command), GOOD_OR_BAD,
+                _adapter_config(change, command), codes,
             )  # fmt: skip
 
 
