@@ -161,7 +161,7 @@ def _check_adapter(path: Path) -> None:
 
 def _check_shapes(path: Path, shapes: dict[str, list[int]]) -> None:
     """Raise FastFTError for parts of LoRA that are no matrices, and for a rank in
-    adapter_config.json above that of every one of them: peft would make room for it.
+    adapter_config.json above every side of every one of them: peft would make room for it.
     """
     parts = {name: shape for name, shape in shapes.items() if re.search(r"\.lora_[AB]\.", name)}
     for name, shape in parts.items():
@@ -170,12 +170,12 @@ def _check_shapes(path: Path, shapes: dict[str, list[int]]) -> None:
     config = read_json(path / "adapter_config.json")
     pattern = config.get("rank_pattern")
     said = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
-    most = max((shape[0] for name, shape in parts.items() if ".lora_A." in name), default=None)
-    above = [rank for rank in said if type(rank) is int and most is not None and rank > most]
+    longest = max((max(shape) for shape in parts.values()), default=None)
+    above = [rank for rank in said if type(rank) is int and longest and rank > longest]
     if above:
         raise FastFTError(
-            f"adapter {path}: adapter_config.json says rank {above[0]:,}, and the largest of its "
-            f"weights is {most:,}. They do not belong together; download or copy it again."
+            f"adapter {path}: adapter_config.json says rank {above[0]:,}, and the longest side of "
+            f"its weights is {longest:,}. They do not belong together; download or copy it again."
         )
 
 

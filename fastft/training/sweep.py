@@ -162,7 +162,7 @@ def _refuse_like_names(trials: list[Trial]) -> None:
         if other is not trial:
             raise FastFTError(
                 f"the trials {other.name} and {trial.name} would both be the run {name}. Vary "
-                "values that differ in more than signs."
+                "values that differ in letters or digits."
             )
 
 

@@ -18,6 +18,10 @@ from fastft.runs.folder import RunFolder
 from fastft.training.kept import Kept
 from fastft.training.train import train
 
+DRAWS = 20
+"""Times as many as trials are asked for, since small ranges give some twice; a range with fewer
+values than trials gives fewer trials.
+"""
 MOST_TRIALS = 1_000
 """In a grid; each is a run of its own."""
 RANGE = re.compile(r"(?P<low>[-+.\deE]+)\.\.(?P<high>[-+.\deE]+)")
@@ -65,9 +69,13 @@ def draw(base: RunConfig, vary: Sequence[str], trials: int | None) -> list[dict[
     generator = np.random.default_rng([base.train.seed, 23])
     if ranges:
         assert trials is not None
-        return [
-            {key: _one(generator, values) for key, values in axes.items()} for _ in range(trials)
-        ]
+        drawn: list[dict[str, str]] = []
+        for _ in range(DRAWS * trials):  # each combination once: it is one run's folder
+            if len(drawn) == trials:
+                break
+            one = {key: _one(generator, values) for key, values in axes.items()}
+            drawn += [one] if one not in drawn else []
+        return drawn
     lists = [values for values in axes.values() if isinstance(values, list)]
     count = math.prod(map(len, lists))
     if count > MOST_TRIALS:

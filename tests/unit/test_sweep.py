@@ -130,6 +130,7 @@ def test_what_was_loaded_is_made_once():
 
 
 def test_whole_numbers_are_drawn_whole_and_nothing_is_no_value():
+    assert len(draw(config(), ["lora.r=1..3"], 20)) == 3  # each is one run's folder
     drawn = draw(config(), ["lora.r=8..64"], 20)
     assert all(8 <= int(settings["lora.r"]) <= 64 for settings in drawn)
     with pytest.raises(FastFTError, match="names no value"):
