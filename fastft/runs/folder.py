@@ -305,17 +305,19 @@ def loss_figure(log: list[dict[str, Any]], before: float | None, *, title: str) 
 
 def best_step(history: list[dict[str, Any]]) -> int | None:
     """Return the step with the best evaluation, the latest of equals; None without evaluations."""
-    evaluations = [(_rank(record), -record["step"]) for record in history if "eval_loss" in record]
+    evaluations = [
+        (place_of(record), -record["step"]) for record in history if "eval_loss" in record
+    ]
     return -min(evaluations)[1] if evaluations else None
 
 
 def is_best_so_far(history: list[dict[str, Any]]) -> bool:
     """Whether the latest evaluation is better than every one before it."""
-    ranks = [_rank(record) for record in history if "eval_loss" in record]
+    ranks = [place_of(record) for record in history if "eval_loss" in record]
     return ranks.index(min(ranks)) == len(ranks) - 1
 
 
-def _rank(record: dict[str, Any]) -> tuple[float, float]:
+def place_of(record: dict[str, Any]) -> tuple[float, float]:
     """An evaluation's place, smaller is better: by the metric of train.best_by, then by loss.
 
     The record itself names the metric ("best_by"), so that a log can be read without its config.
@@ -327,7 +329,7 @@ def _rank(record: dict[str, Any]) -> tuple[float, float]:
 
 def out_of_patience(history: list[dict[str, Any]], patience: int | None) -> bool:
     """Whether the last `patience` evaluations were none better than the best before them."""
-    ranks = [_rank(record) for record in history if "eval_loss" in record]
+    ranks = [place_of(record) for record in history if "eval_loss" in record]
     return (
         patience is not None
         and bool(ranks)

@@ -136,13 +136,21 @@ class StepTrainer(Trainer):
                 drawn=(self.args.seed, self.state.global_step) if self._keys_dropout else None,
                 filler=self._filler(segments),
             )
-        loss, self.agreed = ranks.add_up(self.model.parameters(), mine, self.asks_to_stop())
+        loss, self.agreed, unique = ranks.add_up(
+            self.model.parameters(),
+            mine,
+            self.asks_to_stop(),
+            tokens=self.stepper.unique_tokens,
+        )
         if not math.isfinite(loss):
             raise CouldNotFinishError(self._not_finite(loss))
         seconds, tokens = time.perf_counter() - started, sum(len(segment) for segment in segments)
-        self.progress.step = {"loss": loss, "tokens": tokens, "seconds": seconds}
-        if ranks.world().size == 1:  # each of several processes knows only its own share
-            self.progress.step["unique_tokens"] = self.stepper.unique_tokens
+        self.progress.step = {
+            "loss": loss,
+            "tokens": tokens,
+            "unique_tokens": unique,
+            "seconds": seconds,
+        }
         self.progress.tokens += tokens
         self.progress.trained_tokens += supervised_tokens(segments)
         return torch.tensor(loss, device=self.args.device)

@@ -269,16 +269,20 @@ def _longest_prefix(segment: Segment, others: Sequence[Segment]) -> int:
 
 
 def add_up(
-    parameters: Iterable[torch.nn.Parameter], loss: float, flags: Sequence[bool] = ()
-) -> tuple[float, list[bool]]:
+    parameters: Iterable[torch.nn.Parameter],
+    loss: float,
+    flags: Sequence[bool] = (),
+    *,
+    tokens: int = 0,
+) -> tuple[float, list[bool], int]:
     """Sum the gradients of the trainable `parameters` over the processes, in place; returns the
-    summed loss, and for each flag whether it is up in any process.
+    summed loss, for each flag whether it is up in any process, and the sum of `tokens`.
 
     A process whose share is empty has no gradients: it adds zeros and gets the sum. A loss or a
     gradient that is not finite stays so in the sum, so that all see it alike.
     """
     if _world.size == 1:
-        return loss, list(flags)
+        return loss, list(flags), tokens
     import torch
 
     trained = [p for p in parameters if p.requires_grad]
@@ -288,19 +292,22 @@ def add_up(
     # The loss in two float32: what the first cannot hold is in the second.
     high = torch.tensor(loss, dtype=torch.float32).item()
     low = loss - high if math.isfinite(high) else 0.0
-    numbers = torch.tensor([high, low, *map(float, flags)], device=trained[0].device)
+    # Tokens are exact up to 16.7 million a step.
+    sent = [high, low, float(tokens), *map(float, flags)]
+    numbers = torch.tensor(sent, device=trained[0].device)
     pieces = [p.grad.flatten().float() for p in trained if p.grad is not None]
     flat = torch.cat([*pieces, numbers])
     del pieces
     with _talking("adding up the gradients"):
         torch.distributed.all_reduce(flat)
         # In here, because with NCCL it is this copy that waits, and that fails.
-        high, low, *raised = flat[-len(numbers) :].tolist()
+        high, low, count, *raised = flat[-len(numbers) :].tolist()
     parts = flat[: -len(numbers)].split([p.numel() for p in trained])
     for p, part in zip(trained, parts, strict=True):
         assert p.grad is not None
         p.grad.copy_(part.view_as(p))
-    return high + low, [count > 0 for count in raised]
+    # Where a gradient is not finite the count still is.
+    return high + low, [times > 0 for times in raised], int(count)
 
 
 def total(*numbers: float) -> list[float]:

@@ -213,7 +213,7 @@ class FastSFTTrainer(SFTTrainer):
             supervised=supervised_tokens(inputs),
             drawn=(self.args.seed, self.state.global_step) if by_sequence else None,
         )
-        loss, _ = ranks.add_up(model.parameters(), mine)
+        loss, *_ = ranks.add_up(model.parameters(), mine)
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise CouldNotFinishError(
                 f"the loss is {loss} at step {self.state.global_step + 1}; nothing of this "

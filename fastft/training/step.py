@@ -155,7 +155,8 @@ class Stepper:
                     loss = self._loss_of(model, batch, supervised)
                 backward(loss * factor if factor != 1.0 else loss)
                 loss_sum += loss.detach() * factor
-                self.unique_tokens += batch.unique_tokens
+                if factor:  # what only fills a pass counts for nothing
+                    self.unique_tokens += batch.unique_tokens
         return loss_sum.item()
 
     def _loss_of(self, model: Any, batch: MicroBatch, divisor: int) -> torch.Tensor:

@@ -12,7 +12,8 @@ are those of the same settings alone, and a sweep that was killed goes on where 
 tokenising and planning happen once, and in memory there is one base and one adapter at a time.
 
 Rungs: successive halving (Jamieson and Talwalkar 2016, "Non-stochastic best arm identification
-and hyperparameter optimization", AISTATS), by the held-out loss of the trial's own evaluations.
+and hyperparameter optimization", AISTATS), by the trial's own evaluations: the held-out loss, or
+the metric that train.best_by names.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from fastft.hardware import probe
 from fastft.progress import Reporter
 from fastft.training import ranks
 from fastft.training.kept import Kept
-from fastft.training.trials import Trial, draw, loss_at, train_to
+from fastft.training.trials import Trial, as_of, draw, told, train_to
 
 LONGEST_NAME = 200
 """Characters of a trial's folder: most file systems hold 255 bytes, and files beside it are
@@ -59,9 +60,9 @@ class Sweep:
             {
                 "run": str(trial.run.path),
                 "settings": trial.settings,
-                "eval_loss": trial.eval_loss,
                 "status": trial.status,
             }
+            | trial.scores
             | ({"problem": trial.problem} if trial.problem else {})
             for trial in self.trials
         ]
@@ -113,7 +114,7 @@ def sweep(
             _drop_the_worse_half(left, step, report)
         _write(result)
     finished = [t for t in made if t.status == "done" and t.eval_loss is not None]
-    result.best = min(finished, key=lambda t: (t.eval_loss, t.name), default=None)
+    result.best = min(finished, key=lambda t: (t.place, t.name), default=None)
     result.seconds = round(time.monotonic() - started, 1)
     _write(result)
     if all(trial.status == "failed" for trial in made):
@@ -214,12 +215,13 @@ def _total_steps(config: RunConfig, kept: Kept) -> int:
 
 
 def _drop_the_worse_half(trials: list[Trial], step: int, report: Reporter) -> None:
-    """Drop those with the larger held-out loss at `step`; of an odd number one more stays."""
-    alive = [trial for trial in trials if trial.status != "failed"]
-    ranked = sorted(alive, key=lambda t: (loss_at(t, step), t.name))
-    for trial in ranked[math.ceil(len(ranked) / 2) :]:
+    """Drop those that train.best_by says are worse at `step`; of an odd number one more stays."""
+    alive = [(as_of(trial, step), trial) for trial in trials if trial.status != "failed"]
+    alive.sort(key=lambda pair: (pair[0].place, pair[0].name))
+    for then, trial in alive[math.ceil(len(alive) / 2) :]:
         trial.status = "dropped"
-        _say(report, f"step {step}: {trial.name} is dropped ({loss_at(trial, step):.4f})")
+        scores = "no evaluation" if then.eval_loss is None else told(then.scores)
+        _say(report, f"step {step}: {trial.name} is dropped ({scores})")
 
 
 # --- training them
@@ -231,10 +233,10 @@ def _train_here(trials: list[Trial], step: int | None, kept: Kept, report: Repor
     for trial in trials[here.rank :: here.size]:
         with ranks.alone():
             train_to(trial, step, kept, report)
-    mine = {trial.name: (trial.status, trial.eval_loss, trial.problem) for trial in trials}
+    mine = {t.name: (t.status, t.eval_loss, t.metric, t.problem) for t in trials}
     for rank, states in enumerate(ranks.gather_when_ready(mine)):
         for trial in trials[rank :: here.size]:
-            trial.status, trial.eval_loss, trial.problem = states[trial.name]
+            trial.status, trial.eval_loss, trial.metric, trial.problem = states[trial.name]
 
 
 def _write(result: Sweep) -> None:

@@ -61,8 +61,8 @@ class RayTrials:
                 trial.status, trial.problem = "failed", f"its Ray worker ended: {last}"
                 continue
             found = result.metrics or {}
-            trial.status, trial.eval_loss = found["status"], found["eval_loss"]
-            trial.problem = found["problem"]
+            trial.status, trial.problem = found["status"], found["problem"]
+            trial.eval_loss, trial.metric = found["eval_loss"], found["metric"]
 
 
 def _train_one(settings: dict[str, Any]) -> None:
@@ -83,6 +83,7 @@ def _train_one(settings: dict[str, Any]) -> None:
         {
             "status": trial.status,
             "eval_loss": trial.eval_loss,
+            "metric": trial.metric,
             "problem": trial.problem,
             "node": node,
         }

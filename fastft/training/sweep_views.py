@@ -17,29 +17,40 @@ def table(sweep: Sweep) -> Any:
     from rich.table import Table
 
     settings = list(sweep.trials[0].settings)
-    shown = Table(*settings, "held-out loss", "steps", "status", title=str(sweep.folder))
+    judged = _judged_by(sweep)
+    columns = dict.fromkeys([judged, "held-out loss"])
+    shown = Table(*settings, *columns, "steps", "status", title=str(sweep.folder))
     for trial in ranked(sweep):
         loss = "" if trial.eval_loss is None else f"{trial.eval_loss:.4f}"
+        metric = "" if trial.metric is None else f"{trial.metric:.2f}"
+        scores = [loss] if len(columns) == 1 else [metric, loss]
         style = "bold" if trial is sweep.best else None
         steps = str(max((r["step"] for r in trial.run.read_log()), default=0))
         status = trial.status + (" (the best)" if trial is sweep.best else "")
-        shown.add_row(*trial.settings.values(), loss, steps, status, style=style)
+        shown.add_row(*trial.settings.values(), *scores, steps, status, style=style)
     return shown
 
 
 def ranked(sweep: Sweep) -> list[Trial]:
-    """Return the trials, those that got furthest first, and of these the lowest loss first."""
+    """Return the trials, those that got furthest first, and of these the best first."""
     order = ("done", "paused", "dropped", "waiting", "failed")
     return sorted(
         sweep.trials,
-        key=lambda t: (order.index(t.status), t.eval_loss if t.eval_loss is not None else 1e9),
+        key=lambda t: (order.index(t.status), t.place),
     )
 
 
-def plot(sweep: Sweep, path: Path) -> None:
-    """Draw the held-out losses over the steps, and the settings as parallel coordinates.
+def _judged_by(sweep: Sweep) -> str:
+    """What the trials are compared by, as it is shown."""
+    by = sweep.trials[0].by
+    return "held-out loss" if by == "loss" else by.replace("_", " ")
 
-    A line is a trial, with one colour in both halves: the lower its last loss, the darker.
+
+def plot(sweep: Sweep, path: Path) -> None:
+    """Draw what the trials are compared by over the steps, and the settings as parallel
+    coordinates.
+
+    A line is a trial, with one colour in both halves: the better its last evaluation, the darker.
     Nothing is drawn before the first evaluation.
     """
     curves = {id(t): _curve(t) for t in sweep.trials}
@@ -59,13 +70,16 @@ def plot(sweep: Sweep, path: Path) -> None:
             continue
         steps, values = zip(*curves[id(trial)], strict=True)
         best = trial is sweep.best
+        worse = scale(values[-1]) if trial.by == "loss" else 1 - scale(values[-1])
         # Not the lightest seventh of the colours: on white it cannot be seen.
-        look = {"color": shade(0.85 * scale(values[-1])), "linewidth": 3 if best else 1.3}
+        look = {"color": shade(0.85 * worse), "linewidth": 3 if best else 1.3}
         left.plot(steps, values, marker="o", markersize=3, label=trial.name, **look)
         right.plot(range(len(settings) + 1), _heights(sweep, trial, values[-1], losses), **look)
     for rung in sweep.rungs:
         left.axvline(rung, color="tab:gray", linestyle=":", linewidth=1)
-    left.set(xlabel="optimizer step", ylabel="held-out loss per trained token")
+    judged = _judged_by(sweep)
+    unit = " per trained token" if judged == "held-out loss" else ", share of right answers"
+    left.set(xlabel="optimizer step", ylabel=judged + unit)
     left.set_title("dotted: the worse half is dropped" if sweep.rungs else "", fontsize=9)
     left.grid(alpha=0.3)
     if len(sweep.trials) <= 12:
@@ -75,10 +89,10 @@ def plot(sweep: Sweep, path: Path) -> None:
 
 
 def _curve(trial: Trial) -> list[tuple[int, float]]:
-    before = trial.run.read_record().get("eval_loss_before")
+    by = "eval_loss" if trial.by == "loss" else trial.by
+    before = trial.run.read_record().get("eval_loss_before") if trial.by == "loss" else None
     first = [(0, before)] if before is not None else []
-    log = trial.run.read_log()
-    found = [(r["step"], r["eval_loss"]) for r in log if "eval_loss" in r]
+    found = [(r["step"], r[by]) for r in trial.run.read_log() if by in r]
     return [*first, *found] if found else []
 
 
@@ -110,7 +124,7 @@ def _label_axes(axes: Any, sweep: Sweep, settings: list[str], losses: list[float
             axes.text(x + 0.03, y + 0.015, value, fontsize=8)
     for y, loss in ((0.0, min(losses)), (1.0, max(losses))):
         axes.text(len(settings) + 0.03, y + 0.015, f"{loss:.3f}", fontsize=8)
-    axes.set_xticks(range(len(settings) + 1), [*settings, "held-out loss"], fontsize=8)
+    axes.set_xticks(range(len(settings) + 1), [*settings, _judged_by(sweep)], fontsize=8)
     axes.set_yticks([])
     axes.set(ylim=(-0.06, 1.1), xlim=(-0.1, len(settings) + 0.35))
     for x in range(len(settings) + 1):

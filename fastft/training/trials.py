@@ -6,7 +6,8 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from fastft.config import RunConfig
 from fastft.errors import CouldNotFinishError, FastFTError, InterruptedRunError
 from fastft.progress import Reporter
 from fastft.runs import checkpoint
-from fastft.runs.folder import RunFolder
+from fastft.runs.folder import RunFolder, best_step, place_of
 from fastft.training.kept import Kept
 from fastft.training.train import train
 
@@ -24,6 +25,7 @@ values than trials gives fewer trials.
 """
 MOST_TRIALS = 1_000
 """In a grid; each is a run of its own."""
+NO_PLACE = (math.inf, math.inf)
 RANGE = re.compile(r"(?P<low>[-+.\deE]+)\.\.(?P<high>[-+.\deE]+)")
 
 
@@ -36,7 +38,11 @@ class Trial:
     status: str = "waiting"
     """waiting, paused (at a rung), dropped, done or failed."""
     eval_loss: float | None = None
-    """The held-out loss of its last evaluation; once it is done, the best one."""
+    """The held-out loss of its last evaluation; once it is done, of the best one."""
+    metric: float | None = None
+    """What that evaluation had in train.best_by, where trials are compared by another than the
+    loss (0 to 1, more is better).
+    """
     problem: str | None = None
     """Why it failed."""
 
@@ -44,6 +50,30 @@ class Trial:
     def run(self) -> RunFolder:
         """Its run folder."""
         return RunFolder(self.config.run_dir)
+
+    @property
+    def by(self) -> str:
+        """What trials are compared by: "loss", or a metric of train.eval_metrics."""
+        return self.config.train.best_by
+
+    @property
+    def place(self) -> tuple[float, float]:
+        """Its place among the trials, smaller is better; infinite without an evaluation."""
+        if self.eval_loss is None:
+            return NO_PLACE
+        return place_of(self.scores | {"best_by": None if self.metric is None else self.by})
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """Its held-out loss, and the metric that it is compared by, by their names."""
+        found: dict[str, Any] = {"eval_loss": self.eval_loss}
+        return found if self.metric is None else found | {self.by: self.metric}
+
+    def takes(self, record: dict[str, Any] | None) -> None:
+        """Take over the scores of an evaluation, a line of log.jsonl; None leaves them."""
+        if record is not None:
+            self.eval_loss = record["eval_loss"]
+            self.metric = None if self.by == "loss" else record.get(self.by)
 
     @property
     def name(self) -> str:
@@ -97,6 +127,11 @@ def _axis(text: str) -> tuple[str, list[str] | tuple[float, float]]:
         raise FastFTError(f"--vary {text!r}: write it as --vary lora.r=8,16")
     if key.partition(".")[0] in ("project", "output_dir", "mirror", "export"):
         raise FastFTError(f"--vary {text!r}: this changes nothing of what is trained.")
+    if key == "train.best_by":
+        raise FastFTError(
+            f"--vary {text!r}: trials are compared by train.best_by, so it is the same for all. "
+            "Give it with --set."
+        )
     found = RANGE.fullmatch(values)
     if found is None:
         listed = [value.strip() for value in values.split(",") if value.strip()]
@@ -147,21 +182,31 @@ def train_to(trial: Trial, step: int | None, kept: Kept, report: Reporter) -> No
         except CouldNotFinishError as error:
             trial.status, trial.problem = "failed", str(error)
             report.warn(f"{trial.name} failed: {error}")
-    losses = [r["eval_loss"] for r in trial.run.read_log() if "eval_loss" in r]
-    if losses:
-        trial.eval_loss = min(losses) if trial.status == "done" else losses[-1]
-        report.note(f"{trial.name}: held-out loss {trial.eval_loss:.4f}")
+    evaluations = _evaluations(trial)
+    if evaluations:
+        best = best_step(evaluations) if trial.status == "done" else None
+        at_best = [record for record in evaluations if record["step"] == best]
+        trial.takes((at_best or evaluations)[-1])
+        report.note(f"{trial.name}: {told(trial.scores)}")
+
+
+def _evaluations(trial: Trial) -> list[dict[str, Any]]:
+    return [record for record in trial.run.read_log() if "eval_loss" in record]
+
+
+def told(scores: dict[str, Any]) -> str:
+    """Return the scores of a trial for a person: "exact match 0.50, held-out loss 1.2034"."""
+    others = [f"{k.replace('_', ' ')} {v:.2f}, " for k, v in scores.items() if k != "eval_loss"]
+    return "".join(others) + f"held-out loss {scores['eval_loss']:.4f}"
 
 
 def _was_judged(trial: Trial, step: int) -> bool:
     return any("eval_loss" in r for r in trial.run.read_log() if r["step"] == step)
 
 
-def loss_at(trial: Trial, step: int) -> float:
-    """Return the trial's held-out loss at `step`, or the last one before it; infinite without."""
-    found = [
-        record["eval_loss"]
-        for record in trial.run.read_log()
-        if "eval_loss" in record and record["step"] <= step
-    ]
-    return found[-1] if found else math.inf
+def as_of(trial: Trial, step: int) -> Trial:
+    """Return the trial with the scores that it had at `step`, or at the last evaluation before."""
+    found = replace(trial, eval_loss=None, metric=None)
+    earlier = [record for record in _evaluations(trial) if record["step"] <= step]
+    found.takes(earlier[-1] if earlier else None)
+    return found

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
+from fastft.quickstart import write_task
 from tests.e2e.conftest import fastft, losses, start, wait_for_step
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -79,8 +80,8 @@ def test_accelerate_launch_on_a_cpu_is_noticed(fresh):
 def run_of(tmp_path, rows_file):
     """Write a config of 30 steps (the last of an epoch has two sequences) named `name`."""
 
-    def write(base, name, **train):
-        rows = rows_file.read_text(encoding="utf-8").splitlines()[:44]
+    def write(base, name, source=rows_file, **train):
+        rows = source.read_text(encoding="utf-8").splitlines()[:44]
         (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
         values = {
             "project": name,
@@ -114,12 +115,18 @@ QUICKSTART = Path(__file__).parents[2] / "fastft" / "quickstart" / "base"
 @pytest.mark.long
 @pytest.mark.parametrize("engine", ["stock", "unsloth"])
 @pytest.mark.parametrize("family", ["quickstart", "llama", "qwen3"])
-def test_one_two_and_three_processes_train_alike(family, engine, run_of, checkpoint_of):
-    base = QUICKSTART if family == "quickstart" else checkpoint_of(family)
-    config, one = run_of(base, "one", engine=engine)
+def test_one_two_and_three_processes_train_alike(
+    family, engine, run_of, checkpoint_of, rows_file, tmp_path
+):
+    if family == "quickstart":
+        # Its own task: on foreign rows its loss is 11, where float32's last digit is 9.5e-7.
+        base, source = QUICKSTART, write_task(tmp_path / "task").train
+    else:
+        base, source = checkpoint_of(family), rows_file
+    config, one = run_of(base, "one", source, engine=engine)
     assert fastft("train", config).code == 0
     for processes in (2, 3):
-        config, run = run_of(base, f"of{processes}", engine=engine)
+        config, run = run_of(base, f"of{processes}", source, engine=engine)
         done = torchrun(processes, "unequal budgets", config)
         assert done.returncode == 0, done.stderr[-3000:]
         trace, reference = losses(run), losses(one)
@@ -145,30 +152,74 @@ def test_started_with_two_resumed_with_three_finished_with_one(run_of, checkpoin
 
 
 @pytest.mark.long
-def test_any_process_killed_at_any_moment(fresh):
-    """kill -9 of the first or the second process, ten times; then the same command finishes."""
-    config, run, trace = fresh
-    draw = random.Random(1)
+@pytest.mark.parametrize("share_prefixes", [True, False])
+def test_beginnings_shared_over_processes(share_prefixes, run_of, checkpoint_of, tmp_path):
+    """Sequences with a common beginning, without dropout (which keeps beginnings apart)."""
+    source = tmp_path / "alike.jsonl"
+    asked = [f"{'A long beginning. ' * 3}{'BA'[i % 2] * 20} number {i}?" for i in range(44)]
+    turns = [
+        [{"role": "user", "content": a}, {"role": "assistant", "content": f"It is {i}."}]
+        for i, a in enumerate(asked)
+    ]
+    source.write_text("".join(json.dumps({"messages": t}) + "\n" for t in turns))
+    off = [
+        "--set",
+        "lora.dropout=0",
+        "--set",
+        f"train.share_prefixes={str(share_prefixes).lower()}",
+    ]
+    config, one = run_of(checkpoint_of("llama"), "one", source)
+    assert fastft("train", config, *off).code == 0
+    for processes in (2, 3):
+        config, run = run_of(checkpoint_of("llama"), f"of{processes}", source)
+        done = torchrun(processes, "unequal budgets", config, *off)
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        steps = [line for line in lines if "loss" in line]
+        worst = max(abs(losses(run)[step] - loss) for step, loss in losses(one).items())
+        part = sum(s["unique_tokens"] for s in steps) / sum(s["tokens"] for s in steps)
+        print(f"sharing {share_prefixes}: {processes} processes, loss {worst:.1e}, ", end="")
+        print(f"adapter {distance(adapter(run), adapter(one)):.1e}, computed {part:.0%}")
+        assert (part < 0.95) if share_prefixes else (part == 1)
+        assert worst <= SLACK
+        assert distance(adapter(run), adapter(one)) <= 5e-5
+
+
+@pytest.mark.long
+def test_any_process_killed_at_any_moment(run_of, checkpoint_of):
+    """kill -9 of the first or the second process, ten times: three times while they start, then
+    after a step of their own; then the same command finishes.
+    """
+    config, one = run_of(checkpoint_of("llama"), "one", max_steps=80, save_steps=10)
+    assert fastft("train", config).code == 0
+    config, run = run_of(checkpoint_of("llama"), "killed", max_steps=80, save_steps=10)
+    draw, reached = random.Random(1), []
     for number in range(10):
-        launcher = start(config, "--processes", 2)
+        launched, launcher = time.time(), start(config, "--processes", 2)
         while len(ranks_of(launcher)) < 2:
             time.sleep(0.05)
-        time.sleep(draw.uniform(0, 14))
+        log = run / "log.jsonl"
+        while number > 2 and launcher.poll() is None:
+            if log.exists() and log.stat().st_mtime > launched + 1 and losses(run):
+                break
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 8 if number < 3 else 0.25))
         victims = ranks_of(launcher)
         if len(victims) == 2:
             victims[draw.randrange(2)].kill()
         began = time.monotonic()
         text = launcher.communicate(timeout=120)[0].decode()
-        took, reached = time.monotonic() - began, len(losses(run)) if (run / "log.jsonl").exists() else 0  # fmt: skip
-        print(
-            f"kill {number}: ended {took:.1f} s later, step {reached}, code {launcher.returncode}"
-        )
+        took = time.monotonic() - began
+        reached.append(max(losses(run), default=0) if log.exists() else 0)
+        code = launcher.returncode
+        print(f"kill {number}: ended {took:.1f} s later, step {reached[-1]}, code {code}")
         assert took < 30
-        assert launcher.returncode in (0, 3), text
-        assert len(said(text)) == (1 if launcher.returncode else 0), text
+        assert code in (0, 3), text
+        assert len(said(text)) == (1 if code else 0), text
         assert "Traceback" not in text
+    assert sum(0 < step < 80 for step in reached) >= 4, "most kills did not meet a training run"
     assert fastft("train", config, "--processes", 2).code == 0
-    assert losses(run) == pytest.approx(trace, abs=SLACK)
+    assert losses(run) == pytest.approx(losses(one), abs=SLACK)
 
 
 @pytest.mark.long

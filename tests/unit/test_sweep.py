@@ -15,7 +15,7 @@ from fastft.training.sweep import (
     _refuse_another_sweep,
     _rungs,
 )
-from fastft.training.sweep_views import plot, ranked
+from fastft.training.sweep_views import plot, ranked, table
 from fastft.training.trials import Trial, draw
 
 
@@ -59,6 +59,7 @@ def test_trials_are_drawn_by_the_seed():
         (["lora.r"], None, "--vary lora.r=8,16"),
         (["lora.r=8", "lora.r=16"], None, "varied twice"),
         (["output_dir=a,b"], None, "changes nothing"),
+        (["train.best_by=loss,contains"], None, "the same for all"),
         (["train.learning_rate=1e-5..1e-3"], None, "--trials N"),
         (["train.learning_rate=1e-3..1e-5"], 3, "the smaller first"),
         (["lora.r=8,16"], 0, "at least 1"),
@@ -92,6 +93,40 @@ def test_the_worse_half_is_dropped(tmp_path):
     _drop_the_worse_half(made, 10, silent())
     assert {t.settings["name"] for t in made if t.status == "dropped"} == {"a", "e"}
     assert made[-1].status == "failed"
+
+
+def judged(folder, name, evaluations, status="paused"):
+    """A trial that is compared by its exact matches: [(step, loss, share right)]."""
+    run = folder / name
+    run.mkdir()
+    lines = [
+        {"step": step, "eval_loss": loss, "exact_match": share, "best_by": "exact_match"}
+        for step, loss, share in evaluations
+    ]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made = config(eval_metrics=["exact_match"], best_by="exact_match")
+    made = made.model_copy(update={"output_dir": str(folder), "project": name})
+    found = Trial({"name": name}, made, status)
+    found.takes(lines[-1])
+    return found
+
+
+def test_what_best_by_names_decides(tmp_path):
+    """The metric of the settings, at rungs, in the order and in the picture; then the loss."""
+    losing = judged(tmp_path, "a", [(5, 1.0, 0.2), (10, 0.9, 0.3)])
+    tied = judged(tmp_path, "b", [(5, 1.3, 0.6), (10, 1.2, 0.6)])
+    winning = judged(tmp_path, "c", [(5, 1.4, 0.1), (10, 1.1, 0.6)])
+    trials = [losing, tied, winning]
+    _drop_the_worse_half(trials, 5, silent())
+    assert [t.status for t in trials] == ["paused", "paused", "dropped"]
+    for trial in trials:
+        trial.status = "done"
+    found = Sweep(tmp_path, trials, [5], best=winning)
+    assert ranked(found) == [winning, tied, losing]
+    assert found.as_dict()["trials"][2]["exact_match"] == 0.6
+    assert "exact match" in [column.header for column in table(found).columns]
+    plot(found, tmp_path / "metric.png")
+    assert (tmp_path / "metric.png").stat().st_size > 10_000
 
 
 def test_the_picture_and_the_order(tmp_path):
