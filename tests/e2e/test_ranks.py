@@ -59,6 +59,8 @@ def test_two_then_three_processes_have_the_trace_of_one(fresh):
     assert "processes 2 -> 3" in three.stderr.replace("\n", " ")
     assert three.stdout.count("done: ") == 1
     assert losses(run) == pytest.approx(trace, abs=SLACK)
+    steps = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert all(s["unique_tokens"] == s["tokens"] for s in steps if "loss" in s), "summed"
 
 
 @pytest.mark.long
