@@ -7,12 +7,14 @@ goes to standard error.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import json
 import os
 import re
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -70,11 +72,40 @@ def main() -> NoReturn:
     robust_streams()
     with contextlib.suppress(ValueError):  # not the main thread: somebody calls us from another
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        repeat_swallowed_interrupts()
     code = run(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
     # What torch and llama.cpp leave behind must neither hold up the shell nor crash on the way out.
     os._exit(code)
+
+
+def repeat_swallowed_interrupts() -> None:
+    """Let an interrupt that Python swallows come again; SIGTERM must have a handler that raises.
+
+    Where it meets a destructor or a weak reference's callback (many while libraries load), Python
+    prints it as "ignored" with a traceback, and the command would go on.
+    """
+    usual = sys.unraisablehook
+
+    def on_unraisable(unraisable: Any) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            usual(unraisable)
+            return
+        # In a moment: raised in here it would be swallowed, too.
+        again = threading.Timer(0.05, _interrupt_the_main_thread)
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = on_unraisable
+
+
+def _interrupt_the_main_thread() -> None:
+    main_thread = threading.main_thread().ident
+    if main_thread is not None and hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(main_thread, signal.SIGTERM)  # also wakes it where it waits
+    else:  # Windows
+        _thread.interrupt_main(signal.SIGTERM)
 
 
 def run(arguments: list[str]) -> int:

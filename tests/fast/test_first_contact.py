@@ -356,6 +356,31 @@ for _ in range(2):
 """
 
 
+SWALLOWED = """
+import signal, time
+from fastft.cli import repeat_swallowed_interrupts
+
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+repeat_swallowed_interrupts()
+
+class Dying:
+    def __del__(self):
+        raise KeyboardInterrupt
+
+try:
+    Dying()
+    time.sleep(30)
+    print("lost")
+except KeyboardInterrupt:
+    print("came again")
+"""
+
+
+def test_an_interrupt_that_meets_a_destructor_is_not_lost():
+    done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("came again\n", "")
+
+
 def test_a_model_is_downloaded_once_with_its_size(tmp_path):
     from tests.hub_stand_in import HubStandIn
 
