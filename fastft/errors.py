@@ -51,6 +51,8 @@ OUT_OF_MEMORY = (
     # Threads and child processes need memory, too.
     "can't start new thread",
     "cannot allocate memory",
+    # A library that is loaded late is mapped, which takes addresses.
+    "failed to map segment",
 )
 """What a failed allocation is called, in lower case, where it is no exception of its own."""
 
@@ -64,18 +66,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         return error.errno == errno.ENOMEM
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY)
+    says = isinstance(error, RuntimeError | ImportError | OSError)
+    says = says or type(error).__name__ == "SafetensorError"
+    return says and any(sign in text for sign in OUT_OF_MEMORY)
 
 
 def explained(error: BaseException) -> FastFTError | None:
     """Return what an error means that nobody expected at its place, where it is the machine's or
     the user's: memory, disk, a file's name or rights. None: it is ours.
     """
-    if is_out_of_memory(error):
-        return CouldNotFinishError(f"out of memory: {_first_line(error)} ({memory_numbers()}).")
+    if memory := next(filter(is_out_of_memory, _behind(error)), None):
+        return CouldNotFinishError(f"out of memory: {_first_line(memory)} ({memory_numbers()}).")
     if isinstance(error, ValueError) and "null byte" in str(error):
         return FastFTError("a file name holds a NUL character; no file is called so.")
     if isinstance(error, OSError) and error.errno in NO_ROOM:
@@ -84,6 +88,18 @@ def explained(error: BaseException) -> FastFTError | None:
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return FastFTError(f"{error.filename}: {error.strerror}. Check the path and its rights.")
     return None
+
+
+def _behind(error: BaseException) -> list[BaseException]:
+    """Return the error and those that it was raised for: a library may say something of its own
+    where it met a failed allocation.
+    """
+    chain: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and at not in chain:
+        chain.append(at)
+        at = at.__cause__ or at.__context__
+    return chain
 
 
 def memory_numbers() -> str:

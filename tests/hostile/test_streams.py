@@ -60,6 +60,8 @@ def test_what_the_machine_says_is_no_bug():
         MemoryError(),
         RuntimeError("can't start new thread"),
         RuntimeError("std::bad_alloc"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        OSError("libllama.so: cannot allocate memory in static TLS block"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
         OSError(12, "Cannot allocate memory"),
         OSError(28, "No space left on device", "/x"),
@@ -67,6 +69,9 @@ def test_what_the_machine_says_is_no_bug():
     ):
         assert isinstance(explained(error), CouldNotFinishError), error
     assert "GiB" in str(explained(MemoryError()))
+    wrapped = KeyError("weights")
+    wrapped.__context__ = MemoryError()
+    assert isinstance(explained(wrapped), CouldNotFinishError)
     for error in (
         PermissionError(13, "Permission denied", "/x"),
         OSError(36, "File name too long", "/x" * 200),
