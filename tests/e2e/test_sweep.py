@@ -28,8 +28,13 @@ def command(config, *arguments):
 
 @pytest.fixture
 def config(write_config, checkpoint_of):
-    """Twelve steps, of which every third is judged: rungs at 3 and 6."""
-    return write_config(checkpoint_of("llama"), train={"eval_steps": 3, "save_steps": 5})
+    """Twelve steps, of which every third is judged: rungs at 3 and 6.
+
+    The token budget is given: auto goes by the RAM that is free at each start, and rows that are
+    cut otherwise are summed in another order.
+    """
+    train = {"eval_steps": 3, "save_steps": 5, "micro_batch_tokens": 512}
+    return write_config(checkpoint_of("llama"), train=train)
 
 
 def assert_the_same(trial, alone):
