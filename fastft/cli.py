@@ -114,6 +114,8 @@ def run(arguments: list[str]) -> int:
     """
     debug = "--debug" in arguments
     arguments = _settings_as_options([one for one in arguments if one != "--debug"])
+    # Room for the last message where nothing else is left; pages that nobody touches cost nothing.
+    reserve = [bytearray(RESERVE_BYTES)]
     with claimed_stdout() if "--json" in arguments else contextlib.nullcontext():
         # Threads that spin while they wait for a core slow a shared machine down tenfold; must be
         # set before torch loads.
@@ -135,6 +137,7 @@ def run(arguments: list[str]) -> int:
         except (
             Exception
         ) as error:  # the last door: no traceback reaches a user who did not ask for it
+            reserve.clear()
             if hasattr(error, "show") and hasattr(
                 error, "exit_code"
             ):  # click's usage errors: wrong options
@@ -150,6 +153,7 @@ def run(arguments: list[str]) -> int:
             return 3
 
 
+RESERVE_BYTES = 16 * 2**20
 TAKES_SETTINGS = {"train", "data", "plan", "sweep"}
 FLAGS = {"--json", "--ray", "--table"}  # options without a value
 SETTING = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=.*", re.DOTALL)

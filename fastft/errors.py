@@ -104,9 +104,12 @@ def _behind(error: BaseException) -> list[BaseException]:
 
 def memory_numbers() -> str:
     """Return how much memory this process has, may have, and the machine has left."""
-    import psutil
+    try:
+        import psutil
 
-    used, left = psutil.Process().memory_info().rss, psutil.virtual_memory().available
+        used, left = psutil.Process().memory_info().rss, psutil.virtual_memory().available
+    except (MemoryError, ImportError, OSError):
+        return "so little that its numbers cannot be asked"
     words = f"this process holds {used / 2**30:.2f} GiB, {left / 2**30:.2f} GiB are free"
     with contextlib.suppress(ImportError):
         import resource
