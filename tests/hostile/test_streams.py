@@ -80,6 +80,9 @@ def test_what_the_machine_says_is_no_bug():
         found = explained(error)
         assert isinstance(found, FastFTError)
         assert found.exit_code == 2
+    with pytest.MonkeyPatch.context() as none_left:
+        none_left.setitem(sys.modules, "psutil", None)  # importing it takes memory, too
+        assert "cannot be asked" in str(explained(MemoryError()))
     assert explained(ValueError("a fault of ours")) is None
     assert explained(KeyError("rows")) is None
 
