@@ -351,20 +351,38 @@ def make_checkpoint(
     return folder
 
 
-def make_multimodal(folder: Path | str, *, seed: int = 0) -> Path:
-    """Write a small Gemma3ForConditionalGeneration, the class of gemma-3-4b and larger."""
+def make_multimodal(folder: Path | str, family: str = "gemma3", *, seed: int = 0) -> Path:
+    """Write a small checkpoint of the multimodal class around `family` (gemma3: that of gemma-3-4b and
+    larger; gemma4, qwen3.5)."""
     import torch
-    from transformers import (
-        Gemma3Config,
-        Gemma3ForConditionalGeneration,
-        GenerationConfig,
-        SiglipVisionConfig,
-    )
+    import transformers
+    from transformers import GenerationConfig
 
-    spec, folder = FAMILIES["gemma3"], Path(folder)
+    spec, folder = (FAMILIES | NEWEST)[family], Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tok = make_tokenizer(spec, folder, spec.tokenizer)
-    text = make_config(spec, tok, {"vocab_size": len(tok) + 8})
+    rows = {"vocab_size": len(tok) + 8}
+    if family == "gemma4":
+        rows |= {"vocab_size_per_layer_input": len(tok) + 8, "final_logit_softcapping": 30.0}
+    text = make_config(spec, tok, rows)
+    name, config = WRAPPERS[family](text, len(tok))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, name)(config)
+        _randomise(model)
+    ends = {"gemma3": ["<end_of_turn>"], "gemma4": ["<end_of_turn>"]}.get(family, [])
+    model.generation_config = GenerationConfig(
+        bos_token_id=tok.bos_token_id,
+        eos_token_id=[tok.eos_token_id, *map(tok.convert_tokens_to_ids, ends)],
+        pad_token_id=tok.pad_token_id,
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+def _gemma3_wrapper(text: Any, first: int) -> tuple[str, Any]:
+    from transformers import Gemma3Config, SiglipVisionConfig
+
     vision = SiglipVisionConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -373,26 +391,56 @@ def make_multimodal(folder: Path | str, *, seed: int = 0) -> Path:
         image_size=28,
         patch_size=14,
     )
-    config = Gemma3Config(
+    return "Gemma3ForConditionalGeneration", Gemma3Config(
         text_config=text,
         vision_config=vision,
         mm_tokens_per_image=1,
-        boi_token_index=len(tok),
-        eoi_token_index=len(tok) + 1,
-        image_token_index=len(tok) + 2,
+        boi_token_index=first,
+        eoi_token_index=first + 1,
+        image_token_index=first + 2,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = Gemma3ForConditionalGeneration(config)
-        _randomise(model)
-    end = tok.convert_tokens_to_ids("<end_of_turn>")
-    model.generation_config = GenerationConfig(
-        bos_token_id=tok.bos_token_id,
-        eos_token_id=[tok.eos_token_id, end],
-        pad_token_id=tok.pad_token_id,
+
+
+def _gemma4_wrapper(text: Any, first: int) -> tuple[str, Any]:
+    from transformers import Gemma4Config
+    from transformers.models.gemma4.configuration_gemma4 import Gemma4VisionConfig
+
+    vision = Gemma4VisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        position_embedding_size=64,
     )
-    model.save_pretrained(folder)
-    return folder
+    names = ("boi", "eoi", "image", "video", "boa", "audio")
+    ids = {f"{name}_token_id": first + i for i, name in enumerate(names)}
+    return "Gemma4ForConditionalGeneration", Gemma4Config(
+        text_config=text, vision_config=vision, eoa_token_index=first + 6, **ids
+    )
+
+
+def _qwen3_5_wrapper(text: Any, first: int) -> tuple[str, Any]:
+    from transformers import Qwen3_5Config
+    from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5VisionConfig
+
+    vision = Qwen3_5VisionConfig(
+        depth=1,
+        hidden_size=32,
+        intermediate_size=64,
+        num_heads=2,
+        out_hidden_size=text.hidden_size,
+        num_position_embeddings=16,
+    )
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids = {name: first + i for i, name in enumerate(names)}
+    return "Qwen3_5ForConditionalGeneration", Qwen3_5Config(
+        text_config=text, vision_config=vision, tie_word_embeddings=text.tie_word_embeddings, **ids
+    )
+
+
+WRAPPERS = {"gemma3": _gemma3_wrapper, "gemma4": _gemma4_wrapper, "qwen3.5": _qwen3_5_wrapper}
 
 
 def make_config(spec: Family, tokenizer: Any, overrides: dict[str, Any]) -> Any:

@@ -350,7 +350,7 @@ def within_the_language_model(model: Any, target_modules: Any) -> Any:
     names = [name for name, _ in _targeted(model, target_modules)]
     inside = sorted({n.rsplit(".", 1)[-1] for n in names if n.startswith(f"{path}.")})
     outside = [re.escape(n) for n in names if not n.startswith(f"{path}.")]  # the head
-    return "|".join([rf"{re.escape(path)}\..*\.(?:{'|'.join(inside)})", *outside])
+    return "|".join([rf"{re.escape(path)}\.(?:.*\.)?(?:{'|'.join(inside)})", *outside])
 
 
 def _has_experts(model: Any) -> bool:

@@ -22,7 +22,7 @@ from fastft.kernels.fused import FusedLayers  # noqa: E402
 from fastft.planning import load_shape  # noqa: E402
 from fastft.training.exactness import check_rows, choose_rows  # noqa: E402
 from fastft.training.step import Stepper, StepPolicy  # noqa: E402
-from tests.families import make_checkpoint, make_multimodal  # noqa: E402
+from tests.families import SENTENCES, make_checkpoint, make_multimodal  # noqa: E402
 
 EAGER = {"gemma2", "gpt-oss"}  # whose softcaps and sinks SDPA drops
 # What llama.cpp can express: no window in mistral and phi3, a rotation left out of every fourth layer.
@@ -30,14 +30,16 @@ CONFIG = {
     "mistral": {"sliding_window": None},
     "phi3": {"sliding_window": None},
     "smollm3": {"no_rope_layers": None, "no_rope_layer_interval": 4},
+    "gemma4": {"final_logit_softcapping": 30.0},  # as published
 }
+MULTIMODAL = {"gemma3-4b": "gemma3", "gemma4-e2b": "gemma4", "qwen3.5-4b": "qwen3.5"}
 RANK = 4
 FLOAT32 = partial(torch.autocast, "cpu", torch.bfloat16, enabled=False)
 
 
 def make(family, folder):
-    if family == "gemma3-4b":
-        return make_multimodal(folder)
+    if family in MULTIMODAL:
+        return make_multimodal(folder, MULTIMODAL[family])
     return make_checkpoint(family, folder, **CONFIG.get(family, {}))
 
 
@@ -138,7 +140,37 @@ def exported(base, folder, family, ids, trained):
     except FastFTError as error:
         return found | {"gguf": "none", "gguf_why": str(error)}
     logits = llama_cpp_logits(Path(record["path"]), ids[0].tolist())
-    return found | {"gguf": record["writer"], "kl": kl(trained[0], logits)}
+    found |= {"gguf": record["writer"], "kl": kl(trained[0], logits)}
+    return found | certified(base, folder, record["path"])
+
+
+def certified(base, folder, gguf):
+    """The certificate's verdicts of adapter, merged folder and GGUF file, and an Ollama template."""
+    from transformers import AutoTokenizer
+
+    from fastft.exporting.ollama import write_modelfile
+    from fastft.verification.verify import verify_files
+
+    result = verify_files(
+        [folder / "adapter", folder / "merged", gguf],
+        base=base,
+        adapter=folder / "adapter",
+        samples=SENTENCES[:6],
+        out=folder / "gguf",
+    )
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    modelfile = write_modelfile(folder / "gguf", Path(gguf), tokenizer).read_text(encoding="utf-8")
+    troubles = [
+        f"{check['name']}: {check['detail']}"
+        for file in result["files"]
+        for check in file["checks"]
+        if check["verdict"] != "pass"
+    ]
+    return {
+        "certificate": {file["kind"]: file["verdict"] for file in result["files"]},
+        "troubles": [trouble.replace(str(folder), "") for trouble in troubles],
+        "ollama": "\nTEMPLATE " in f"\n{modelfile}",
+    }
 
 
 if __name__ == "__main__":

@@ -130,6 +130,19 @@ def test_a_multimodal_model_is_merged_and_its_language_model_written(multimodal,
     assert "blk.1.attn_q.weight" in names.values()
 
 
+def test_modules_beside_the_layers_are_the_language_models_too(tmp_path):
+    """Gemma 4 has a linear layer beside its decoder layers."""
+    base = make_multimodal(tmp_path / "base", "gemma4")
+    model, _ = ENGINE.from_pretrained(str(base), dtype=torch.float32)
+    trained, count = loading.attach_lora(
+        model, ENGINE, LoraConfig(r=2), seed=1, gradient_checkpointing=False, train_token_ids=[]
+    )
+    assert count == load_shape(str(base)).lora_parameters(2)
+    names = [n for n, p in trained.named_parameters() if p.requires_grad]
+    assert any(".language_model.per_layer_model_projection." in name for name in names)
+    assert not any("vision" in name for name in names)
+
+
 @pytest.mark.parametrize("layout", ["vision_tower.vision_model.", "vision_tower."])
 def test_an_adapter_with_vision_keys_is_merged_where_the_base_has_them(
     multimodal, tmp_path, layout

@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 
 from fastft.errors import AnswerIsNoError, CouldNotFinishError, FastFTError
 from fastft.exporting.certificate import LIMITS, judge_distance, limits_for
@@ -12,7 +15,9 @@ from fastft.exporting.gguf import export_gguf
 from fastft.exporting.gguf.lora import export_gguf_lora
 from fastft.exporting.merged import export_merged
 from fastft.exporting.ollama import write_modelfile
+from fastft.verification.checks import check_weights_in_any_form
 from fastft.verification.choose import choose_quantization, smallest
+from fastft.verification.reference import rotary_rows
 from fastft.verification.verify import kind_of, verify_files
 from tests.families import make_checkpoint
 
@@ -148,3 +153,42 @@ def test_limits_judge_kl_and_perplexity():
     assert judge_distance(good | {"kl_mean": float("nan")}, "q2_k").verdict == "fail"
     assert limits_for("q4_1") in LIMITS.values()
     assert all(limits.kl_pass < limits.kl_fail for limits in LIMITS.values())
+
+
+def test_the_weights_of_a_family_without_a_row_are_compared_in_any_known_form(tmp_path):
+    generator = np.random.default_rng(0)
+    weights = {
+        "model.layers.0.self_attn.q_proj.weight": generator.normal(size=(32, 8)),
+        "model.layers.0.input_layernorm.weight": generator.normal(size=8),
+        "model.layers.0.mlp.up_proj.weight": generator.normal(size=(16, 8)),
+    }
+    weights = {name: value.astype(np.float32) for name, value in weights.items()}
+    rows = {f"{name}#rows": np.arange(len(value)) for name, value in weights.items()}
+    np.savez(tmp_path / "weights.npz", **weights, **rows)
+    config = {"model_type": "olmo2", "num_attention_heads": 4, "num_key_value_heads": 4}
+    shapes = {name: list(value.shape) for name, value in weights.items()}
+    reference = {"folder": tmp_path, "config": config, "tensors": shapes}
+    names = dict(zip(("q", "norm", "up"), weights, strict=True))
+
+    def verdict(**changes):
+        q, norm, up = weights.values()
+        held = {"q": q[rotary_rows(32, 4)], "norm": norm + 1, "up": up} | changes
+        tensors = [
+            SimpleNamespace(
+                name=name,
+                data=data,
+                shape=np.array(data.shape[::-1]),
+                tensor_type=GGMLQuantizationType.F32,
+            )
+            for name, data in held.items()
+        ]
+        found = check_weights_in_any_form(SimpleNamespace(tensors=tensors), reference, names)
+        return found.verdict, found.detail
+
+    assert verdict() == ("pass", "3 tensors, each in a known form")
+    assert verdict(q=next(iter(weights.values())))[0] == "pass"
+    for name, wrong in (("up", list(weights.values())[2][::-1].copy()), ("norm", np.ones(8, "f4"))):
+        assert verdict(**{name: wrong}) == (
+            "warn",
+            f"1 of 3 tensors are in a form that is not known: {name}",
+        )
