@@ -100,7 +100,8 @@ def _trains(found: dict[str, Any]) -> str:
 def _rows(found: dict[str, Any]) -> str:
     if found["rows"] == "padded":
         return "padded: " + found["rows_why"].removeprefix("padded batches, because ")
-    return "exact, tested" if "known" in found["rows_why"] else "exact, looked at in each run"
+    seen = found["rows_why"].startswith("exact here")
+    return "exact, looked at in each run" if seen else "exact, tested"
 
 
 def _layers(classes: list[str]) -> str:
