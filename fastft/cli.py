@@ -73,7 +73,10 @@ def main() -> NoReturn:
     with contextlib.suppress(ValueError):  # not the main thread: somebody calls us from another
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         repeat_swallowed_interrupts()
-    code = run(sys.argv[1:])
+    try:
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:  # while an error was being told: a launcher ends all processes
+        code = 130
     sys.stdout.flush()
     sys.stderr.flush()
     # What torch and llama.cpp leave behind must neither hold up the shell nor crash on the way out.
@@ -803,7 +806,8 @@ def _in_processes(processes: int, command: list[str], as_json: bool) -> int:
 def _end_with(error: FastFTError, debug: bool) -> int:
     """Say why it ended, once for all processes of a run; returns the exit code."""
     if isinstance(error, ranks.LostProcessError) and ranks.OWN_LAUNCHER in os.environ:
-        time.sleep(ranks.LAST_WORDS_SECONDS)
+        with contextlib.suppress(KeyboardInterrupt):  # the launcher has seen it, and says end
+            time.sleep(ranks.LAST_WORDS_SECONDS)
         return ranks.HANGS if "timed out" in str(error).lower() else ranks.LOST
     if ranks.tells_why():
         say_error(error, debug)

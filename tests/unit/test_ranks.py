@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastft import cli
 from fastft.data.batches import Segment
 from fastft.errors import FastFTError
 from fastft.training import ranks
@@ -101,6 +102,17 @@ def test_the_launcher_says_what_no_process_could(codes, expected, words, capsys)
     said = capsys.readouterr().err
     assert words in said
     assert bool(said) == bool(words)
+
+
+def test_a_launchers_end_during_the_last_words_is_no_accident(monkeypatch):
+    """Its SIGTERM reaches a process that has just lost another one and waits to be seen."""
+
+    def told_to_end(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv(ranks.OWN_LAUNCHER, "1")
+    monkeypatch.setattr(cli.time, "sleep", told_to_end)
+    assert cli._end_with(ranks.LostProcessError("gone"), debug=False) == ranks.LOST
 
 
 # --- dropout
