@@ -120,13 +120,21 @@ QUICKSTART = Path(__file__).parents[2] / "fastft" / "quickstart" / "base"
 def test_one_two_and_three_processes_train_alike(
     family, engine, run_of, checkpoint_of, rows_file, tmp_path
 ):
+    source, allowed = rows_file, (SLACK, 5e-5)
     if family == "quickstart":
-        # Its own task: on foreign rows its loss is 11, where float32's last digit is 9.5e-7.
         base, source = QUICKSTART, write_task(tmp_path / "task").train
     else:
-        base, source = checkpoint_of(family), rows_file
+        base = checkpoint_of(family)
     config, one = run_of(base, "one", source, engine=engine)
     assert fastft("train", config).code == 0
+    if family == "quickstart":
+        # It learns its task within the 30 steps, and Adam makes large what a rounded gradient near
+        # zero is: one process that cuts its rows otherwise says how far that goes.
+        config, cut = run_of(base, "cut", source, engine=engine, micro_batch_tokens=50)
+        assert fastft("train", config).code == 0
+        found = max(abs(losses(cut)[step] - loss) for step, loss in losses(one).items())
+        allowed = 4 * found, 4 * distance(adapter(cut), adapter(one))
+        print(f"one process, other rows: loss {found:.1e}, adapter {allowed[1] / 4:.1e}")
     for processes in (2, 3):
         config, run = run_of(base, f"of{processes}", source, engine=engine)
         done = torchrun(processes, "unequal budgets", config)
@@ -136,8 +144,8 @@ def test_one_two_and_three_processes_train_alike(
         print(f"{family} {engine}: {processes} processes, loss {worst:.1e}, ", end="")
         print(f"adapter {distance(adapter(run), adapter(one)):.1e}")
         assert len(trace) == 30
-        assert worst <= SLACK
-        assert distance(adapter(run), adapter(one)) <= 5e-5
+        assert worst <= allowed[0]
+        assert distance(adapter(run), adapter(one)) <= allowed[1]
 
 
 @pytest.mark.long
