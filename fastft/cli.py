@@ -33,7 +33,7 @@ from fastft.console import (
     say_error,
     then,
 )
-from fastft.errors import AnswerIsNoError, FastFTError, explained, one_of
+from fastft.errors import PANIC, AnswerIsNoError, FastFTError, explained, one_of
 from fastft.inference.sampling import Sampling
 from fastft.training import ranks
 from fastft.verbs import MAX_KL, Certificate
@@ -137,9 +137,11 @@ def run(arguments: list[str]) -> int:
             if ranks.first():
                 print("interrupted", file=sys.stderr)
             return 130
-        except (
-            Exception
-        ) as error:  # the last door: no traceback reaches a user who did not ask for it
+        except BaseException as error:
+            # The last door: no traceback reaches a user who did not ask for it. A panic of a
+            # library in Rust (tokenizers, safetensors) is no Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+                raise
             reserve.clear()
             if hasattr(error, "show") and hasattr(
                 error, "exit_code"

@@ -53,8 +53,12 @@ OUT_OF_MEMORY = (
     "cannot allocate memory",
     # A library that is loaded late is mapped, which takes addresses.
     "failed to map segment",
+    "threadpoolbuilderror",
 )
 """What a failed allocation is called, in lower case, where it is no exception of its own."""
+
+PANIC = "PanicException"
+"""What a library in Rust raises where it gives up; derived from BaseException."""
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EAGAIN}
 """What the system says about its own limits, not about what the user gave."""
@@ -70,7 +74,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     text = str(error).lower()
     says = isinstance(error, RuntimeError | ImportError | OSError)
-    says = says or type(error).__name__ == "SafetensorError"
+    says = says or type(error).__name__ in ("SafetensorError", PANIC)
     return says and any(sign in text for sign in OUT_OF_MEMORY)
 
 

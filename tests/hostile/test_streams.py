@@ -56,7 +56,9 @@ def test_a_signal_before_the_loop_is_130_and_one_line():
 
 
 def test_what_the_machine_says_is_no_bug():
+    panic = type("PanicException", (BaseException,), {})
     for error in (
+        panic("The global thread pool has not been initialized.: ThreadPoolBuildError { kind }"),
         MemoryError(),
         RuntimeError("can't start new thread"),
         RuntimeError("std::bad_alloc"),
