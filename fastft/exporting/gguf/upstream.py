@@ -59,7 +59,7 @@ def export_upstream(
     out.mkdir(parents=True, exist_ok=True)
     sixteen = sum(_values(weights.shape(name)) for name in weights.names) * 2
     check_disk(out, 3 * sixteen)
-    pre = _pre(vocabulary, weights)
+    pre, add_bos = _by_behaviour(vocabulary, weights)
     with scratch(".upstream-", out) as work:
         model = weights.base
         if weights.adapter:
@@ -71,7 +71,7 @@ def export_upstream(
             if step not in made:
                 made[step] = work / f"{step}.gguf"
                 has_mtp = any(name.startswith("mtp.") for name in weights.names)
-                convert(converter, model, made[step], step, pre, has_mtp=has_mtp)
+                convert(converter, model, made[step], step, pre, add_bos=add_bos, has_mtp=has_mtp)
         for kind, path in paths.items():
             if kind not in UNQUANTIZED:
                 quantize_file(made["bf16"], path, kind, imatrix=imatrix, threads=threads)
@@ -89,13 +89,15 @@ def convert(
     kind: str,
     pre: str | None = None,
     *,
+    add_bos: bool | None = None,
     has_mtp: bool = False,
 ) -> None:
     """Run the upstream converter on the folder `model`; FastFTError with its last words where it
     fails.
 
-    `has_mtp`: the checkpoint holds the heads that predict several tokens (Qwen3.5's `mtp.*`).
-    transformers saves a model without them, and the converter must be told.
+    `add_bos`: whether the tokenizer begins a text with BOS, written where the converter says
+    nothing of it. `has_mtp`: the checkpoint holds the heads that predict several tokens (Qwen3.5's
+    `mtp.*`). transformers saves a model without them, and the converter must be told.
     """
     about = out.with_name("metadata.json")
     about.write_text(json.dumps({ours.GGUF_KEY: ours.NAME}), encoding="utf-8")
@@ -109,7 +111,10 @@ def convert(
         errors="replace",
         check=False,
         env=child.environment(
-            FASTFT_PRE=pre or "", FASTFT_NO_MTP="" if has_mtp else "1", HF_HUB_OFFLINE="1"
+            FASTFT_PRE=pre or "",
+            FASTFT_ADD_BOS="" if add_bos is None else str(int(add_bos)),
+            FASTFT_NO_MTP="" if has_mtp else "1",
+            HF_HUB_OFFLINE="1",
         ),
     )
     if done.returncode or not out.is_file():
@@ -121,18 +126,19 @@ def convert(
         )
 
 
-def _pre(vocabulary: Path, weights: Weights) -> str | None:
-    """Return the splitting rule's name by behaviour, or None where the tokenizer is of another
-    kind.
+def _by_behaviour(vocabulary: Path, weights: Weights) -> tuple[str | None, bool | None]:
+    """Return the splitting rule's name and whether BOS is added, as the tokenizer behaves; None
+    where it is of another kind.
     """
     from fastft.exporting.gguf.architectures import Unsupported
     from fastft.exporting.gguf.tokenizer import tokenizer_metadata
 
     rows = next(weights.shape(n)[0] for n in weights.names if n.endswith("embed_tokens.weight"))
     try:
-        return str(tokenizer_metadata(vocabulary, rows, "", weights.base)["tokenizer.ggml.pre"][0])
+        found = tokenizer_metadata(vocabulary, rows, "", weights.base)
     except Unsupported:
-        return None
+        return None, None
+    return str(found["tokenizer.ggml.pre"][0]), bool(found["tokenizer.ggml.add_bos_token"][0])
 
 
 def upstream_folder() -> Path:
