@@ -206,7 +206,9 @@ def init(
     model: Annotated[
         str | None, typer.Option("--model", help="Hub id or folder of the base model")
     ] = None,
-    data: Annotated[str, typer.Option("--data", help="file or Hub id of the data")] = "data.jsonl",
+    data: Annotated[
+        str | None, typer.Option("--data", help="file or Hub id of the data; default: data.jsonl")
+    ] = None,
     project: Annotated[
         str | None, typer.Option("--project", help="name of the run; default: the data file's")
     ] = None,
@@ -218,19 +220,28 @@ def init(
     from fastft.config import ModelConfig
     from fastft.data.glance import glance
     from fastft.hardware import named_gpu, probe
-    from fastft.planning.init import commented_config, suggested_model
+    from fastft.planning.init import (
+        EMBEDDED_ONLY_TRIES,
+        commented_config,
+        is_embedded,
+        suggested_model,
+    )
 
     if out is not None and out.exists():
         raise FastFTError(f"{out} exists and is not replaced. Name another file, or delete it.")
     base = model or suggested_model(named_gpu(gpu) if gpu else probe())
-    seen = glance(data, ModelConfig(name=base).name)
+    source = data or "data.jsonl"
+    # A file that is named must be there; the default is a place to fill in.
+    seen = glance(source, ModelConfig(name=base).name) if data or Path(source).exists() else None
     text = commented_config(
-        gpu=gpu, model=base, data=data, project=project, seen=seen, file=str(out or "run.yaml")
+        gpu=gpu, model=base, data=source, project=project, seen=seen, file=str(out or "run.yaml")
     )
+    if is_embedded(base):
+        print(f"note: {EMBEDDED_ONLY_TRIES}", file=sys.stderr)
     if out is None:
         return print(text, end="")
     out.write_text(text, encoding="utf-8")
-    found = f" for {seen}" if seen else f"; {data} is not a file here, so nothing was looked at"
+    found = f" for {seen}" if seen else f"; {source} is not a file here, so nothing was looked at"
     steps = then(["fastft", "plan", out], ["fastft", "train", out])
     print(f"wrote {out}{found}{steps}", file=sys.stderr)
 
@@ -317,8 +328,13 @@ def sweep(
     if not ranks.first():
         return
     Reporter().console.print(table(found))
-    best = str(found.best.run.path) if found.best else "none has a held-out loss"
-    print_result(found.as_dict(), as_json, text=f"best: {best}")
+    if found.best:
+        run = found.best.run.path
+        steps = then(["fastft", "chat", run], ["fastft", "export", run, "--to", "gguf:q4_k_m"])
+        text = f"best: {run}{steps}"
+    else:
+        text = "best: none has a held-out loss"
+    print_result(found.as_dict(), as_json, text=text)
 
 
 @app.command(epilog=example("fastft data run.yaml"))
@@ -620,10 +636,8 @@ def serve(
     from fastft.verification.serving import gguf_of
 
     file, why = gguf_of(target, base=base)
-    print(
-        f"loading {file} ({why}) to serve it at http://{host}:{port}/v1 (Ctrl-C ends it)",
-        file=sys.stderr,
-    )
+    print(f"loading {file} ({why})", file=sys.stderr)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     run_server(
         file,
         host=host,
@@ -632,6 +646,19 @@ def serve(
         gpu_layers=_layers(gpu_layers),
         n_ctx=n_ctx,
         api_key=api_key,
+        on_open=lambda: print(_how_to_ask(address, key=api_key is not None), file=sys.stderr),
+    )
+
+
+def _how_to_ask(address: str, *, key: bool) -> str:
+    """Return where the server listens and a request to try."""
+    header = ' -H "Authorization: Bearer $FASTFT_API_KEY"' if key else ""
+    body = '{"messages": [{"role": "user", "content": "Hello"}], "temperature": 0}'
+    return (
+        f"serving at {address} (Ctrl-C ends it). Requests that give no temperature are sampled at "
+        "1, as in OpenAI's API; fastft chat takes 0. To try it:\n"
+        f"  curl {address}/chat/completions{header} -H 'Content-Type: application/json' "
+        f"-d '{body}'"
     )
 
 
@@ -706,8 +733,11 @@ def plan(
     result = command.run(
         config, overrides, gpu=gpu, gpus=gpus, apply=apply, plot=plot, show=not as_json
     )
-    print_result(result, as_json, text="")
-    if result.verdict == "does_not_fit":
+    fits = result.verdict != "does_not_fit"
+    wanted = apply or config
+    steps = then(["fastft", "data", wanted], ["fastft", "train", wanted])
+    print_result(result, as_json, text=steps.strip() if fits or apply else "")
+    if not fits:
         raise typer.Exit(1)
 
 

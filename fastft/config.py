@@ -6,6 +6,7 @@ is an error that names the nearest known one; all problems are collected and rep
 
 from __future__ import annotations
 
+import copy
 import re
 import reprlib
 from pathlib import Path
@@ -519,11 +520,25 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         )
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise FastFTError(f"config file {path} {what}. Write one with: fastft init -o {path}")
+        beside = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        near = did_you_mean(path.name, beside)
+        raise FastFTError(f"config file {path} {what}{near}. Write one with: fastft init -o {path}")
     values = read_yaml(path)
-    for override in overrides or []:
-        _apply_override(values, override)
-    return make_config(values, where=str(path))
+    if not overrides:
+        return make_config(values, where=str(path))
+    changed = copy.deepcopy(values)
+    for override in overrides:
+        _apply_override(changed, override)
+    try:
+        return make_config(changed, where=str(path))
+    except FastFTError:
+        make_config(values, where=str(path))  # the file's own mistakes are said first
+        settings = " ".join(map(_short_setting, overrides))
+        return make_config(changed, where=f"the settings on the command line ({settings})")
+
+
+def _short_setting(override: str) -> str:
+    return override if len(override) <= 60 else f"{override[:60]}..."
 
 
 MOST_ALIASES = 50

@@ -61,6 +61,14 @@ def spoken(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
+def sized(count: int) -> str:
+    """Return a number of bytes as people say it: 812 bytes, 40.1 KiB, 1.2 MiB, 3.4 GiB."""
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count} bytes"
+
+
 class Reporter:
     """Prints choices, notes, a progress bar; `quiet` keeps only warnings."""
 

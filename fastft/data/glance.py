@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fastft.data.read import Bad, open_source
+from fastft.data.read import Bad, kind_of, missing, open_source
 
 SAMPLED = 400
 """Rows whose length is looked at: the first ones, and every so many after them."""
@@ -57,9 +57,11 @@ def glance(source: str, model: str) -> Glance | None:
     """Return what `source` holds, in tokens of the base `model`; None where it is no local file or
     folder (a Hub id is looked at by `fastft data`).
 
-    Raises FastFTError where the file cannot be read.
+    Raises FastFTError where the file cannot be read, or is named like a data file and is not there.
     """
     if not Path(source).expanduser().exists():
+        if kind_of(Path(source)) is not None:
+            raise missing(source)
         return None
     tokens, rows = _tokenizer(model), 0
     lengths: list[int] = []

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fastft import hub
-from fastft.errors import FastFTError
+from fastft.errors import FastFTError, did_you_mean
 
 CHUNK_ROWS = 1000
 CHUNK_BYTES = 1 << 20
@@ -247,9 +247,23 @@ def open_source(
         and not source.startswith(".")
     ):
         return _from_hub(source, name, split, streaming)
-    raise FastFTError(
-        f"the data file {source} does not exist (looked in {path.absolute().parent}). Set "
-        "data.source."
+    raise missing(source)
+
+
+def missing(source: str) -> FastFTError:
+    """Return the error for a data file that is not there: where it was looked for, and the data
+    files that are there.
+    """
+    path = Path(source).expanduser()
+    folder = path.absolute().parent
+    if folder.is_dir():
+        names = sorted(p.name for p in folder.iterdir() if kind_of(p) is not None)
+        some = ", ".join([*names[:5], *(["..."] if len(names) > 5 else [])])
+        hint = did_you_mean(path.name, names) or (some and f"; data files there: {some}")
+    else:
+        hint = "; that folder does not exist either"
+    return FastFTError(
+        f"the data file {source} does not exist (looked in {folder}){hint}. Set data.source."
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 
 from fastft.engines.base import Engine
@@ -61,6 +62,9 @@ def get_engine(name: str) -> Engine:
             "engine: stock."
         )
     assert name in ENGINES, name
+    first_process = os.environ.get("RANK", "0") == "0"
+    if name == "unsloth" and "unsloth" not in sys.modules and first_process:
+        print("loading Unsloth (takes some seconds)", file=sys.stderr, flush=True)
     return importlib.import_module(f"fastft.engines.{name}").ENGINE
 
 

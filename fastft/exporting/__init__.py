@@ -17,7 +17,7 @@ from fastft.config import export_targets
 from fastft.errors import CouldNotFinishError, FastFTError
 from fastft.exporting.certificate import forget, refuse_foreign
 from fastft.exporting.place import one_at_a_time
-from fastft.progress import Reporter
+from fastft.progress import Reporter, sized
 from fastft.runs.mirror import follow
 from fastft.runs.target import Target, resolve
 
@@ -73,7 +73,7 @@ def export(
     if refused and not files:
         raise refused[0][1]
     for entry in files:
-        report.note(f"wrote {entry['path']} ({entry['bytes'] / 2**20:,.1f} MiB)")
+        report.note(f"wrote {entry['path']} ({sized(entry['bytes'])})")
     for kind, why in refused:
         report.warn(f"{kind} was not written: {why}")
     if target.run is not None:

@@ -8,6 +8,7 @@ writes the same bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -135,11 +136,14 @@ def write_modelfile(
 
 
 def create_line(modelfile: Path | str, name: str) -> str:
-    """Return the command that makes the Ollama model; run it in the Modelfile's folder."""
-    return (
-        f"ollama create {re.sub(r'[^a-z0-9._-]+', '-', name.lower()).strip('-._') or 'model'} -f "
-        f"{Path(modelfile).name}"
-    )
+    """Return the command that makes the Ollama model; run it in the Modelfile's folder.
+
+    Ollama's names have ASCII letters and digits only: of another name what is left, or "fastft-"
+    and six digits of its SHA-256, so that two projects in Japanese do not become one model.
+    """
+    plain = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")
+    short = plain or f"fastft-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+    return f"ollama create {short} -f {Path(modelfile).name}"
 
 
 def relative(path: Path | str, folder: Path) -> str:

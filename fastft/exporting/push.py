@@ -23,7 +23,7 @@ from fastft.exporting.certificate import (
 )
 from fastft.exporting.merged import belongs_to_merged
 from fastft.files import sha256
-from fastft.progress import Reporter
+from fastft.progress import Reporter, sized
 from fastft.runs.adapter import belongs_to_adapter
 from fastft.runs.card import model_card
 from fastft.runs.target import Target, resolve
@@ -74,7 +74,7 @@ def push(
     if include:
         folder = Path(out).expanduser() if out is not None else target.default_out
         parts += export_parts(target, folder, include, base)
-    report.note(f"pushing {len(parts)} files ({sum(map(_size, parts)) / 2**20:,.1f} MiB) to {repo}")
+    report.note(f"pushing {len(parts)} files ({sized(sum(map(_size, parts)))}) to {repo}")
     with hub.hub_errors(f"base model {base!r}"):
         _api().model_info(base)  # the card must name something that others can load
     return _upload(repo, private, parts, _message(target), report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -9,7 +10,8 @@ from fastft.errors import FastFTError
 from fastft.inference.generate import ChatModel, Messages, ask, messages_of, open_chat
 from fastft.inference.sampling import Sampling
 
-HELP = "/exit (or an empty line) ends it, /reset forgets what was said, /help shows this."
+HELP = "/exit (/quit, or an empty line) ends it, /reset forgets what was said, /help shows this."
+LEAVE = ("", "/exit", "/quit")
 
 
 def answers(
@@ -58,7 +60,7 @@ def converse(
         except EOFError:
             print()  # the shell's prompt begins a line of its own
             return
-        if not prompt or prompt == "/exit":
+        if prompt in LEAVE:
             return
         if prompt == "/reset":
             history = list(opening)
@@ -66,6 +68,9 @@ def converse(
             continue
         if prompt == "/help":
             print(HELP, file=sys.stderr)
+            continue
+        if re.fullmatch(r"/[a-z]+", prompt):
+            print(f"There is no command {prompt}: {HELP}", file=sys.stderr)
             continue
         history.append({"role": "user", "content": prompt})
         if base is not None:

@@ -13,8 +13,9 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,10 @@ def serve(
     gpu_layers: int | str = "auto",
     n_ctx: int | None = None,
     api_key: str | None = None,
+    on_open: Callable[[], None] | None = None,
 ) -> None:
-    """Serve the GGUF file at http://host:port/v1 until interrupted.
+    """Serve the GGUF file at http://host:port/v1 until interrupted; `on_open` is called once it
+    listens.
 
     Every adapter in `loras` is a model of its own beside the bare file: the request's "model" (a
     file name without .gguf) chooses. Only this machine can connect unless `host` says otherwise,
@@ -45,16 +48,27 @@ def serve(
     not load or the key is missing, CouldNotFinishError where the port is taken.
     """
     require_key(host, api_key)
+    require_free_port(host, port)  # before the model is loaded
     app = make_app(
         path, loras=loras, gpu_layers=gpu_layers, n_ctx=n_ctx, api_key=api_key, host=host
     )
     require_free_port(host, port)
     import uvicorn
 
-    uvicorn.run(
+    class Server(uvicorn.Server):
+        """Says where it listens once it does."""
+
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            if self.started and on_open is not None:
+                on_open()
+
+    config = uvicorn.Config(
         app, host=host, port=port, log_level="warning", http="h11", ws="none", lifespan="off",
         proxy_headers=False, server_header=False,
     )  # fmt: skip
+    with suppress(KeyboardInterrupt):  # uvicorn has ended in order and raises what ended it
+        Server(config).run()
 
 
 def require_key(host: str, api_key: str | None) -> None:
@@ -129,6 +143,7 @@ class Served:
 
         try:
             asked = await read_request(request, chat=chat)
+            asked = replace(asked, model=asked.model or next(iter(self.adapters)))
             if self.waiting >= MOST_WAITING:
                 raise RefusedError(503, f"{self.waiting} requests are waiting; try again later")
             pieces = self._pieces(asked, request)
@@ -208,7 +223,7 @@ def _head(asked: Completion, kind: str) -> dict[str, Any]:
         "id": f"{'chatcmpl' if asked.messages is not None else 'cmpl'}-{uuid.uuid4().hex}",
         "object": kind,
         "created": int(time.time()),
-        "model": asked.model or "",
+        "model": asked.model,
     }
 
 

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from fastft.config import RunConfig
+from fastft.config import EMBEDDED, ModelConfig, RunConfig
 from fastft.hardware import GIB, Hardware, named_gpu, probe
 
 # (VRAM from, model): 4-bit weights, 2,048 tokens and LoRA r 16 with room to spare; none needs a
@@ -23,6 +23,20 @@ SUGGESTED = (
     (7 * GIB, "unsloth/Qwen3-1.7B-unsloth-bnb-4bit"),
     (0, "Qwen/Qwen3-0.6B"),
 )
+
+EMBEDDED_RATE = 3e-3
+"""The embedded base is some hundred times smaller than others: at the usual rate it learns nothing
+in a short run.
+"""
+EMBEDDED_ONLY_TRIES = (
+    "the embedded quickstart model knows nothing but its own invented towns. It is for trying the "
+    "commands on your data; name a real base with --model for a useful result."
+)
+
+
+def is_embedded(model: str) -> bool:
+    """Whether `model` names the tiny base that comes with fastft."""
+    return ModelConfig(name=model).name == ModelConfig(name=EMBEDDED).name
 
 
 def commented_config(
@@ -47,6 +61,8 @@ def commented_config(
         ("model", "name"): model or suggested_model(hardware),
         ("data", "source"): data,
     }
+    if is_embedded(values["model", "name"]):
+        values["train", "learning_rate"] = EMBEDDED_RATE
     if hardware.kind != "cuda":
         values["model", "max_seq_length"] = 512
     elif hardware.vram_bytes > 38 * GIB:

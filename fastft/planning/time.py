@@ -200,7 +200,9 @@ def _steps_of_data(config: RunConfig) -> tuple[int | None, str]:
         return None, ""
     held_out = 0.0 if config.data.eval_source else config.data.eval_fraction
     an_epoch = math.ceil(rows * (1 - held_out) / train.effective_batch_size)
-    return max(1, math.ceil(train.epochs * an_epoch)), f"{rows:,} rows in {source.name}"
+    return max(
+        1, math.ceil(train.epochs * an_epoch)
+    ), f"{rows:,} rows in {source.name}, before any is left out"
 
 
 def _is_plain_text(line: bytes) -> bool:

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len, set_cell_size
+
 from fastft.errors import FastFTError
 from fastft.files.locks import is_held
 from fastft.runs.folder import RunFolder, best_step
@@ -31,7 +33,8 @@ class RunSummary:
 
 
 def list_runs(folder: str | Path = DEFAULT_FOLDER) -> list[RunSummary]:
-    """Return the runs directly below `folder`, the one changed last first.
+    """Return the runs directly below `folder` and the trials of its sweeps, the one changed last
+    first.
 
     Raises FastFTError where there is no such folder.
     """
@@ -41,7 +44,10 @@ def list_runs(folder: str | Path = DEFAULT_FOLDER) -> list[RunSummary]:
             f"there is no folder {folder}. Runs lie in output_dir of the config (default: runs); "
             "name another folder: fastft runs FOLDER."
         )
-    found = [path for path in folder.iterdir() if (path / "run.yaml").is_file()]
+    # A sweep's trials are runs in a folder of their own, beside sweep.json.
+    sweeps = [path.parent for path in folder.glob("*/sweep.json")]
+    places = [path for place in (folder, *sweeps) for path in place.iterdir()]
+    found = [path for path in places if (path / "run.yaml").is_file()]
     found.sort(key=_last_change, reverse=True)
     return [_summary(RunFolder(path)) for path in found]
 
@@ -60,11 +66,9 @@ def as_table(summaries: list[RunSummary], folder: Path) -> str:
         steps = f"{one.step} of {one.total_steps}" if one.total_steps else str(one.step or "")
         loss = "" if one.eval_loss is None else f"{one.eval_loss:.4f}"
         rows.append([one.run, one.status, steps, loss, ", ".join(one.exports)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    # As wide as a terminal shows them: a Japanese character takes two columns.
+    widths = [max(cell_len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(map(set_cell_size, row, widths)).rstrip() for row in rows]
     lines += [f"{one.run}: {one.problem}" for one in summaries if one.problem]
     return "\n".join(lines)
 

@@ -252,7 +252,7 @@ def _go_on(session: Session, newest: Path | None, moved: list[str]) -> RunResult
     opened = session.open()
     _refuse_another_base(session, opened, record, moved)
     data = session.read_data(opened)
-    _refuse_other_data(run, data, record)
+    _refuse_other_data(session, data, record)
     run.write_config(session.config)  # with what may change, and the paths of this machine
     at = checkpoint.step_of(newest) if newest else 0
     session.history.extend(entry for entry in run.read_log() if entry["step"] <= at)
@@ -325,16 +325,17 @@ def _refuse_another_base(
         )
 
 
-def _refuse_other_data(run: RunFolder, data: PreparedData, record: dict[str, Any]) -> None:
+def _refuse_other_data(session: Session, data: PreparedData, record: dict[str, Any]) -> None:
     """Raise FastFTError where the data is not what the run was started with."""
     was = record.get("dataset", {}).get("fingerprint") or "unknown"
     if data.fingerprint != was:
         raise FastFTError(
-            f"the data of the run in {run.path} has changed since it was started "
+            f"the data of the run in {session.run.path} has changed since it was started "
             f"(fingerprint {was[:12]}, now "
-            f"{data.fingerprint[:12]}: content, tokenizer, template or data "
-            "settings). Put it back to go on, or "
-            "start a new run with another project name."
+            f"{data.fingerprint[:12]}: content, tokenizer, template or data settings). Put "
+            "data.source (or data.sources) and the other data settings back to go "
+            "on, or start a new run beside it under another name: fastft train CONFIG "
+            f"project={session.config.project}-2"
         )
 
 

@@ -13,7 +13,7 @@ from fastft.exporting.llama import base_folder, importance, sample_ids
 from fastft.exporting.place import one_at_a_time
 from fastft.files import ours
 from fastft.files.scratch import scratch
-from fastft.progress import Reporter
+from fastft.progress import Reporter, sized
 from fastft.runs.target import resolve
 
 if TYPE_CHECKING:
@@ -72,10 +72,7 @@ def choose_quantization(
                 raise CouldNotFinishError(
                     f"{kind} could not be measured: {json.dumps(entry['checks'][-1])}"
                 )
-            say(
-                f"{kind}: {record['bytes'] / 2**20:,.1f} MiB, KL {entry['kl_mean']:.3g}, "
-                f"{entry['verdict']}"
-            )
+            say(f"{kind}: {sized(record['bytes'])}, KL {entry['kl_mean']:.3g}, {entry['verdict']}")
             return entry["kl_mean"] <= max_kl and entry["verdict"] != "fail"
 
         chosen = smallest(candidates, near_enough)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastft.errors import FastFTError
-from fastft.files import read_json, write_atomically
+from fastft.files import read_json, sha256, write_atomically
 from fastft.inference import metrics
 from fastft.inference.metrics import Scores
 from fastft.progress import Reporter
@@ -88,6 +88,11 @@ def evaluate(
     how = {"base": base, "dtype": dtype, "gpu_layers": gpu_layers, "n_ctx": n_ctx}
     folder = _out_folder(target, base, Path(str(data)).stem, out)
     _refuse_foreign(folder)
+    if trained_on(target, str(data)):
+        report.warn(
+            f"{data} is what this run was trained on: the scores say how well it was learnt, not "
+            "how well it answers new questions. Use rows that it has not seen."
+        )
     results: list[_Result] = []
     for judged in _models(target, against, how, with_base, with_exports, report):
         results.append(_ask(judged, file, names, tokens))
@@ -149,6 +154,22 @@ def _out_folder(target: str | Path, base: str | None, name: str, out: str | Path
     resolved = resolve(target, base=base)
     folder = resolved.run.path if resolved.run is not None else Path("eval") / resolved.name
     return folder / "eval" / name if resolved.run is not None else folder / name
+
+
+def trained_on(target: str | Path, data: str) -> bool:
+    """Whether the run `target` (or the one that it is final/ of) was trained on the file `data`, or
+    on one with the same bytes.
+    """
+    from fastft.runs.folder import RunFolder
+
+    folder, asked = Path(target).expanduser(), Path(data).expanduser()
+    run = next((p for p in (folder, folder.parent) if (p / "run.yaml").is_file()), None)
+    if run is None or not folder.is_dir() or not asked.is_file():
+        return False
+    config = RunFolder(run).read_config()
+    sources = [config.data.source, *(one.source for one in config.data.sources)]
+    files = [path for name in sources if name and (path := Path(name).expanduser()).is_file()]
+    return any(path.samefile(asked) or sha256(path) == sha256(asked) for path in files)
 
 
 def _enough_tokens(questions: list[Question]) -> int:

@@ -143,13 +143,15 @@ def verify_files(
                 "adapter": adapter and str(adapter),
             }
             job["base_gguf"] = base_gguf and str(base_gguf)
+            say(f"checking {path.name}")
             was = None if accept_changed or kind == "adapter" else changed_since(path, out)
             entry = verify_one(job, folder)
             if was:
                 entry |= {"verdict": "fail", "changed_from": was}
                 entry["checks"].insert(0, unchanged_check(path, was, entry["sha256"]))
             entries.append(entry)
-            say(f"{path.name}: {entry['verdict']}{first_trouble(entry)}")
+            if entry["verdict"] != "pass":  # the answer lists every file's verdict
+                say(f"{path.name}: {entry['verdict']}{first_trouble(entry)}")
     about["reference"]["model"] = str(base) + (f" with the adapter {adapter}" if adapter else "")
     write_certificate(out, entries, about)
     return {"files": entries, "verdict": worst(entry["verdict"] for entry in entries)}

@@ -11,18 +11,22 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from rich.cells import cell_len
 from rich.console import Console
 
 from fastft import cli, console
 from fastft.config import load_config, make_config
 from fastft.data import inspect
 from fastft.data.glance import Glance, glance
-from fastft.exporting import certificate
+from fastft.exporting import certificate, ollama
 from fastft.files import sha256
 from fastft.files.locks import held
+from fastft.inference import conversation
+from fastft.inference.sampling import Sampling
 from fastft.planning.init import commented_config
 from fastft.progress import Pace
 from fastft.runs import listing
+from fastft.verification.evaluation import trained_on
 
 
 @pytest.fixture
@@ -78,10 +82,35 @@ def test_init_looks_at_the_data(here, say):
 
 
 def test_init_prints_where_no_file_is_named(here, say):
-    code, out, _ = say("init", "--data", "elsewhere.jsonl", "--project", "mine")
+    code, out, _ = say("init", "--project", "mine")
     assert code == 0
     assert yaml.safe_load(out)["project"] == "mine"
-    assert "elsewhere.jsonl is no file here" in out
+    assert "data.jsonl is no file here" in out
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("qa.json", "(did you mean 'qa.jsonl'?)"),
+        ("train.csv", "data files there: qa.jsonl"),
+        ("nowhere/train.csv", "that folder does not exist either"),
+    ],
+)
+def test_init_refuses_data_that_is_not_there(here, say, given, hint):
+    code, out, err = say("init", "--data", given)
+    assert (code, out) == (2, "")
+    assert f"the data file {given} does not exist" in err
+    assert hint in err.replace("\n", " ")
+
+
+def test_init_says_what_the_embedded_model_is_good_for(here, say):
+    code, out, err = say("init", "--data", "qa.jsonl", "--model", "quickstart")
+    assert code == 0
+    assert "knows nothing but its own invented towns" in err
+    assert yaml.safe_load(out)["train"]["learning_rate"] == 3e-3
+    _, out, err = say("init", "--data", "qa.jsonl", "--model", "some/base")
+    assert "towns" not in err
+    assert yaml.safe_load(out)["train"]["learning_rate"] == 2e-4
 
 
 def test_the_t4s_model_is_the_notebooks():
@@ -116,6 +145,23 @@ def test_data_given_as_a_config_says_what_to_do(here, say):
     assert code == 2
     assert "qa.jsonl is data, not a config" in err
     assert "fastft init --data qa.jsonl -o qa.yaml" in err
+
+
+def test_a_mistake_is_said_of_the_place_where_it_stands(here, say):
+    (here / "run.yaml").write_text("model: {name: some/base}\ndata: {source: qa.jsonl}\n")
+    code, _, err = say("plan", "run.yaml", "lora.rr=4")
+    assert code == 2
+    assert "the settings on the command line (lora.rr=4): 1 problem" in err
+    (here / "run.yaml").write_text("model: {name: some/base}\ndata: {sauce: qa.jsonl}\n")
+    _, _, err = say("plan", "run.yaml", "lora.rr=4")
+    assert "run.yaml: 2 problems" in err
+
+
+def test_a_config_of_a_near_name_is_offered(here, say):
+    (here / "run.yaml").write_text("{}")
+    code, _, err = say("plan", "run.yml")
+    assert code == 2
+    assert "(did you mean 'run.yaml'?)" in err.replace("\n", " ")
 
 
 @pytest.mark.parametrize(
@@ -175,6 +221,17 @@ def test_runs_are_listed(here, say):
     assert {"run", "status", "step", "total_steps", "eval_loss", "exports"} <= values[0].keys()
 
 
+def test_the_trials_of_a_sweep_are_listed_and_columns_stand_below_each_other(here, say):
+    a_run(here / "runs" / "町の案内", status="done", steps=10, held_out=0.5)
+    a_run(here / "runs" / "faq-sweep" / "lora.r=4", status="done", steps=10, held_out=0.25)
+    (here / "runs" / "faq-sweep" / "sweep.json").write_text("{}")
+    code, out, _ = say("runs")
+    assert code == 0
+    assert re.search(r"faq-sweep/lora.r=4 +done +10 of 10 +0\.2500", out)
+    starts = {cell_len(line[: line.index("done")]) for line in out.splitlines()[1:]}
+    assert len(starts) == 1
+
+
 def test_no_runs(here, say):
     assert say("runs")[0] == 2
     (here / "runs").mkdir()
@@ -187,6 +244,38 @@ def test_a_run_that_is_not_there_is_said_with_those_that_are(here, say, command)
     code, _, err = say(command, "runs/mine2")
     assert code == 2
     assert "runs/mine2 does not exist. Runs in runs: runs/mine." in err
+
+
+def test_a_chats_commands(monkeypatch, capsys):
+    typed = iter(["/bye", "/reset", "/quit", "never asked for"])
+    monkeypatch.setattr(conversation, "open_chat", lambda target, **keywords: None)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    conversation.converse("run", system=None, sampling=Sampling(), compare=False)
+    said = capsys.readouterr().err
+    assert "There is no command /bye" in said
+    assert "begins anew" in said
+    assert next(typed) == "never asked for"
+
+
+def test_projects_in_japanese_are_different_models_in_ollama():
+    names = [
+        ollama.create_line("Modelfile", name).split()[2] for name in ("町の案内", "社内FAQ", "規程")
+    ]
+    assert names[1] == "faq"
+    assert len(set(names)) == 3
+    assert all(re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name) for name in names)
+
+
+def test_an_evaluation_on_trained_rows_says_so(here):
+    run = a_run(here / "runs" / "mine", status="done", steps=10)
+    (run / "run.yaml").write_text(f"model: {{name: x}}\ndata: {{source: {here / 'qa.jsonl'}}}\n")
+    copy = here / "copy.jsonl"
+    copy.write_bytes((here / "qa.jsonl").read_bytes())
+    (here / "new.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    assert trained_on(run, "qa.jsonl")
+    assert trained_on(run, "copy.jsonl")
+    assert not trained_on(run, "new.jsonl")
+    assert not trained_on("model.gguf", "qa.jsonl")
 
 
 # --- outside a terminal
@@ -346,6 +435,7 @@ def test_ctrl_c_while_libraries_are_read_is_one_line(tmp_path):
 
 DOWNLOAD = """
 import sys
+from rich.cells import cell_len
 from rich.console import Console
 from fastft import hub, progress
 progress.SECONDS_BETWEEN_LINES = 0.0
