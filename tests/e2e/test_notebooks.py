@@ -1,6 +1,7 @@
 """Both notebooks: as generated, cell by cell, and executed from the first cell to the last on the embedded model."""
 
 import ast
+import importlib.util
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import make_notebooks as make
@@ -358,14 +360,14 @@ def test_with_a_repository_there_is_a_badge_and_a_source():
 # --- from the first cell to the last
 
 
-def execute(language, tmp_path, settings, environment):
+def execute(language, tmp_path, settings, environment, kernel="python3"):
     notebook = read(language)
     cell = next(cell for cell in notebook.cells if cell.get("id") == "settings")
     cell.source = with_settings(cell.source, settings)
     client = NotebookClient(
         notebook,
         timeout=280,
-        kernel_name="python3",
+        kernel_name=kernel,
         resources={"metadata": {"path": str(tmp_path)}},
     )
     client.execute(env=environment)
@@ -456,6 +458,51 @@ def test_run_all_with_the_settings_that_people_know(language, tmp_path):
     record = json.loads((tmp_path / "runs" / "t" / "run.json").read_text())
     assert record["steps"] == record["total_steps"] < 100
     assert (tmp_path / "cloud" / "fastft" / "t" / "export" / "t.Q8_0.gguf").is_file()
+
+
+@pytest.fixture
+def fresh_kernel(tmp_path, monkeypatch):
+    """A kernel whose Python has every library of this one but fastft; returns its name."""
+    libraries = tmp_path / "libraries"
+    libraries.mkdir()
+    for entry in Path(importlib.util.find_spec("torch").origin).parents[1].iterdir():
+        if not entry.name.startswith(("fastft", "__editable__")) and entry.suffix != ".pth":
+            (libraries / entry.name).symlink_to(entry)
+    venv.create(tmp_path / "env", with_pip=True)
+    (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    (site / "libraries.pth").write_text(f"{libraries}\n")
+    spec = tmp_path / "jupyter" / "kernels" / "fresh"
+    spec.mkdir(parents=True)
+    start = [str(tmp_path / "env/bin/python"), "-m", "ipykernel_launcher", "-f"]
+    kernel = {"argv": [*start, "{connection_file}"], "display_name": "fresh", "language": "python"}
+    (spec / "kernel.json").write_text(json.dumps(kernel))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    return "fresh"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("place", ["Drive", "upload"])
+def test_run_all_from_a_wheel(place, tmp_path, fresh_kernel):
+    """The install cell as it stands, in an environment without fastft: a wheel in Drive, or one
+    that is uploaded when the cell asks for it.
+    """
+    settings, environment = tiny(tmp_path, "en"), colab(tmp_path)
+    target = tmp_path / ("cloud/fastft" if place == "Drive" else "elsewhere")
+    target.mkdir(parents=True)
+    build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", target, ROOT]
+    subprocess.run([sys.executable, "-m", "pip", *build], check=True)
+    (wheel,) = target.glob("fastft-*.whl")
+    if place == "upload":
+        environment["COLAB_UPLOAD"] = str(wheel)
+    notebook = execute("en", tmp_path, settings, environment, fresh_kernel)
+    said = text_of(notebook, "install")
+    assert "installing fastft from:" in said
+    assert ("Upload a wheel of fastft" in said) == (place == "upload")
+    assert list((tmp_path / "env").glob("lib/python*/site-packages/fastft/__init__.py"))
+    if keep := os.environ.get("FASTFT_KEEP_NOTEBOOKS"):
+        nbformat.write(notebook, Path(keep) / f"wheel_{place}.ipynb")
+    certificate = json.loads((tmp_path / "cloud/fastft/t/export/certificate.json").read_text())
+    assert certificate["files"]["t.Q8_0.gguf"]["verdict"] == "pass"
 
 
 @pytest.mark.long
