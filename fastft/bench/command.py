@@ -61,6 +61,13 @@ def measure(
     out: Annotated[
         Path | None, typer.Option("--out", help="where results, logs and plots go")
     ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile",
+            help="run each arm once more and record what its last step spends its time on",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run cases; exit 1 where an arm does not do the same work as plain peft."""
@@ -93,6 +100,7 @@ def measure(
                 repeats=repeats,
                 say=_say,
                 keep=out / "logs" / each.name,
+                profile=profile,
             )
             results.append(found)
             _written(found, out, show_tables=not as_json)

@@ -318,6 +318,8 @@ def look_at_speed(folder: Path, case: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _speed(folder: Path, case: dict[str, Any]) -> Finding:
+    from fastft.bench.profiling import profile_of
+
     model, engine, choices = _load(folder, case)
     stepper_of = partial(_stepper, model, engine, choices)
     segments = random_segments(case["lengths"], case["config"]["vocab_size"])
@@ -422,41 +424,6 @@ def _seconds(stepper: Any, segments: list[Any]) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began
-
-
-LISTED = 10
-
-
-def profile_of(work: Callable[[], Any]) -> dict[str, Any]:
-    """Run `work` under torch's profiler; returns its seconds, the share of them in which the GPU
-    was busy, the kernels that were launched, and the ten that took longest (None and empty where
-    there is no GPU: then the ten longest operations of the CPU).
-    """
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    on_gpu = torch.cuda.is_available()
-    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=kinds) as seen:
-        began = time.perf_counter()
-        work()
-        seconds = time.perf_counter() - began
-    averages = seen.key_averages()
-    kernels = [e for e in averages if "cuda" in str(e.device_type).lower()]
-    busy = sum(e.self_device_time_total for e in kernels) / 1e6
-    of = kernels if on_gpu else list(averages)
-    took: Callable[[Any], float] = (
-        (lambda e: e.self_device_time_total) if on_gpu else (lambda e: e.self_cpu_time_total)
-    )
-    longest = sorted(of, key=took, reverse=True)[:LISTED]
-    return {
-        "seconds": seconds,
-        "gpu_busy_share": busy / seconds if on_gpu else None,
-        "launches": sum(e.count for e in kernels) if on_gpu else None,
-        "longest": [
-            {"name": e.key[:120], "calls": e.count, "seconds": took(e) / 1e6} for e in longest
-        ],
-    }
 
 
 # --- the process

@@ -61,12 +61,15 @@ def run_case(
     repeats: int | None = None,
     say: Callable[[str], None] = lambda text: None,
     keep: Path | None = None,
+    profile: bool = False,
 ) -> Result:
     """Measure `case` on this machine and return the result; nothing is written but to `keep` and a
     temporary folder.
 
     `arms` and `tables` narrow the case, `repeats` overrides it. `keep`: a folder for the workers'
-    logs and gradients. Raises FastFTError for a case that cannot run here at all (no GPU),
+    logs, records and profiles. `profile`: after all rounds each arm runs once more, and its last
+    step is profiled (TABLE-ARM-profile.profile.json in `keep`, see bench/profiling.py). Raises
+    FastFTError for a case that cannot run here at all (no GPU),
     CouldNotFinishError where the reference dies.
     """
     case, machine = check_case(case, arms=arms, tables=tables)
@@ -88,6 +91,9 @@ def run_case(
                 _measure(state, table, arm, repeat)
             if repeat == 0:
                 gates = _gates(state, references, small)
+        if profile:
+            for table, arm in plan:
+                _profile(state, table, arm)
         return _summed_up(state, repeats, gates)
     finally:
         try:
@@ -274,10 +280,24 @@ def _work_of(state: _Invocation, table: str) -> Workload:
 
 def _measure(state: _Invocation, table: str, arm: str, repeat: int) -> None:
     """Run one arm once and keep its record and its gradient."""
+    evidence = _run_in_table(state, f"{table}-{arm}-{repeat}", table, arm, repeat)
+    state.records.append(evidence.record)
+    state.evidence[table, arm, repeat] = evidence
+    record = evidence.record
+    if record.status == "ok":
+        state.say(f"{table} {arm} #{repeat + 1}: {record.non_padding_tokens_per_sec:,.0f} tokens/s")
+    else:
+        state.say(f"{table} {arm} #{repeat + 1}: {record.status}: {record.reason}")
+
+
+def _run_in_table(
+    state: _Invocation, name: str, table: str, arm: str, repeat: int, *, profile: bool = False
+) -> Evidence:
+    """Run an arm with the settings that its table gives it."""
     settings = state.case.tables[table].arms[arm]  # type: ignore[index]
-    evidence = _run_arm(
+    return _run_arm(
         state,
-        name=f"{table}-{arm}-{repeat}",
+        name=name,
         table=table,
         arm=arm,
         repeat=repeat,
@@ -286,14 +306,33 @@ def _measure(state: _Invocation, table: str, arm: str, repeat: int) -> None:
         environment=settings.environment,
         dtype=state.case.dtype,
         model=state.folder / "model",
+        profile=profile,
     )
-    state.records.append(evidence.record)
-    state.evidence[table, arm, repeat] = evidence
-    record = evidence.record
-    if record.status == "ok":
-        state.say(f"{table} {arm} #{repeat + 1}: {record.non_padding_tokens_per_sec:,.0f} tokens/s")
+
+
+def _profile(state: _Invocation, table: str, arm: str) -> None:
+    """Run an arm once more with its last step under the profiler, and say what came out; its times
+    are longer for that and go into no result.
+    """
+    name = f"{table}-{arm}-profile"
+    record = _run_in_table(state, name, table, arm, 1, profile=True).record
+    if record.status != "ok":
+        return state.say(f"{table} {arm} profile: {record.status}: {record.reason}")
+    found = json.loads((state.folder / f"{name}.profile.json").read_text("utf-8"))
+    state.say(f"{table} {arm} profile: {profile_text(found)}")
+
+
+def profile_text(found: dict[str, Any]) -> str:
+    """Return a profile (see bench/profiling.py) as one line."""
+    if found["gpu_busy_share"] is None:
+        of = "no GPU, so the CPU's operations"
     else:
-        state.say(f"{table} {arm} #{repeat + 1}: {record.status}: {record.reason}")
+        of = f"GPU busy {found['gpu_busy_share']:.0%}, {found['launches']:,} launches"
+    longest = ", ".join(
+        f"{each['name'][:40]} {each['calls']:,} x, {each['seconds']:.3f} s"
+        for each in found["longest"][:3]
+    )
+    return f"{found['seconds']:.2f} s a step; {of}; longest: {longest}"
 
 
 def _reference(state: _Invocation, table: str, layers: int | None) -> Evidence:
@@ -339,6 +378,7 @@ def _run_arm(
     environment: dict[str, str],
     dtype: str,
     model: Path,
+    profile: bool = False,
 ) -> Evidence:
     """Start the worker, wait for it, and return its record: of a dead one as well."""
     work = state.folder / name
@@ -363,6 +403,7 @@ def _run_arm(
         "work": str(work),
         "record": str(record_path),
         "gradient": str(gradient) if repeat == 0 else None,
+        "profile": str(state.folder / f"{name}.profile.json") if profile else None,
         "cap_bytes": None if is_reference else state.machine.cap_bytes,
         "threads": state.machine.threads,
     }
@@ -664,9 +705,9 @@ def _versions() -> dict[str, str]:
 
 
 def _keep(folder: Path, keep: Path) -> None:
-    """Copy logs, jobs and gradients for a person who wants to look closer."""
+    """Copy logs, records and profiles for a person who wants to look closer."""
     keep.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("*.log"):
+    for path in [*folder.glob("*.log"), *folder.glob("*.profile.json")]:
         shutil.copy(path, keep)
     for path in folder.glob("*/record.json"):
         shutil.copy(path, keep / f"{path.parent.name}.record.json")

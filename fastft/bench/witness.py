@@ -17,16 +17,26 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from fastft.bench.profiling import StepProfile
 from fastft.bench.record import Step
 from fastft.bench.workload import plain_name
 from fastft.training import ranks
 
 
 class Witness(TrainerCallback):
-    """Give it to the arm's Trainer as a callback; `watch` the model before."""
+    """Give it to the arm's Trainer as a callback; `watch` the model before.
 
-    def __init__(self, gradient_path: Path | None, never: np.ndarray) -> None:
+    `profiled`: the step (the first is 1) that runs under torch's profiler and ends in `profile`.
+    Its time is longer for it, so a run with it is no measurement.
+    """
+
+    def __init__(
+        self, gradient_path: Path | None, never: np.ndarray, profiled: int | None = None
+    ) -> None:
         self.gradient_path = gradient_path
+        self.profiled = profiled
+        self.profile: dict[str, Any] | None = None
+        self._profiler = StepProfile()
         self._padding = torch.from_numpy(never)
         self.steps: list[Step] = []
         self.first_step_seconds: float | None = None
@@ -87,6 +97,8 @@ class Witness(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
+        if len(self.steps) + 1 == self.profiled:
+            self.profile = self._profiler.end()
         # Of all processes, where an arm trains in several.
         tokens, size = ranks.total(sum(int(count) for count in self._counts), self._sizes)
         self.steps.append(
@@ -100,6 +112,8 @@ class Witness(TrainerCallback):
         )
         if self.first_step_seconds is None:
             self.first_step_seconds = now - self._started
+        if len(self.steps) + 1 == self.profiled:
+            self._profiler.begin()
         self._counts, self._sizes, self._started = [], 0, now
 
     def on_log(

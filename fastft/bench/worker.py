@@ -97,7 +97,9 @@ def _train(job: dict[str, Any], case: Case, record: Record) -> None:
         record.load_seconds = time.perf_counter() - imported
         from fastft.bench.witness import Witness
 
-        witness = Witness(Path(job["gradient"]) if job["gradient"] else None, workload.never)
+        gradient = Path(job["gradient"]) if job["gradient"] else None
+        profiled = workload.steps if job["profile"] else None  # the last: all is warm by then
+        witness = Witness(gradient, workload.never, profiled)
         witness.watch(model, Path(job["start"]))
         record.trainable_parameters = witness.trainable_parameters
         clock = _CpuClock(witness, record.warmup_steps)
@@ -113,6 +115,8 @@ def _train(job: dict[str, Any], case: Case, record: Record) -> None:
     record.adapter_change = witness.adapter_change()
     record.noise = Noise(load_average_before=0, load_average_after=0, **clock.noise(job["threads"]))
     record.patches = _patches(arm)
+    if job["profile"]:
+        write_atomically(Path(job["profile"]), json.dumps(witness.profile))
 
 
 def _import_libraries(arm: Any, processes: int) -> None:

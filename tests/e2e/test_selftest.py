@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from fastft.hardware import probe
 from tests.e2e.conftest import fastft, run_python
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
@@ -72,7 +73,8 @@ def test_the_whole_of_it_on_this_machine(tmp_path):
     assert json.loads((tmp_path / "out" / "selftest.json").read_text()) == found
     names = [check["name"] for check in found["checks"]]
     assert "rows: llama" in names
-    assert sum(name.startswith("plan: ") for name in names) == 3
+    # The third, 4-bit weights, is a card's only: on a CPU the plan of those is an upper bound.
+    assert sum(name.startswith("plan: ") for name in names) == (3 if probe().kind == "cuda" else 2)
     assert sum(name.startswith("run: ") for name in names) == 2
     assert found["verdict"] in ("pass", "warn")
     profile = next(c for c in found["checks"] if c["name"] == "speed")["numbers"]["profile"]

@@ -295,6 +295,30 @@ def test_a_real_models_special_tokens_are_never_drawn_and_count_as_padding():
         assert int(witness._counts[0]) == len(drawn.input_ids[0])
 
 
+def test_the_profiled_step_is_the_one_that_was_asked_for_and_a_cpu_says_what_it_lists(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from fastft.bench.witness import Witness
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    witness = Witness(None, np.array([0]), profiled=2)
+    witness.on_train_begin(None, None, None)
+    work = {1: torch.exp, 2: torch.sin, 3: torch.cos}
+    for step in (1, 2, 3):
+        for _ in range(5 * step):
+            work[step](torch.ones(10))
+        witness.on_step_end(None, None, None)
+    calls = {each["name"]: each["calls"] for each in witness.profile["longest"]}
+    assert calls["aten::sin"] == 10
+    assert not calls.keys() & {"aten::exp", "aten::cos"}
+    assert witness.profile["gpu_busy_share"] is None
+    assert witness.profile["launches"] is None
+    assert "no GPU, so the CPU's operations; longest: aten::" in runner.profile_text(
+        witness.profile
+    )
+    busy = witness.profile | {"gpu_busy_share": 0.25, "launches": 1200}
+    assert "GPU busy 25%, 1,200 launches" in runner.profile_text(busy)
+
+
 # --- mistakes before hours of work
 
 
