@@ -65,6 +65,17 @@ Base = Annotated[
 Out = Annotated[
     Path | None, typer.Option("--out", help="where exports go (default: the run's export/)")
 ]
+Talker = Annotated[
+    str, typer.Argument(metavar="RUN", help="a run, adapter or model folder, or a .gguf file")
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
+Loras = Annotated[
+    list[str] | None, typer.Option("--lora", help="adapter GGUF on a base GGUF (repeatable)")
+]
+GpuLayers = Annotated[
+    str, typer.Option("--gpu-layers", help="layers of a GGUF on the GPU: auto or a number")
+]
+Context = Annotated[int | None, typer.Option("--n-ctx", help="context of a GGUF in tokens")]
 
 
 def main() -> NoReturn:
@@ -357,9 +368,7 @@ def data(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
     )
 )
 def chat(
-    target: Annotated[
-        str, typer.Argument(metavar="RUN", help="a run, adapter or model folder, or a .gguf file")
-    ],
+    target: Talker,
     prompt: Annotated[
         list[str] | None,
         typer.Option("--prompt", "-p", help="a question (repeatable); without it, a conversation"),
@@ -375,16 +384,10 @@ def chat(
         bool, typer.Option("--compare", help="the base model's answer beside the adapter's")
     ] = False,
     base: Base = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
-    lora: Annotated[
-        list[str] | None, typer.Option("--lora", help="adapter GGUF on a base GGUF (repeatable)")
-    ] = None,
-    gpu_layers: Annotated[
-        str, typer.Option("--gpu-layers", help="layers of a GGUF on the GPU: auto or a number")
-    ] = "auto",
-    n_ctx: Annotated[
-        int | None, typer.Option("--n-ctx", help="context of a GGUF in tokens")
-    ] = None,
+    dtype: Dtype = "auto",
+    lora: Loras = None,
+    gpu_layers: GpuLayers = "auto",
+    n_ctx: Context = None,
     as_json: Json = False,
 ) -> None:
     """Talk to a run, a model or a GGUF file."""
@@ -476,9 +479,7 @@ def verify(
 
 @app.command("eval", epilog=example("fastft eval runs/my-run --data questions.jsonl"))
 def evaluate(
-    target: Annotated[
-        str, typer.Argument(metavar="RUN", help="a run, adapter or model folder, or a .gguf file")
-    ],
+    target: Talker,
     data: Annotated[
         str | None, typer.Option("--data", help="the questions: any file that can be trained on")
     ] = None,
@@ -515,13 +516,9 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option("--out", help="where the findings go (default: the run's eval/)")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
-    gpu_layers: Annotated[
-        str, typer.Option("--gpu-layers", help="layers of a GGUF on the GPU: auto or a number")
-    ] = "auto",
-    n_ctx: Annotated[
-        int | None, typer.Option("--n-ctx", help="context of a GGUF in tokens")
-    ] = None,
+    dtype: Dtype = "auto",
+    gpu_layers: GpuLayers = "auto",
+    n_ctx: Context = None,
     as_json: Json = False,
 ) -> None:
     """Ask base, adapter and exported files the same questions: values, intervals, what changed."""
@@ -591,17 +588,13 @@ def serve(
     ] = "llama.cpp",
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 8080,
-    lora: Annotated[
-        list[str] | None, typer.Option("--lora", help="adapter GGUF on a base GGUF (repeatable)")
-    ] = None,
+    lora: Loras = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option("--adapter", help="with vllm: NAME=RUN, another adapter (repeatable)"),
     ] = None,
-    gpu_layers: Annotated[
-        str, typer.Option("--gpu-layers", help="layers on the GPU: auto or a number")
-    ] = "auto",
-    n_ctx: Annotated[int | None, typer.Option("--n-ctx", help="context in tokens")] = None,
+    gpu_layers: GpuLayers = "auto",
+    n_ctx: Context = None,
     only_print: Annotated[
         bool, typer.Option("--print", help="with vllm: print the command, run nothing")
     ] = False,

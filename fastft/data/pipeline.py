@@ -124,24 +124,7 @@ def prepare(
         project_secrets_check,
         config.turns,
     )
-    source = (
-        open_source(
-            config.source,
-            name=config.name,
-            split=config.split,
-            streaming=config.streaming,
-            documents=config.documents,
-        )
-        if rows is None
-        else open_rows(rows)
-    )
-    own_eval = (
-        open_source(
-            config.eval_source, name=config.name, split=config.split, documents=config.documents
-        )
-        if config.eval_source
-        else None
-    )
+    source, own_eval = _opened(config, rows)
     fingerprint = _fingerprint(config, tokenizer, template, settings, source, own_eval)
     large = config.streaming or source.size is None or source.size > SMALL_BYTES
     folder = _cache_folder(cache_dir) / fingerprint[:16] if large else None
@@ -150,48 +133,55 @@ def prepare(
         damage = cache.problem(folder)
         if damage is None:
             return _from_cache(folder, template, fingerprint)
+    processes = processes or ((os.cpu_count() or 1) if large else 1)
+    tokenise = functools.partial(_tokenise, config, tokenizer, template, settings)
     with cache.WorkFolder(folder) as work:
-        if processes is None:
-            processes = (os.cpu_count() or 1) if large else 1
-        main = _tokenise(
-            config, tokenizer, template, settings, source, work and work / "samples", processes
-        )
-        other = own_eval and _tokenise(
-            config,
-            tokenizer,
-            template,
-            settings,
-            own_eval,
-            work and work / "eval_samples",
-            processes,
-            is_eval=True,
-        )
+        main = tokenise(source, work and work / "samples", processes)
         _refuse(config, main)
-        if other:
+        other = None
+        if own_eval is not None:
+            other = tokenise(own_eval, work and work / "eval_samples", processes, is_eval=True)
             _refuse(config, other)
-        prepared = _divide(config, template, settings, main, other or None, fingerprint, work)
-        seconds = time.perf_counter() - started
-        prepared.report.seconds = round(seconds, 3)
-        prepared.report.rows_per_sec = round(prepared.report.rows_total / max(seconds, 1e-9), 1)
+        prepared = _divide(config, template, settings, main, other, fingerprint, work)
+        _timed(prepared.report, time.perf_counter() - started)
         if damage is not None:
             prepared.report.notices.append(
                 f"the tokenised data in {folder} was not whole ({damage}) and was made anew"
             )
         if work is not None:
-            cache.write(
-                work,
-                {"train": prepared.train, "eval": prepared.eval},
-                {
-                    "report": prepared.report.model_dump(),
-                    "thinking": prepared.template.thinking,
-                    "held_out": [dataclasses.asdict(c) for c in prepared.held_out],
-                },
-            )
+            _keep(work, prepared)
     if folder is not None:
         return dataclasses.replace(
             _from_cache(folder, template, fingerprint), report=prepared.report
         )
     return prepared
+
+
+def _opened(config: DataConfig, rows: Any) -> tuple[Source, Source | None]:
+    """Return the source, or `rows` in its place, and the eval source where there is one."""
+    given = functools.partial(
+        open_source, name=config.name, split=config.split, documents=config.documents
+    )
+    if rows is None:
+        source = given(config.source, streaming=config.streaming)
+    else:
+        source = open_rows(rows)
+    return source, given(config.eval_source) if config.eval_source else None
+
+
+def _timed(report: DataReport, seconds: float) -> None:
+    report.seconds = round(seconds, 3)
+    report.rows_per_sec = round(report.rows_total / max(seconds, 1e-9), 1)
+
+
+def _keep(work: Path, prepared: Prepared) -> None:
+    """Write what `_from_cache` reads."""
+    found = {
+        "report": prepared.report.model_dump(),
+        "thinking": prepared.template.thinking,
+        "held_out": [dataclasses.asdict(c) for c in prepared.held_out],
+    }
+    cache.write(work, {"train": prepared.train, "eval": prepared.eval}, found)
 
 
 def _mixture(config: DataConfig, prepared: list[Prepared], seed: int) -> Prepared:
@@ -204,9 +194,7 @@ def _mixture(config: DataConfig, prepared: list[Prepared], seed: int) -> Prepare
         [one.fingerprint for one in prepared],
         seed,
     )
-    seconds = sum(one.report.seconds for one in prepared)
-    mixed.report.seconds = round(seconds, 3)
-    mixed.report.rows_per_sec = round(mixed.report.rows_total / max(seconds, 1e-9), 1)
+    _timed(mixed.report, sum(one.report.seconds for one in prepared))
     template = template_of([one.template for one in prepared], [one.report for one in prepared])
     return Prepared(
         mixed.train, mixed.eval, mixed.report, template, mixed.fingerprint, mixed.held_out
