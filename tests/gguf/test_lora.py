@@ -49,6 +49,11 @@ def test_every_family(family, tmp_path):
     window = {"sliding_window": None} if family in {"mistral", "phi3"} else {}
     base = make_checkpoint(family, tmp_path / "base", **window)
     targets = ["q_proj", "k_proj"] if family == "qwen3-moe" else "all-linear"
+    if family == "gemma4":  # llama.cpp applies no adapter to a layer beside the decoder's
+        train_adapter(base, tmp_path / "all", target_modules="all-linear")
+        with pytest.raises(FastFTError, match="per_layer_model_projection"):
+            export_gguf_lora(base, tmp_path / "all", tmp_path)
+        targets = ["q_proj", "v_proj", "up_proj", "down_proj", "per_layer_input_gate"]
     trained = train_adapter(base, tmp_path / "adapter", target_modules=targets, use_rslora=True)
     file = Path(export_gguf(base, tmp_path, ["f32"])[0]["path"])
     record = export_gguf_lora(base, tmp_path / "adapter", tmp_path / "a.gguf")

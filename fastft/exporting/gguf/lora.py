@@ -72,6 +72,10 @@ def check_holdable(weights: Weights) -> None:
     for target, change in weights.changed.items():
         for what, present in {
             "trained experts": change.experts,
+            # a plain product in llama.cpp's graph, to which no adapter is applied
+            "LoRA on Gemma 4's per_layer_model_projection": target.endswith(
+                "per_layer_model_projection.weight"
+            ),
             "DoRA": change.magnitude,
             "whole tensors (modules_to_save, resized embeddings, biases)": change.replace,
             "trained token rows": change.row_values,
