@@ -31,6 +31,7 @@ GROWTH_BYTES = 2 << 30
 OUTPUT_CHARACTERS = 1 << 28
 _LARGEST_NUMBER = 10_000_000
 _POLL_SECONDS = 0.1
+_TELL_AGAIN_SECONDS = 0.5
 
 
 class TemplateLimitError(Exception):
@@ -44,7 +45,7 @@ class _Watch:
         self._lock = threading.Lock()
         self._watched: dict[int, float] = {}  # thread -> when it must have ended
         self._before = 0  # bytes of the process while nothing was watched
-        self._ended: set[int] = set()
+        self._told: dict[int, float] = {}  # thread -> when it was last told to end
         self._thread: threading.Thread | None = None
         self._process = os.getpid()
 
@@ -60,13 +61,12 @@ class _Watch:
                 self._thread.start()
             self._watched[thread] = time.monotonic() + SECONDS
 
-    def end(self, thread: int) -> bool:
-        """Stop watching; return whether the thread was told to end."""
+    def end(self, thread: int) -> None:
+        """Stop watching, and take back what is on its way to the thread."""
         with self._lock:
             self._watched.pop(thread, None)
-            told = thread in self._ended
-            self._ended.discard(thread)
-            return told
+            self._told.pop(thread, None)
+            _raise_in(thread, None)
 
     def _run(self) -> None:
         while True:
@@ -80,11 +80,17 @@ class _Watch:
                     self._before = resident
                 most = self._before + GROWTH_BYTES
                 for thread, deadline in self._watched.items():
-                    if thread not in self._ended and (now > deadline or resident > most):
-                        self._ended.add(thread)
-                        ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                            ctypes.c_ulong(thread), ctypes.py_object(TemplateLimitError)
-                        )
+                    over = thread in self._told or now > deadline or resident > most
+                    # Again and again: where it meets a destructor, Python drops the exception.
+                    if over and now > self._told.get(thread, -math.inf) + _TELL_AGAIN_SECONDS:
+                        self._told[thread] = now
+                        _raise_in(thread, TemplateLimitError)
+
+
+def _raise_in(thread: int, error: type[Exception] | None) -> None:
+    """Raise `error` between two steps of another thread; None takes back what has not arrived."""
+    what = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), what)
 
 
 _WATCH = _Watch()
@@ -95,18 +101,15 @@ def limited() -> Iterator[None]:
     """Raise TemplateLimitError in this block when it takes more than SECONDS or GROWTH_BYTES."""
     thread = threading.get_ident()
     _WATCH.begin(thread)
-    told = False
     try:
         yield
-    except TemplateLimitError:
-        told = _WATCH.end(thread)
-        raise
     finally:
-        # The exception may be on its way when the block has just ended: let it arrive here.
-        if not told and _WATCH.end(thread):
+        ended = False
+        while not ended:
+            # The exception may be on its way when the block has just ended, and arrive in here.
             with contextlib.suppress(TemplateLimitError):
-                for _ in range(1000):
-                    time.sleep(0.001)
+                _WATCH.end(thread)
+                ended = True
 
 
 @lru_cache(maxsize=64)

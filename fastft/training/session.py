@@ -689,6 +689,27 @@ def stop_signals(trainer: StepTrainer | MlxTrainer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def overrides_forgotten() -> Iterator[None]:
+    """Forget at the end what transformers tells bitsandbytes about a model.
+
+    With an 8-bit optimizer it enters each embedding into the GlobalOptimManager, which keeps it for
+    ever: a gigabyte on the card for a model of 8B. What was entered before stays.
+    """
+    before = list(_overrides())
+    try:
+        yield
+    finally:
+        _overrides()[:] = before
+
+
+def _overrides() -> list[Any]:
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    if bitsandbytes is None:
+        return []
+    return bitsandbytes.optim.GlobalOptimManager.get_instance().module_weight_config_triple
+
+
 def give_back_memory() -> None:
     """Free what a finished session still holds, so that the next one finds the whole card.
 

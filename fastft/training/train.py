@@ -36,7 +36,14 @@ from fastft.runs.folder import RunFolder, best_step, machine, now, out_of_patien
 from fastft.runs.mirror import FLUSH_SECONDS, INTERRUPTED_FLUSH_SECONDS, Mirror
 from fastft.training import ranks
 from fastft.training.kept import Kept
-from fastft.training.session import Loop, Opened, Prepared, Session, give_back_memory
+from fastft.training.session import (
+    Loop,
+    Opened,
+    Prepared,
+    Session,
+    give_back_memory,
+    overrides_forgotten,
+)
 from fastft.training.sharded import is_sharded
 
 if TYPE_CHECKING:
@@ -90,7 +97,8 @@ def train(
     process have loaded (a sweep); all else is freed, on the GPU too, before this returns.
     """
     try:
-        return _train_run(config, data, stop_after, reporter, kept)
+        with overrides_forgotten():
+            return _train_run(config, data, stop_after, reporter, kept)
     except Exception as error:
         # A notebook keeps the last traceback, and its frames would keep the model on the GPU.
         traceback.clear_frames(error.__traceback__)

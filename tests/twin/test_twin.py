@@ -81,10 +81,9 @@ def test_a_run_on_a_t4(base, tmp_path):
     assert set(found["cards"]) == {1}
     # Out of memory in a step and in an evaluation: smaller rows, the run goes on.
     assert sorted(found["happened"]) == ["evaluation", "step"]
-    # The model is gone from the card once `train` has returned. A tenth of this tiny run's peak is
-    # left (57,996 bytes a run, what they are and where they are held is not known yet).
-    first, second = found["left"]
-    assert max(first, second - first) < 0.15 * found["peak"]
+    # The model is gone from the card once `train` has returned. What is left are the lengths of the
+    # last sequences in two caches of unsloth.utils.packing, one entry a card.
+    assert max(found["left"]) < 200
     assert found["emptied"] > 0
     # What the step took, not what loading and checking took: a tiny model's plan is a tiny number.
     assert found["memory"]["measured_bytes"] < 4 * found["memory"]["predicted_bytes"]

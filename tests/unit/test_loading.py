@@ -1,5 +1,7 @@
 """What `fastft train` asks of an engine when it loads a model, seen through an engine that only writes it down."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ from transformers import PreTrainedConfig
 from fastft.config import LoraConfig, ModelConfig
 from fastft.engines import loading
 from fastft.hardware import Choice
+from fastft.training.session import overrides_forgotten
 
 CHOICES = {
     "engine": Choice("unsloth", ""),
@@ -120,3 +123,20 @@ def test_a_run_is_talked_to_as_it_was_trained(tmp_path, recorded, held):
     base = make_checkpoint("llama", tmp_path / "base")
     chat = HuggingFaceChat(Target(str(base), None, None, run), with_adapter=False)
     assert getattr(chat.model, "is_loaded_in_4bit", False) is held
+
+
+def test_a_finished_run_is_not_kept_by_bitsandbytes():
+    """What transformers' Trainer enters for each embedding where the optimizer has 8 bits."""
+    manager = pytest.importorskip("bitsandbytes").optim.GlobalOptimManager.get_instance()
+    theirs, ours = torch.nn.Embedding(2, 2), torch.nn.Embedding(2, 2)
+    manager.register_module_override(theirs, "weight", {"optim_bits": 32})
+    alive = weakref.ref(ours)
+    try:
+        with overrides_forgotten():
+            manager.register_module_override(ours, "weight", {"optim_bits": 32})
+        del ours
+        gc.collect()
+        assert alive() is None
+        assert [entry[0] for entry in manager.module_weight_config_triple] == [theirs]
+    finally:
+        manager.module_weight_config_triple.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -36,6 +37,28 @@ def test_a_template_without_end_is_ended(monkeypatch, name):
     assert caught.value.exit_code == 2
     tokenizer.chat_template = _TURNS  # nothing of the limit is left behind
     assert choose_template(tokenizer).render([{"role": "user", "content": "a"}])
+
+
+def test_a_limit_that_was_dropped_on_its_way_comes_again(monkeypatch):
+    """As where it meets a destructor: Python prints it as ignored and goes on."""
+    monkeypatch.setattr(bounded, "SECONDS", 0.2)
+    dropped = 0
+
+    def run_on():
+        nonlocal dropped
+        while dropped < 2:
+            try:
+                while True:
+                    sum(range(100))
+            except bounded.TemplateLimitError:
+                dropped += 1
+        raise bounded.TemplateLimitError
+
+    with pytest.raises(bounded.TemplateLimitError), bounded.limited():
+        run_on()
+    assert not bounded._WATCH._watched
+    for _ in range(100):  # nothing arrives later
+        time.sleep(0.01)
 
 
 def test_ordinary_arithmetic_is_let_through():
