@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
-from fastft.config import dump_config, load_config, make_config
+from fastft.config import DATA_SUFFIXES, RunConfig, dump_config, load_config, make_config
 from fastft.errors import AnswerIsNoError, FastFTError
 from fastft.files import write_atomically
 from fastft.hardware import named_gpu, probe
@@ -31,6 +32,12 @@ def run(
     result = plan(settings, several.machine_with(hardware, gpus), gpus=gpus)
     if show:
         result.print()
+        for source in _not_here(settings):
+            print(
+                f"note: the data file {source} is not on this machine, so nothing is known of its "
+                "rows. Training needs it.",
+                file=sys.stderr,
+            )
     if plot is not None:
         result.plot(plot)
     if apply is not None:
@@ -44,6 +51,13 @@ def run(
         changed = make_config(apply_changes(settings, result.changes))
         write_atomically(apply, dump_config(changed))
     return result
+
+
+def _not_here(settings: RunConfig) -> list[str]:
+    """Return the data files that are named and not there; people plan for another machine, too."""
+    sources = [settings.data.source, *(part.source for part in settings.data.sources)]
+    files = [(s, Path(s).expanduser()) for s in sources if s]
+    return [s for s, path in files if path.suffix in DATA_SUFFIXES and not path.exists()]
 
 
 def _check_outputs(apply: Path | None, plot: Path | None) -> None:

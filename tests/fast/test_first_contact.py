@@ -103,6 +103,14 @@ def test_init_refuses_data_that_is_not_there(here, say, given, hint):
     assert hint in err.replace("\n", " ")
 
 
+def test_plan_says_that_the_data_is_not_there(here, say):
+    say("init", "--data", "qa.jsonl", "--model", "quickstart", "-o", "run.yaml")
+    assert "is not on this machine" not in say("plan", "run.yaml")[2]
+    code, _, err = say("plan", "run.yaml", "data.source=qa.json")
+    assert code == 0
+    assert "the data file qa.json is not on this machine" in err
+
+
 def test_init_says_what_the_embedded_model_is_good_for(here, say):
     code, out, err = say("init", "--data", "qa.jsonl", "--model", "quickstart")
     assert code == 0
