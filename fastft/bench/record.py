@@ -35,7 +35,9 @@ class Step(_Model):
     """Mean over the step's supervised tokens, as the trainer logs it."""
     grad_norm: float | None
     tokens: int
-    """Non-padding tokens that went through the embedding."""
+    """Non-padding tokens that went through the embedding: fewer than the sequences have where an
+    arm computes a common beginning once.
+    """
     padded_tokens: int
     """All tokens that went through the embedding."""
 
@@ -91,6 +93,10 @@ class Record(_Model):
     warmup_steps: int = 0
     steps: list[Step] = Field(default_factory=list)
     """All steps; the first `warmup_steps` are not timed."""
+    step_tokens: list[int] = Field(default_factory=list)
+    """Tokens of each step's own sequences, without padding: the same for all arms. Speeds are over
+    them. Empty in older results, where they are what the embedding saw.
+    """
     claimed_tokens: int | None = None
     """Tokens that the arm itself says it trained on, where it says so."""
     trainable_parameters: int | None = None
@@ -114,8 +120,11 @@ class Record(_Model):
 
     @property
     def non_padding_tokens_per_sec(self) -> float:
-        """Non-padding tokens of the timed steps over their seconds; 0 where no step was timed."""
-        return sum(step.tokens for step in self.measured) / self.seconds if self.seconds else 0.0
+        """Non-padding tokens of the timed steps' sequences over their seconds; 0 where no step was
+        timed.
+        """
+        tokens = self.step_tokens or [step.tokens for step in self.steps]
+        return sum(tokens[self.warmup_steps :]) / self.seconds if self.seconds else 0.0
 
 
 class Check(_Model):

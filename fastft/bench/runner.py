@@ -514,16 +514,16 @@ def _gates(
         if repeat or evidence.record.status != "ok":
             continue
         work = _work_of(state, table)
-        tokens = [work.tokens(i) for i in range(work.steps)]
+        steps = [work.parts(i) for i in range(work.steps)]
         limits = state.case.tolerances
         if state.case.parity_layers:
             trainable = parameters_of(state.folder / "model" / "start.safetensors")
             baseline = _baseline_at_full_size(state, table, arm)
             gate = judge_across(
-                evidence.record, baseline, small[table, arm], tokens, trainable, limits.loss
+                evidence.record, baseline, small[table, arm], steps, trainable, limits.loss
             )
         else:
-            gate = judge(evidence, references[table], tokens, limits)
+            gate = judge(evidence, references[table], steps, limits)
         gates[table, arm] = gate
         for check in gate.checks:
             if not check.passed:
@@ -567,8 +567,8 @@ def _parity_at_few_layers(
         )
         if evidence.record.status == "ok":
             work = load(state.folder / "small" / f"{table}.npz")
-            tokens = [work.tokens(i) for i in range(work.steps)]
-            gates[table, arm] = judge(evidence, references[table], tokens, state.case.tolerances)
+            steps = [work.parts(i) for i in range(work.steps)]
+            gates[table, arm] = judge(evidence, references[table], steps, state.case.tolerances)
         else:
             record = evidence.record
             text = f"with {state.case.parity_layers} layers: {record.status}: {record.reason}"
@@ -589,15 +589,14 @@ def _summed_up(state: _Invocation, repeats: int, gates: dict[tuple[str, str], Pa
     tables: dict[Table, TableResult] = {}
     for table, settings in case.tables.items():
         work = _work_of(state, table)
-        lengths = [work.lengths(i) for i in range(work.steps)]
+        parts = [work.parts(i) for i in range(work.steps)]
         supervised = [work.supervised(i) for i in range(work.steps)]
         runs = {
             arm: [r for r in state.records if (r.table, r.arm) == (table, arm)]
             for arm in settings.arms
         }
         summaries = {
-            arm: summarise(found, shape, lengths, supervised, machine)
-            for arm, found in runs.items()
+            arm: summarise(found, shape, parts, supervised, machine) for arm, found in runs.items()
         }
         parity = {arm: gates[table, arm] for arm in settings.arms if (table, arm) in gates}
         passed = [

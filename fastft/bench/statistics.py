@@ -88,12 +88,12 @@ def memory_bytes(peak: Peak | None) -> int | None:
 def summarise(
     records: Sequence[Record],
     shape: ModelShape,
-    lengths: list[list[int]],
+    parts: list[list[tuple[int, int]]],
     supervised: list[int],
     machine: Machine,
 ) -> ArmSummary:
-    """Return an arm's row over its ok records; `lengths` and `supervised` are those of every
-    step.
+    """Return an arm's row over its ok records; `parts` (Workload.parts) and `supervised` are those
+    of every step.
     """
     good = [record for record in records if record.status == "ok"]
     if not good:
@@ -104,7 +104,7 @@ def summarise(
     timed = range(first.warmup_steps, first.warmup_steps + len(first.measured))
     seconds = median(record.seconds for record in good)
     trainable = first.trainable_parameters or 0
-    flops = sum(step_flops(shape, lengths[i], supervised[i], trainable) for i in timed) / seconds
+    flops = sum(step_flops(shape, parts[i], supervised[i], trainable) for i in timed) / seconds
     tokens, padded = (
         sum(s.tokens for s in first.measured),
         sum(s.padded_tokens for s in first.measured),

@@ -6,6 +6,7 @@ libraries.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -107,6 +108,7 @@ def _train(job: dict[str, Any], case: Case, record: Record) -> None:
             record.claimed_tokens = arm.train(task, clock.attach())
         finally:
             record.steps = witness.steps
+            record.step_tokens = [workload.tokens(i) for i in range(len(witness.steps))]
             record.first_step_seconds = witness.first_step_seconds
     if len(record.steps) != workload.steps:
         raise FastFTError(
@@ -192,9 +194,11 @@ class _CpuClock:
 
 
 def _cpu_times() -> tuple[float, float, float]:
-    """Return (wall seconds, CPU seconds of this process, CPU seconds of everything; 0 where the
-    kernel does not tell).
+    """Return (wall seconds, CPU seconds of this process and of those that it started, CPU seconds
+    of everything; 0 where the kernel does not tell).
     """
+    import psutil
+
     busy = 0.0
     stat = Path("/proc/stat")
     if stat.exists():
@@ -202,7 +206,11 @@ def _cpu_times() -> tuple[float, float, float]:
             int, stat.read_text("utf-8").split()[1:9]
         )
         busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-    return time.perf_counter(), time.process_time(), busy
+    own = time.process_time()
+    for sibling in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            own += sum(sibling.cpu_times()[:2])
+    return time.perf_counter(), own, busy
 
 
 class _Memory:

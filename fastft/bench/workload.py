@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,27 @@ class Workload:
         """
         return sum(int((labels[1:] != -100).sum()) for labels in self.labels[self.step(index)])
 
-    def lengths(self, index: int) -> list[int]:
-        """Return the lengths of the sequences of step `index`."""
-        return [len(ids) for ids in self.input_ids[self.step(index)]]
+    def parts(self, index: int) -> list[tuple[int, int]]:
+        """Return (length, beginning) of each sequence of step `index`: its tokens, and how many of
+        its first ones another sequence of the step begins with as well. Length less beginning,
+        summed, is what a step has to compute at least.
+        """
+        # In lexical order the longest common beginning is the neighbour's.
+        ordered = sorted(self.input_ids[self.step(index)], key=lambda ids: ids.tolist())
+        common = [_common(a, b) for a, b in pairwise(ordered)]
+        return list(zip(map(len, ordered), [0, *common], strict=True))
 
     @property
     def steps(self) -> int:
         """Number of optimizer steps."""
         return len(self.input_ids) // self.effective_batch_size
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """Return how many tokens two sequences begin with together."""
+    size = min(len(a), len(b))
+    other = np.flatnonzero(a[:size] != b[:size])
+    return int(other[0]) if len(other) else size
 
 
 def draw_lengths(lengths: Lengths, count: int, rng: np.random.Generator) -> np.ndarray:

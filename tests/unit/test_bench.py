@@ -89,6 +89,19 @@ def test_the_same_sequences_every_time(tmp_path):
     assert work.supervised(0) == work.tokens(0) - 8, "all but the first token of each sequence"
 
 
+@pytest.mark.parametrize("name", ["system", "context", "multiturn"])
+def test_what_a_step_has_to_compute_at_least(name):
+    case = load_case(f"cpu-135m-{name}")
+    work = draw(case, case.lengths, case.effective_batch_size, 2000)
+    for index in range(work.steps):
+        beginnings = {
+            tuple(ids[: i + 1]) for ids in work.input_ids[work.step(index)] for i in range(len(ids))
+        }
+        parts = work.parts(index)
+        assert sum(length for length, _ in parts) == work.tokens(index)
+        assert sum(length - shared for length, shared in parts) == len(beginnings)
+
+
 def test_lengths_follow_their_distribution(tmp_path):
     rng = np.random.default_rng(0)
     drawn = draw_lengths(Lengths(median=120, sigma=0.8, shortest=16, longest=1024), 20_000, rng)
@@ -156,7 +169,10 @@ def test_flops_of_a_closed_form():
     shape = ModelShape("m", "llama", 8, 1, 2, 1, 4, 8, 10, False, (
         Weight("q_proj", (8, 8), 1, "linear"), Weight("lm_head", (10, 8), 1, "head")))  # fmt: skip
     expected = 4 * 64 * 8 + 4 * 80 * 6 + 6 * (9 + 25) * 8 * 1 + 6 * 100 * 8
-    assert step_flops(shape, [3, 5], 6, 100) == expected
+    assert step_flops(shape, [(3, 0), (5, 0)], 6, 100) == expected
+    # Five tokens that begin as another sequence does with two of them: these are computed once.
+    shared = 4 * 64 * 6 + 4 * 80 * 6 + 6 * (9 + 25 - 4) * 8 * 1 + 6 * 100 * 6
+    assert step_flops(shape, [(3, 0), (5, 2)], 6, 100) == shared
 
 
 def test_a_worker_that_never_ends_is_ended(tmp_path):

@@ -33,10 +33,17 @@ from fastft.training.session import Loop
 
 
 def a_run(
-    folder: Path, name: str, *, change: float = 0.2, norm: float = 1.0, loss: float = 4.0, **values
+    folder: Path,
+    name: str,
+    *,
+    change: float = 0.2,
+    norm: float = 1.0,
+    loss: float = 4.0,
+    tokens: int = 100,
+    **values,
 ) -> Evidence:
     steps = [
-        Step(seconds=1.0, loss=loss, grad_norm=norm, tokens=100, padded_tokens=100)
+        Step(seconds=1.0, loss=loss, grad_norm=norm, tokens=tokens, padded_tokens=tokens)
         for _ in range(3)
     ]
     fields = {
@@ -55,6 +62,9 @@ def a_run(
     return Evidence(record, gradient)
 
 
+STEPS = [[(60, 0), (40, 0)]] * 3  # what `a_run` saw: three steps of 100 tokens
+
+
 def failed(gate: Parity) -> set[str]:
     return {check.name for check in gate.checks if not check.passed}
 
@@ -64,30 +74,42 @@ def failed(gate: Parity) -> set[str]:
 
 def test_an_optimizer_that_does_nothing_or_twice_too_much_is_caught(tmp_path):
     reference = a_run(tmp_path, "reference")
-    tokens = [100, 100, 100]
-    assert judge(a_run(tmp_path, "fine", change=0.18), reference, tokens, Tolerances()).passed
+    assert judge(a_run(tmp_path, "fine", change=0.18), reference, STEPS, Tolerances()).passed
     for change in (0.0, 0.09, 0.41, float("nan")):
-        gate = judge(a_run(tmp_path, "wrong", change=change), reference, tokens, Tolerances())
+        gate = judge(a_run(tmp_path, "wrong", change=change), reference, STEPS, Tolerances())
         assert failed(gate) == {"adapter change"}, change
+
+
+def test_only_an_arm_that_shares_beginnings_may_compute_fewer_tokens(tmp_path):
+    reference, shared = a_run(tmp_path, "reference"), [[(90, 0), (80, 60)]] * 3
+    says = {"share_prefixes": "True (exact for llama)"}
+    assert not failed(
+        judge(a_run(tmp_path, "a", patches=says), reference, [[(100, 0)]] * 3, Tolerances())
+    )
+    for seen, allowed in ((109, False), (110, True), (170, True), (171, False)):
+        run = a_run(tmp_path, "b", patches=says, tokens=seen)
+        assert failed(judge(run, reference, shared, Tolerances())) == (
+            set() if allowed else {"tokens seen"}
+        )
+    quiet = a_run(tmp_path, "c", tokens=110)
+    assert failed(judge(quiet, reference, shared, Tolerances())) == {"tokens seen"}
 
 
 def test_at_full_size_the_parameters_the_norms_and_the_change_are_looked_at_too(tmp_path):
     small = Parity(
         passed=True, checks=[Check(name="step-1 loss", passed=True, value=1.0, text="few layers")]
     )
-    tokens, peft = [100, 100, 100], a_run(tmp_path, "peft").record
+    peft = a_run(tmp_path, "peft").record
 
     def gate(**values):
-        return judge_across(
-            a_run(tmp_path, "fastft", **values).record, peft, small, tokens, 8, 0.01
-        )
+        return judge_across(a_run(tmp_path, "fastft", **values).record, peft, small, STEPS, 8, 0.01)
 
     assert gate().passed
     assert failed(gate(trainable_parameters=4)) == {"trainable parameters at full size"}
     assert failed(gate(norm=0.0)) == {"gradient norms"}
     assert failed(gate(change=0.0)) == {"adapter change"}
     assert failed(gate(loss=5.0)) == {"step-1 loss at full size against peft"}
-    alone = judge_across(a_run(tmp_path, "fastft").record, None, small, tokens, 8, 0.01)
+    alone = judge_across(a_run(tmp_path, "fastft").record, None, small, STEPS, 8, 0.01)
     assert alone.passed
     assert any("no other arm lived" in check.text for check in alone.checks)
 

@@ -23,7 +23,7 @@ from fastft.runs import checkpoint
 from fastft.runs.folder import RunFolder, best_step, out_of_patience
 from fastft.runs.mirror import Mirror
 from fastft.verification.checks import check_user_text
-from tests.unit.test_bench_gate import a_run, failed
+from tests.unit.test_bench_gate import STEPS, a_run, failed
 
 KEY = "hf_" + "Abcdefghijklmnopqrstuvwxyz012345"
 
@@ -90,13 +90,13 @@ def with_losses(folder, name, losses):
 
 
 def test_the_first_loss_and_the_trace_are_each_looked_at(tmp_path):
-    limits, tokens = Tolerances(), [100, 100, 100]
+    limits = Tolerances()
     reference = with_losses(tmp_path, "reference", [4.0, 3.0, 2.0])
     late = with_losses(tmp_path, "late", [4.0, 3.0, 2.0 * (1 + 2 * limits.trace)])
-    assert failed(judge(late, reference, tokens, limits)) == {"loss trace"}
+    assert failed(judge(late, reference, STEPS, limits)) == {"loss trace"}
     strict = limits.model_copy(update={"trace": 1.0})
     first = with_losses(tmp_path, "first", [4.0 * (1 + 2 * limits.loss), 3.0, 2.0])
-    assert failed(judge(first, reference, tokens, strict)) == {"step-1 loss"}
+    assert failed(judge(first, reference, STEPS, strict)) == {"step-1 loss"}
 
 
 # --- what the plan counts
