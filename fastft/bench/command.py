@@ -169,6 +169,41 @@ def generate(
 
 
 @app.command()
+def scaling(
+    axes: Annotated[
+        str, typer.Option("--axes", help="of size, length, threads, rows")
+    ] = "size,length,threads,rows",
+    most: Annotated[
+        int | None,
+        typer.Option("--most", min=1, help="largest point: parameters, tokens, threads or rows"),
+    ] = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=1)] = 3,
+    out: Annotated[Path, typer.Option("--out", help="where the results go")] = Path(
+        "bench-results"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Speed and memory over the model's size, the sequences' length, threads, and rows of data."""
+    from fastft.bench.scaling import AXES, run_scaling
+
+    names = _split("--axes", axes) or []
+    for name in names:
+        if name not in AXES:
+            raise one_of("axis", name, AXES)
+    if most is not None and len(names) > 1:
+        raise FastFTError(
+            f"--most {most:,} is in the unit of one axis, and there are {len(names)}; give one "
+            "with --axes."
+        )
+    out, found = _writable(out), {}
+    for name in names:  # each is kept before the next begins
+        with _disk_errors():
+            found[name] = run_scaling(name, repeats=repeats, most=most, say=_say)
+            _kept(found[name], out, show_table=not as_json)
+    _answer({name: each.model_dump(mode="json") for name, each in found.items()}, as_json)
+
+
+@app.command()
 def report(
     results: Annotated[Path, typer.Option("--results", help="folder of results")] = RESULTS,
     readme: Annotated[Path, typer.Option("--readme", help="the file to write")] = Path(
@@ -336,7 +371,13 @@ def _written(found: Any, out: Path, *, show_tables: bool) -> Path:
 
 
 def _side_by_side(found: Any, out: Path, as_json: bool) -> None:
-    """Write an export or generation result and print its table."""
+    """Write an export or generation result and print its table, or all of it as JSON."""
+    _kept(found, out, show_table=not as_json)
+    _answer(found.model_dump(mode="json"), as_json)
+
+
+def _kept(found: Any, out: Path, *, show_table: bool) -> None:
+    """Write a result of several ways, and print its table."""
     from rich.console import Console
 
     from fastft.bench.side_by_side import show_side_by_side
@@ -345,9 +386,8 @@ def _side_by_side(found: Any, out: Path, as_json: bool) -> None:
         out / f"{found.kind}--{found.case}--{found.date[:10]}--{found.commit or 'no-commit'}.json"
     )
     found.write(path)
-    if not as_json:
+    if show_table:
         show_side_by_side(found, Console())
-    _answer(found.model_dump(mode="json"), as_json)
     _say(str(path))
 
 

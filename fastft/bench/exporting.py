@@ -61,7 +61,9 @@ def run_export(
         }
         runs = measure_ways(ways, repeats, seed=case.seed, say=say)
     title = f"Export to {KIND} of {case.name} ({made['parameters'] / 1e6:,.0f}M parameters)"
-    result = assembled("export", title, case, made["parameters"], threads, runs, list(ways), [])
+    result = assembled(
+        "export", title, case.name, made["parameters"], threads, runs, list(ways), []
+    )
     ratios = {
         name: paired(result, ONE_PASS, THREE_STEPS, name) for name in ("seconds", "peak_rss_bytes")
     }

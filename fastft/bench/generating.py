@@ -74,7 +74,9 @@ def run_generate(
         f"prompt of {prompt_tokens} tokens, {new_tokens} new ones, greedy, batch 1; one warm-up "
         "before"
     )
-    return assembled("generate", title, case, made["parameters"], threads, runs, list(ways), [note])
+    return assembled(
+        "generate", title, case.name, made["parameters"], threads, runs, list(ways), [note]
+    )
 
 
 def _one_run(target: Path, job: dict[str, Any]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastft import child
 from fastft.bench.case import TUNING, Case
@@ -28,6 +28,9 @@ from fastft.bench.statistics import NOISY, not_idle, paired_ratio, summarise
 from fastft.bench.workload import Workload, load, parameters_of
 from fastft.errors import CouldNotFinishError, FastFTError, one_of
 from fastft.hardware import Hardware, gpu_key, probe
+
+if TYPE_CHECKING:
+    from fastft.planning.shape import ModelShape
 
 BASELINE = "peft"
 REFERENCE = {
@@ -101,6 +104,27 @@ def run_case(
                 _keep(folder, keep)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_alone(case: Case, arm: str) -> tuple[Record, ModelShape, Workload]:
+    """Run one arm of `case` once, with nothing to compare with: no reference and no gate.
+
+    Returns its record, the model's shape and the sequences. Raises CouldNotFinishError where the
+    arm came to no end.
+    """
+    from fastft.planning.shape import load_shape
+
+    case, machine = check_case(case, arms=[arm])
+    with tempfile.TemporaryDirectory(prefix="fastft-bench-") as folder:
+        state = _Invocation(case, machine, Path(folder), lambda text: None, case.seed)
+        _make_work(state)
+        record = _run_in_table(state, "alone", "defaults", arm, 0).record
+        if record.status != "ok":
+            tail = " | ".join(record.log_tail[-3:])
+            raise CouldNotFinishError(
+                f"case {case.name}, {arm}: {record.status}: {record.reason}. {tail}"
+            )
+        return record, load_shape(str(state.folder / "model")), _work_of(state, "defaults")
 
 
 def check_case(

@@ -32,7 +32,14 @@ from fastft.files import write_atomically
 
 VOCABULARY = 1920
 """Tokens of the quickstart's tokenizer, which the models that are exported get."""
-UNITS = {"seconds": "s", "peak_rss_bytes": "GB", "intermediate_bytes": "GB", "file_bytes": "GB"}
+UNITS = {
+    "seconds": "s",
+    "seconds_per_step": "s",
+    "flops_per_sec": "GFLOP/s",
+    "peak_rss_bytes": "GB",
+    "intermediate_bytes": "GB",
+    "file_bytes": "GB",
+}
 
 
 class _Model(BaseModel):
@@ -48,9 +55,11 @@ class Run(_Model):
 
 
 class SideBySide(_Model):
-    """The result of an export or generation case; a JSON file among the benchmark's results."""
+    """The result of an export, generation or scaling case; a JSON file among the benchmark's
+    results.
+    """
 
-    kind: Literal["export", "generate"]
+    kind: Literal["export", "generate", "scaling"]
     schema_version: int = 1
     title: str
     case: str
@@ -72,8 +81,8 @@ class SideBySide(_Model):
 
     @property
     def quantities(self) -> list[str]:
-        """What was measured, in the order of the first way."""
-        return list(next(iter(self.summary.values())))
+        """What was measured, in the order of the first way; without "at", where a point lies."""
+        return [name for name in next(iter(self.summary.values())) if name != "at"]
 
     def rows(self) -> list[list[str]]:
         """Return a row of text a way: its name, then every quantity with its 20th to 80th
@@ -90,7 +99,7 @@ class SideBySide(_Model):
 
 
 def _figure(name: str, figures: Spread) -> str:
-    show = gigabytes if name.endswith("_bytes") else number
+    show = gigabytes if name.endswith("_bytes") or name == "flops_per_sec" else number
     unit = UNITS.get(name)
     alone = figures.p20 == figures.p80
     text = show(figures.median) + (
@@ -144,7 +153,7 @@ def paired(result: SideBySide, ours: str, other: str, quantity: str) -> float:
 
 
 def assembled(
-    kind: Literal["export", "generate"], title: str, case: Case, parameters: int,
+    kind: Literal["export", "generate", "scaling"], title: str, case: str, parameters: int,
     threads: int, runs: list[Run],
     ways: Sequence[str], notes: list[str],
 ) -> SideBySide:  # fmt: skip
@@ -164,7 +173,7 @@ def assembled(
     return SideBySide(
         kind=kind,
         title=title,
-        case=case.name,
+        case=case,
         parameters=parameters,
         machine=f"{probe().name}, {threads} threads",
         date=datetime.now(UTC).isoformat(timespec="seconds"),

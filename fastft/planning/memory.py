@@ -45,6 +45,8 @@ class Situation:
     """Tokens of the longest sequence."""
     compute_bytes: int = 2
     quantization: Literal["none", "nf4", "int8"] = "none"
+    multiplies_nf4: bool = False
+    """fastft's own products dequantise NF4 block by block (a CPU with AVX512-BF16, in bfloat16)."""
     rank: int = 16
     target_modules: str | tuple[str, ...] = "all-linear"
     target_parameters: tuple[str, ...] = ()
@@ -291,7 +293,8 @@ def eager_parts(shape: ModelShape, s: Situation) -> dict[str, float]:
 
 def _not_fused(shape: ModelShape, s: Situation) -> bool:
     """Whether the LoRA layers are of a kind that fastft leaves to peft."""
-    return s.quantization != "none" or s.use_dora or s.dropout > 0 or shape.experts > 0
+    whole = s.quantization == "none" or (s.quantization == "nf4" and s.multiplies_nf4)
+    return not whole or s.use_dora or s.dropout > 0 or shape.experts > 0
 
 
 _SHARED_INPUT = {

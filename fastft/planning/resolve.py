@@ -114,6 +114,7 @@ def _resolve(
         compute_bytes=4 if forced or dtype.value == "float32" else 2,
         forced_float32=forced,
         quantization=quantization.value,
+        multiplies_nf4=hardware.kind == "cpu" and hardware.bf16 and dtype.value == "bfloat16",
         rank=config.lora.r,
         target_modules=_frozen(config.lora.target_modules),
         target_parameters=tuple(config.lora.target_parameters),

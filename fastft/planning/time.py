@@ -124,12 +124,15 @@ def _cpu_seconds(
     traffic = tokens * (saved * again + logits) / (CPU_TRAFFIC * hardware.cpu_cores)
     rate = hardware.flops * (CPU_FLOAT32 if hardware.bf16 and s.compute_bytes == 4 else 1)
     tiled = (
-        s.kernels == "fused" and hardware.bf16 and s.compute_bytes == 2 and s.quantization == "none"
+        s.kernels == "fused"
+        and hardware.bf16
+        and s.compute_bytes == 2
+        and (s.quantization == "none" or s.multiplies_nf4)
     )
     share = CPU_TILED_SHARE if tiled else CPU_MATMUL_SHARE
     products = flops / (rate * share)
     calls = micro_batches * shape.layers * CPU_LAYER_SECONDS * again
-    if s.quantization == "nf4":
+    if s.quantization == "nf4" and not tiled:
         linear = sum(w.parameters for w in shape.of("linear", "expert"))
         calls += micro_batches * _passes(s) * linear * CPU_NF4_SECONDS / hardware.cpu_cores
     basis = (

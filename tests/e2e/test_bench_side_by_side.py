@@ -63,3 +63,26 @@ def test_generation_times_the_same_count_of_tokens_everywhere(small_case, tmp_pa
     for run in result.runs:  # that the counts are equal is asserted where they are measured
         assert run.figures["decode_tokens_per_sec"] > 0
         assert run.figures["prompt_tokens_per_sec"] > run.figures["decode_tokens_per_sec"]
+
+
+@pytest.mark.long
+def test_scaling_measures_its_smallest_points(tmp_path):
+    for axis, most, way in (("size", 25_000_000, "20M"), ("rows", 1000, "1,000 rows")):
+        options = ("--axes", axis, "--most", most, "--repeats", 1, "--out", tmp_path, "--json")
+        done = fastft("bench", "scaling", *options, timeout=580)
+        assert done.code == 0, done.err
+        assert list(done.json[axis]["summary"]) == [way]
+    figures = done.json["rows"]["runs"][0]["figures"]
+    assert figures["rows_per_sec"] > 0
+    assert figures["peak_rss_bytes"] > 1e8
+
+
+def test_most_is_of_one_axis_and_axes_have_names(tmp_path):
+    for options, said in (
+        (("--axes", "size,rows", "--most", 5), "in the unit of one axis"),
+        (("--axes", "speed"), "unknown axis 'speed'"),
+        (("--axes", "size", "--most", 5), "no point of axis size is at most 5"),
+    ):
+        done = fastft("bench", "scaling", *options, "--out", tmp_path)
+        assert done.code == 2
+        assert said in done.err

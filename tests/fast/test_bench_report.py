@@ -26,6 +26,7 @@ from fastft.bench.record import (
     Step,
     TableResult,
 )
+from fastft.bench.scaling import growth_text
 from fastft.bench.side_by_side import Run, SideBySide, measure_ways, paired, summarised
 from fastft.bench.statistics import spread
 from fastft.bench.views import plots, tables
@@ -651,3 +652,54 @@ def test_the_committed_results_validate():
     for path, result in read_results(ROOT / "benchmarks" / "results"):
         jsonschema.validate(json.loads(path.read_text()), schema)
         load_case(result.case.name)
+
+
+# --- scaling
+
+
+def scaled(axis, speeds, quantity="flops_per_sec"):
+    runs = [
+        Run(
+            way=f"{at}",
+            repeat=0,
+            figures={quantity: speed, "tokens_per_sec": 10.0, "peak_rss_bytes": 1e9, "at": at},
+        )
+        for at, speed in speeds.items()
+    ]
+    return SideBySide(
+        kind="scaling",
+        title=f"Scaling over {axis}",
+        case=axis,
+        parameters=0,
+        machine="EPYC, 2 threads",
+        date="2026-11-28T00:00:00",
+        commit=None,
+        versions={},
+        repeats=1,
+        summary=summarised(runs, [run.way for run in runs]),
+        runs=runs,
+    )
+
+
+def test_what_grows_faster_than_its_arithmetic_is_named():
+    even = scaled("length", {256: 100.0, 512: 120.0, 1024: 109.0})
+    assert growth_text(even) == (
+        "the arithmetic a second nowhere falls by more than 10% against a smaller point"
+    )
+    uneven = scaled("length", {256: 100.0, 512: 120.0, 1024: 107.0, 2048: 60.0})
+    assert growth_text(uneven).endswith("smaller point: 1024 11%, 2048 50%")
+    rows = scaled("rows", {1000: 900.0, 10_000: 300.0}, "rows_per_sec")
+    assert growth_text(rows).startswith("rows a second falls")
+    assert "1 1.00x, 2 1.90x" in growth_text(scaled("threads", {1: 100.0, 2: 190.0}))
+
+
+def test_a_scaling_result_has_its_table_and_its_plot_in_the_readme(tmp_path):
+    scaled("length", {256: 100.0, 512: 120.0}).write(tmp_path / "results" / "s.json")
+    readme = tmp_path / "README.md"
+    stale = write_report(tmp_path / "results", readme, tmp_path / "images")
+    (picture,) = (tmp_path / "images").glob("*.png")
+    assert set(stale) == {readme, picture}
+    text = readme.read_text(encoding="utf-8")
+    assert f"images/{picture.name}" in text
+    assert "| way | flops per sec | tokens per sec | peak rss |" in text
+    assert not write_report(tmp_path / "results", readme, tmp_path / "images")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastft.bench.record import ArmSummary, Result, TableResult
+from fastft.bench.side_by_side import SideBySide
 from fastft.bench.statistics import memory_bytes
 from fastft.bench.views.tables import TITLES, factor, heading, number
 from fastft.files import written_aside
@@ -250,6 +251,60 @@ def memory_over_length(results: Sequence[Result]) -> Figure:
     figure.suptitle(
         f"Memory over sequence length: {first.machine.label}", fontsize=12, x=0.01, ha="left"
     )
+    return figure
+
+
+def plots_of_scaling(found: Sequence[SideBySide]) -> list[Plot]:
+    """Return a plot of speed and memory for each scaling result."""
+    plots = []
+    for result in found:
+        if result.kind == "scaling":
+            text = result.model_dump_json(exclude={"runs"})
+            about = f"scaling over {result.case} on {result.machine}"
+            plots.append(
+                Plot(
+                    name=f"{slug(about)}.png",
+                    title=about,
+                    digest=hashlib.sha256(text.encode()).hexdigest()[:16],
+                    draw=partial(_scaling, result),
+                )
+            )
+    return plots
+
+
+def _scaling(result: SideBySide) -> Figure:
+    """Speed, and peak memory, over where the points lie; both axes logarithmic, so that what grows
+    in proportion is a straight line.
+    """
+    figure, panels = _figure(2, 3.6)
+    speed = "rows_per_sec" if result.case == "rows" else "tokens_per_sec"
+    for axes, (name, unit) in zip(panels, ((speed, 1.0), ("peak_rss_bytes", 1e9)), strict=True):
+        points = [(way["at"].median, way[name]) for way in result.summary.values()]
+        at, spreads = [x for x, _ in points], [spread for _, spread in points]
+        middle = [spread.median / unit for spread in spreads]
+        error = [
+            [(s.median - s.p20) / unit for s in spreads],
+            [(s.p80 - s.median) / unit for s in spreads],
+        ]
+        axes.errorbar(at, middle, yerr=error, marker="o", capsize=3, color=COLOURS["fastft"])
+        for x, y in zip(at, middle, strict=True):
+            axes.annotate(
+                number(y),
+                (x, y),
+                xytext=(0, 7),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_ylim(min(middle) / 2, max(middle) * 2)
+        axes.set_xticks(at, list(result.summary), fontsize=8, rotation=20)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.set_ylabel(name.replace("_per_sec", " per second"), fontsize=9)
+    panels[1].set_ylabel("peak resident memory, GB", fontsize=9)
+    figure.suptitle(f"{result.title}: {result.machine}", fontsize=11, x=0.01, ha="left")
     return figure
 
 

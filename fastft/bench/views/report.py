@@ -65,15 +65,17 @@ def write_report(
     """
     entries = newest(read_results(results))
     shown = [entry.result for entry in entries]
+    others = read_others(results)
     drawings = {
         p.name: p
         for p in [
             *(p for result in shown for p in plots.plots_of(result)),
             *plots.plots_over_length(shown),
+            *plots.plots_of_scaling([found for _, found in others]),
         ]
     }
     stale = _stale_images(drawings, images)
-    text = readme_text(entries, read_others(results), readme.parent, images, cases)
+    text = readme_text(entries, others, readme.parent, images, cases)
     if not readme.is_file() or readme.read_text(encoding="utf-8") != text:
         stale.append(readme)
     if not check:
@@ -175,7 +177,7 @@ def readme_text(
                 for p in plots.plots_over_length([e.result for e in entries])
             ],
             sections=[_section(entry, home, images, known) for entry in entries],
-            side_by_side=[_other_section(path, found, home) for path, found in others],
+            side_by_side=[_other_section(path, found, home, images) for path, found in others],
         )
     )
 
@@ -308,7 +310,7 @@ def _inherited(result: Result) -> list[str]:
     ]
 
 
-def _other_section(path: Path, found: SideBySide, home: Path) -> dict[str, Any]:
+def _other_section(path: Path, found: SideBySide, home: Path, images: Path) -> dict[str, Any]:
     return {
         "title": found.title,
         "machine": found.machine,
@@ -319,6 +321,10 @@ def _other_section(path: Path, found: SideBySide, home: Path) -> dict[str, Any]:
         "headings": found.headings(),
         "rows": found.rows(),
         "notes": found.notes,
+        "plots": [
+            {"title": p.title, "path": _link(images / p.name, home)}
+            for p in plots.plots_of_scaling([found])
+        ],
     }
 
 
