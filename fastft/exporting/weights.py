@@ -239,34 +239,27 @@ class Weights:
     def dtype(self, name: str) -> str:
         """Return the dtype that the base stores `name` in, such as "bfloat16"."""
         stored = self._checkpoint.dtype(self._source(name))
-        return (
-            str(self.config.get("dtype") or self.config.get("torch_dtype"))
-            if stored == "uint8"
-            else stored
-        )
+        said = self.config.get("dtype") or self.config.get("torch_dtype")
+        return str(said) if stored == "uint8" else stored
 
     def tensor(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """Return W + delta in float32, or some rows of it."""
-        import torch
-
         change = self.changed.get(name) or Change()
         if change.replace:
-            weight = self._adapter.read(change.replace, rows).to(torch.float32)
+            weight = self._adapter.read(change.replace, rows).float()
         else:
-            weight = self._base_tensor(self._source(name), rows).to(torch.float32)
+            weight = self._base_tensor(self._source(name), rows).float()
         if change.lora:
             weight = self._add_lora(weight, change, rows)
         if change.row_values:
             weight = self._replace_rows(weight, change, rows)
         if change.add:
-            weight = weight + self._adapter.read(change.add, rows).to(torch.float32) * change.scale
+            weight = weight + self._adapter.read(change.add, rows).float() * change.scale
         return weight
 
     def lora_part(self, name: str) -> torch.Tensor:
         """Return one of the adapter's own tensors, as `changed` names them, in float32."""
-        import torch
-
-        return self._adapter.read(name).to(torch.float32)
+        return self._adapter.read(name).float()
 
     @property
     def base_is_tied(self) -> bool:
@@ -293,14 +286,14 @@ class Weights:
         if change.experts:
             return weight + self._expert_delta(change, weight.shape, rows) * change.scale
         if change.embedding:  # A (r, vocabulary), B (hidden, r)
-            a = self._adapter.read(name_a).to(torch.float32)
-            b = self._adapter.read(name_b).to(torch.float32)
+            a = self._adapter.read(name_a).float()
+            b = self._adapter.read(name_b).float()
             return weight + (a if rows is None else a[:, rows]).T @ b.T * change.scale
-        a = self._adapter.read(name_a).to(torch.float32)  # (r, in)
-        b = self._adapter.read(name_b, rows).to(torch.float32)  # (out, r)
+        a = self._adapter.read(name_a).float()  # (r, in)
+        b = self._adapter.read(name_b, rows).float()  # (out, r)
         weight = weight + b @ a * change.scale
         if change.magnitude:
-            length = self._adapter.read(change.magnitude, rows).to(torch.float32)
+            length = self._adapter.read(change.magnitude, rows).float()
             weight = (length / torch.linalg.norm(weight, dim=1))[:, None] * weight
         return weight
 
@@ -318,7 +311,7 @@ class Weights:
             chosen = slice(experts.only, experts.only + 1)
         first, last, _ = chosen.indices(experts.number)
         rank = self._adapter.shape(name_a)[0] // experts.number
-        a = self._adapter.read(name_a, slice(first * rank, last * rank)).to(torch.float32)
+        a = self._adapter.read(name_a, slice(first * rank, last * rank)).float()
         a = a.reshape(last - first, rank, -1)  # (experts, r, inputs)
         b = self._all_experts(name_b, experts.number)[:, :, first:last]  # (outputs, r, experts)
         delta = torch.einsum("ore,eri->eoi", b, a)
@@ -331,21 +324,17 @@ class Weights:
         """Return a B of all experts, (outputs, r, experts); the last one is kept, since each
         expert's matrix needs its own columns of it.
         """
-        import torch
-
         with self._lock:
             if self._last_b is None or self._last_b[0] != name:
-                whole = self._adapter.read(name).to(torch.float32)
+                whole = self._adapter.read(name).float()
                 self._last_b = (name, whole.reshape(len(whole), -1, experts))
             return self._last_b[1]
 
     def _replace_rows(
         self, weight: torch.Tensor, change: Change, rows: slice | None
     ) -> torch.Tensor:
-        import torch
-
         assert change.row_values is not None
-        values = self._adapter.read(change.row_values).to(torch.float32)
+        values = self._adapter.read(change.row_values).float()
         first = rows.start or 0 if rows else 0
         for index, value in zip(change.row_indices, values, strict=True):
             if first <= index < first + len(weight):

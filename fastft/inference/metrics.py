@@ -10,10 +10,8 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
 ANSWER_METRICS = ("exact_match", "contains", "regex")
 """Judge a generated answer."""
@@ -131,28 +129,20 @@ class Scores:
         return self.value() - other.value(), low, high
 
     def _drawn(self, weights: np.ndarray) -> np.ndarray:
-        import numpy as np
-
         tops = weights @ np.asarray(self.numerators)  # (draws,)
         return self._value(tops / (weights @ np.asarray(self.denominators)))
 
     def _value(self, ratio):  # type: ignore[no-untyped-def]  # a float or an array
-        import numpy as np
-
         return np.exp(ratio) if self.metric == "perplexity" else ratio
 
 
 def _weights(rows: int, seed: int) -> np.ndarray:
     """Return (draws, rows): how often each row is in each bootstrap sample."""
-    import numpy as np
-
     drawn = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=DRAWS)
     return drawn.astype(np.float32)
 
 
 def _percentiles(values: np.ndarray) -> tuple[float, float]:
-    import numpy as np
-
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 

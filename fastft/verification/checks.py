@@ -11,8 +11,11 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fastft.errors import FastFTError
 from fastft.exporting.certificate import Check, judge_distance, weight_limit
@@ -21,8 +24,6 @@ from fastft.files import read_json
 from fastft.verification.reference import head_count, rotary_rows, sampled_rows
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from fastft.inference.llamacpp import GgufModel
 
 LogitsOf = Callable[[list[int]], "Iterator[np.ndarray]"]
@@ -31,6 +32,10 @@ ARCHITECTURES = {name: row.gguf.arch for name, row in FAMILIES.items() if row.gg
 """transformers' model_type -> llama.cpp's general.architecture, for the families whose weights are
 compared.
 """
+
+
+ROPE_TABLES = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+"""What llama.cpp keeps as tensors and transformers computes from the config."""
 
 
 class Report:
@@ -168,11 +173,7 @@ def check_tensors(path: Path, reader: Any, reference: dict[str, Any]) -> Check:
         if [n for n in found if n != 1] != [n for n in shape[::-1] if n != 1]:
             problems.append(f"{gguf_name} has shape {found}, planned {shape[::-1]}")
     problems += unplanned_types(path, reader)
-    extra = (
-        set(present)
-        - set(expected)
-        - {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
-    )
+    extra = set(present) - set(expected) - ROPE_TABLES
     if extra and not unknown:
         problems.append(
             f"tensors that the trained model does not have: {', '.join(sorted(extra)[:5])}"
@@ -181,11 +182,8 @@ def check_tensors(path: Path, reader: Any, reference: dict[str, Any]) -> Check:
         return Check("tensors", "fail", f"{len(problems)} wrong: " + "; ".join(problems[:5]))
     detail = f"{len(present)} tensors, shapes and types as planned"
     if unknown:
-        return Check(
-            "tensors",
-            "warn",
-            f"{detail}; {len(unknown)} have no known counterpart ({unknown[0]} ...)",
-        )
+        detail += f"; {len(unknown)} have no known counterpart ({unknown[0]} ...)"
+        return Check("tensors", "warn", detail)
     return Check("tensors", "pass", detail)
 
 
@@ -272,8 +270,6 @@ def unplanned_types(path: Path, reader: Any) -> list[str]:
 
 def check_weights(reader: Any, reference: dict[str, Any]) -> Check:
     """Every weight of the file, dequantised, is the trained one up to what its type can hold."""
-    import numpy as np
-
     names, _ = expected_names(reader, reference)
     if reference["config"]["model_type"] not in ARCHITECTURES:
         return check_weights_in_any_form(reader, reference, names)
@@ -296,11 +292,8 @@ def check_weights(reader: Any, reference: dict[str, Any]) -> Check:
             why = explain(found, expected, plain_rows(trained, hf_name, rows, reference), limit)
             problems.append(f"{gguf_name} ({kind}) {why}; relative error {error:.2g}")
     if problems:
-        return Check(
-            "weights",
-            "fail",
-            f"{len(problems)} of {len(names)} tensors differ: " + "; ".join(problems[:4]),
-        )
+        detail = f"{len(problems)} of {len(names)} tensors differ: {'; '.join(problems[:4])}"
+        return Check("weights", "fail", detail)
     return Check("weights", "pass", f"{len(names)} tensors; nearest to its limit: {largest[1]}")
 
 
@@ -311,8 +304,6 @@ def check_weights_in_any_form(
     stands, in llama.cpp's order of rotary rows, or a norm plus one. What is in another form is
     named, and only the answers speak for it.
     """
-    import numpy as np
-
     trained = np.load(Path(reference["folder"]) / "weights.npz")
     present = {tensor.name: tensor for tensor in reader.tensors}
     other, compared = [], {name: hf for name, hf in names.items() if name in present}
@@ -337,8 +328,6 @@ def forms(
     trained: Any, hf_name: str, rows: np.ndarray, reference: dict[str, Any]
 ) -> Iterator[np.ndarray]:
     """Yield the chosen rows of a trained weight in every form that a GGUF file may have them in."""
-    import numpy as np
-
     kept, have = trained[hf_name], trained[f"{hf_name}#rows"]
     width = kept.shape[-1] if kept.ndim > 1 else 1
     plain = kept[np.searchsorted(have, rows)].reshape(len(rows), width)
@@ -353,18 +342,14 @@ def forms(
 def dequantised_rows(tensor: Any, rows: np.ndarray) -> np.ndarray:
     """Return the chosen rows of a GGUF tensor as float32, (rows, width)."""
     import gguf
-    import numpy as np
 
     data = tensor.data
     width = int(tensor.shape[0])
     if len(tensor.shape) == 1:
         return np.asarray(data, dtype=np.float32).reshape(-1)[rows]
     chosen = np.ascontiguousarray(data.reshape(-1, data.shape[-1])[rows])
-    return (
-        gguf.quants.dequantize(chosen, tensor.tensor_type)
-        .reshape(len(rows), width)
-        .astype(np.float32)
-    )
+    values = gguf.quants.dequantize(chosen, tensor.tensor_type)
+    return values.reshape(len(rows), width).astype(np.float32)
 
 
 def trained_rows(
@@ -373,8 +358,6 @@ def trained_rows(
     """Return the rows of a trained weight in the order and form in which the GGUF file must hold
     them.
     """
-    import numpy as np
-
     config = reference["config"]
     heads = heads_of(hf_name, config)
     family = family_of(config["model_type"])
@@ -393,8 +376,6 @@ def heads_of(hf_name: str, config: dict[str, Any]) -> int:
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     """Return the root-mean-square difference over the root-mean-square of `expected`."""
-    import numpy as np
-
     size = float(np.sqrt(np.square(expected, dtype=np.float64).mean()))
     difference = float(np.sqrt(np.square(found.astype(np.float64) - expected).mean()))
     return difference / size if size else difference
@@ -406,8 +387,6 @@ def plain_rows(
     """Return the rows of a q or k projection in the checkpoint's order, None for every other
     tensor.
     """
-    import numpy as np
-
     if not heads_of(hf_name, reference["config"]):
         return None
     return trained[hf_name][np.searchsorted(trained[f"{hf_name}#rows"], rows)]
@@ -418,8 +397,6 @@ def explain(found: np.ndarray, expected: np.ndarray, plain: np.ndarray | None, l
 
     `plain`: for q and k projections, the rows as the checkpoint orders them.
     """
-    import numpy as np
-
     if not found.any():
         return "is all zeros"
     if not np.isfinite(found).all():
@@ -439,8 +416,6 @@ def explain(found: np.ndarray, expected: np.ndarray, plain: np.ndarray | None, l
 
 def sorted_norms(rows: np.ndarray) -> np.ndarray:
     """Return the Euclidean norms of the rows in ascending order: the same for rows in any order."""
-    import numpy as np
-
     return np.sort(np.linalg.norm(rows.reshape(len(rows), -1).astype(np.float64), axis=1))
 
 
@@ -454,15 +429,11 @@ def check_lora_tensors(path: Path, adapter: str) -> Check:
         modules = {k.rsplit(".lora_", 1)[0] for k in file.keys() if ".lora_A" in k}  # noqa: SIM118
         others = [k for k in file.keys() if ".lora_A" not in k and ".lora_B" not in k]  # noqa: SIM118
     if others:
-        return Check(
-            "tensors",
-            "fail",
-            f"the adapter also trains {others[0]}, which a GGUF adapter cannot hold",
-        )
+        detail = f"the adapter also trains {others[0]}, which a GGUF adapter cannot hold"
+        return Check("tensors", "fail", detail)
     if len(pairs) != len(modules):
-        return Check(
-            "tensors", "fail", f"{len(pairs)} LoRA pairs in the file, {len(modules)} in the adapter"
-        )
+        detail = f"{len(pairs)} LoRA pairs in the file, {len(modules)} in the adapter"
+        return Check("tensors", "fail", detail)
     return Check("tensors", "pass", f"{len(pairs)} LoRA pairs")
 
 
@@ -486,9 +457,8 @@ def check_tokens(model: GgufModel, reference: dict[str, Any]) -> Check:
         if limit:
             verdict = "warn" if origin in {"data", "chat"} else "pass"
         else:
-            verdict = (
-                "warn" if origin == "special tokens" else "fail"
-            )  # nobody trains on special tokens in mid-text
+            # nobody trains on special tokens in mid-text
+            verdict = "warn" if origin == "special tokens" else "fail"
         found[verdict].append(f"{origin} text {text[:40]!r} ({limit or around(ids, expected)})")
     kind = (
         f"tokenizer {model.metadata('tokenizer.ggml.model')}, pre-tokenizer "
@@ -583,22 +553,16 @@ def check_bos(model: GgufModel, reference: dict[str, Any]) -> Check:
         ids = model.chat_tokens(
             chat["messages"], add_generation_prompt=chat["add_generation_prompt"]
         )
-        counts.append(("a conversation", leading(ids), leading(chat["ids"])))
-        counts.append(
-            (
-                "a conversation in llama-server",
-                leading(server_tokens(model, chat)),
-                leading(chat["ids"]),
-            )
-        )
+        served, trained = server_tokens(model, chat), leading(chat["ids"])
+        counts.append(("a conversation", leading(ids), trained))
+        counts.append(("a conversation in llama-server", leading(served), trained))
     problems += [
         f"{what} begins with {n} BOS tokens instead of {m}" for what, n, m in counts if n != m
     ]
     if problems:
         return Check("bos", "fail", "; ".join(problems))
-    return Check(
-        "bos", "pass", f"plain text {counts[0][1]}, conversation {counts[-1][1]}, as in training"
-    )
+    detail = f"plain text {counts[0][1]}, conversation {counts[-1][1]}, as in training"
+    return Check("bos", "pass", detail)
 
 
 def server_tokens(model: GgufModel, chat: dict[str, Any]) -> list[int]:
@@ -617,9 +581,8 @@ def check_template(model: GgufModel, reference: dict[str, Any]) -> Check:
     chats = reference["chats"]
     if not chats:
         has = model.metadata("tokenizer.chat_template")
-        detail = "the trained tokenizer has no chat template" + (
-            ", the file has one" if has else ""
-        )
+        also = ", the file has one" if has else ""
+        detail = f"the trained tokenizer has no chat template{also}"
         return Check("template", "warn" if has else "pass", detail)
     for chat in chats:
         try:
@@ -631,11 +594,8 @@ def check_template(model: GgufModel, reference: dict[str, Any]) -> Check:
                 continue
             return Check("template", "fail", str(error))
         if found != chat["text"]:
-            return Check(
-                "template",
-                "fail",
-                f"the file renders {found!r}, the trained tokenizer {chat['text']!r}",
-            )
+            detail = f"the file renders {found!r}, the trained tokenizer {chat['text']!r}"
+            return Check("template", "fail", detail)
     return Check("template", "pass", f"{len(chats)} conversations render to the same text")
 
 
@@ -678,11 +638,8 @@ def check_generation(model: GgufModel, reference: dict[str, Any]) -> Check:
     """
     expected = [g for g in reference["greedy"] if g["ended"]]
     if not expected:
-        return Check(
-            "generation",
-            "pass",
-            "the trained model's own answers do not end either; nothing to compare",
-        )
+        detail = "the trained model's own answers do not end either; nothing to compare"
+        return Check("generation", "pass", detail)
     ended = same = 0
     for given in expected:
         limit = 2 * len(given["ids"]) + 32
@@ -718,8 +675,6 @@ def distance_to_reference(logits_of: LogitsOf, reference: dict[str, Any]) -> dic
     KL is KL(trained || file) in nats a token; ppl_ratio is the file's perplexity over the trained
     model's. `logits_of`: gives the logits of one sequence in chunks of (rows, vocabulary).
     """
-    import numpy as np
-
     trained = np.load(Path(reference["folder"]) / "logits.npy", mmap_mode="r")
     kls, agree, shifts, row = [], [], [], 0
     for sample in reference["sequences"]:
@@ -747,8 +702,6 @@ def compare_rows(trained: np.ndarray, found: np.ndarray, target: int) -> tuple[f
 
     Columns that only one of the two has (a padded embedding) are left out.
     """
-    import numpy as np
-
     width = min(len(trained), len(found))
     p, q = trained[:width].astype(np.float64), found[:width].astype(np.float64)
     p -= p.max() + np.log(np.exp(p - p.max()).sum())
@@ -771,35 +724,24 @@ def check_folder(job: dict[str, Any], reference: dict[str, Any], report: Report)
 
     path, loaded = job["path"], []
 
-    def load() -> Check:
-        is_adapter = job["kind"] == "adapter"
-        loaded.append(
-            load_trained(job["base"] if is_adapter else path, path if is_adapter else None)[0]
-        )
-        loaded.append(
-            load_tokenizer(job["base"] if is_adapter else path, path if is_adapter else None)
-        )
-        return Check(
-            "load",
-            "pass",
-            "plain peft loads it on the base" if is_adapter else "plain transformers loads it",
-        )
+    is_adapter = job["kind"] == "adapter"
+    base, adapter = (job["base"], path) if is_adapter else (path, None)
 
-    def load_or_say() -> Check:
+    def load() -> Check:
         try:
-            return load()
+            loaded.extend([load_trained(base, adapter)[0], load_tokenizer(base, adapter)])
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
             # Whatever the libraries say about a broken folder is the finding.
             return Check("load", "fail", f"{type(error).__name__}: {str(error)[:500]}")
+        how = "plain peft loads it on the base" if is_adapter else "plain transformers loads it"
+        return Check("load", "pass", how)
 
-    if report.run("load", load_or_say).verdict == "fail":
+    if report.run("load", load).verdict == "fail":
         return
     report.run("tokens", lambda: check_folder_tokenizer(loaded[1], reference))
-    kind = "f32" if job["kind"] == "adapter" else stored_type(path)
-    report.run(
-        "distance",
-        lambda: check_distance(lambda ids: folder_logits(loaded[0], ids), kind, reference, report),
-    )
+    kind = "f32" if is_adapter else stored_type(path)
+    logits = partial(folder_logits, loaded[0])
+    report.run("distance", lambda: check_distance(logits, kind, reference, report))
 
 
 def folder_logits(model: Any, ids: list[int]) -> Iterator[np.ndarray]:
@@ -807,13 +749,8 @@ def folder_logits(model: Any, ids: list[int]) -> Iterator[np.ndarray]:
     import torch
 
     with torch.no_grad():
-        yield (
-            model(input_ids=torch.tensor([ids], device=model.device))
-            .logits[0]
-            .float()
-            .cpu()
-            .numpy()
-        )
+        logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0]
+        yield logits.float().cpu().numpy()
 
 
 def stored_type(path: str) -> str:
@@ -834,16 +771,10 @@ def check_folder_tokenizer(tokenizer: Any, reference: dict[str, Any]) -> Check:
     for chat in reference["chats"]:
         text = render_chat(tokenizer, chat["messages"], chat["add_generation_prompt"])["text"]
         if text != chat["text"]:
-            return Check(
-                "tokens",
-                "fail",
-                f"the folder's chat template renders {text!r} instead of {chat['text']!r}",
-            )
-    return Check(
-        "tokens",
-        "pass",
-        f"{len(reference['texts'])} texts, {len(reference['chats'])} conversations",
-    )
+            detail = f"the folder's chat template renders {text!r} instead of {chat['text']!r}"
+            return Check("tokens", "fail", detail)
+    detail = f"{len(reference['texts'])} texts, {len(reference['chats'])} conversations"
+    return Check("tokens", "pass", detail)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,12 +40,18 @@ TESTED = {
 two.
 """
 OPTIONAL = {"bitsandbytes", "unsloth", "unsloth_zoo", "gguf", "llama-cpp-python"}
+REPORTED = (
+    "name", "kind", "gpu_count", "vram_bytes", "vram_free_bytes", "capability", "bf16", "ram_bytes",
+    "ram_free_bytes", "cpu_cores", "colab", "wsl",
+)  # fmt: skip
+"""What of the hardware stands in the report, beside the room on the disk."""
 _UNSLOTH_FIX = (
     f"pip install --no-deps unsloth=={TESTED['unsloth']} unsloth_zoo=={TESTED['unsloth_zoo']}"
 )
 
 
-class Check(BaseModel):
+@dataclass
+class Check:
     """One finding. `fix` is the line that mends it, where there is one."""
 
     name: str
@@ -88,11 +95,8 @@ class Report(BaseModel):
             if check.fix:
                 console.print(f"             fix: {escape(check.fix)}", style="bold")
         count = sum(check.status in {"warning", "blocking"} for check in self.checks)
-        console.print(
-            "\nnothing to mend"
-            if not count
-            else f"\n{count} finding{'s' if count > 1 else ''} to look at"
-        )
+        findings = f"{count} finding{'s' if count > 1 else ''} to look at"
+        console.print(f"\n{findings if count else 'nothing to mend'}")
 
 
 def doctor(path: str | Path = ".", *, quick: bool = False, network: bool = True) -> Report:
@@ -102,12 +106,8 @@ def doctor(path: str | Path = ".", *, quick: bool = False, network: bool = True)
     and llama.cpp. `network` False does not ask the Hub.
     """
     hardware = probe(path)
-    checks = [
-        *check_python(),
-        *check_packages(),
-        *check_gpu(hardware),
-        *check_memory(hardware, path),
-    ]
+    checks = [*check_python(), *check_packages(), *check_gpu(hardware)]
+    checks += check_memory(hardware, path)
     checks += [*check_surroundings(hardware), *check_compiler(hardware)]
     if network:
         checks.append(check_hub())
@@ -117,21 +117,8 @@ def doctor(path: str | Path = ".", *, quick: bool = False, network: bool = True)
         checks += check_kernels(hardware)
         found, unsloth = check_unsloth(hardware)
         checks += found
-    summary = {
-        "name": hardware.name,
-        "kind": hardware.kind,
-        "gpu_count": hardware.gpu_count,
-        "vram_bytes": hardware.vram_bytes,
-        "vram_free_bytes": hardware.vram_free_bytes,
-        "capability": hardware.capability,
-        "bf16": hardware.bf16,
-        "ram_bytes": hardware.ram_bytes,
-        "ram_free_bytes": hardware.ram_free_bytes,
-        "disk_free_bytes": hardware.disk_free_bytes(path),
-        "cpu_cores": hardware.cpu_cores,
-        "colab": hardware.colab,
-        "wsl": hardware.wsl,
-    }
+    summary = {name: getattr(hardware, name) for name in REPORTED}
+    summary["disk_free_bytes"] = hardware.disk_free_bytes(path)
     return Report(checks=checks, hardware=summary, unsloth=unsloth)
 
 
@@ -139,14 +126,10 @@ def check_python(version: tuple[int, int] = sys.version_info[:2]) -> Iterator[Ch
     """Python 3.11 to 3.13, 64 bit."""
     text = ".".join(map(str, version))
     if (3, 11) <= version < (3, 14):
-        yield Check(
-            name="Python", status="ok", detail=f"{text} on {platform.system()} {platform.machine()}"
-        )
+        yield Check("Python", "ok", f"{text} on {platform.system()} {platform.machine()}")
     else:
         fix = "uv venv --python 3.12, or conda create -n fastft python=3.12"
-        yield Check(
-            name="Python", status="blocking", detail=f"{text}; fastft needs 3.11 to 3.13", fix=fix
-        )
+        yield Check("Python", "blocking", f"{text}; fastft needs 3.11 to 3.13", fix)
 
 
 def check_packages(ranges: dict[str, str] | None = None) -> Iterator[Check]:
@@ -159,25 +142,21 @@ def check_packages(ranges: dict[str, str] | None = None) -> Iterator[Check]:
             yield _missing(name, tested)
         elif wanted and not _within(installed, wanted):
             fix = f"pip install '{name}=={tested}'"
-            yield Check(
-                name=name, status="blocking", detail=f"{installed} is outside {wanted}", fix=fix
-            )
+            yield Check(name, "blocking", f"{installed} is outside {wanted}", fix)
         elif installed.split("+")[0] == tested:
-            yield Check(name=name, status="ok", detail=f"{installed}, the tested version")
+            yield Check(name, "ok", f"{installed}, the tested version")
         else:
-            yield Check(
-                name=name, status="note", detail=f"{installed} is allowed; tested with {tested}"
-            )
+            yield Check(name, "note", f"{installed} is allowed; tested with {tested}")
     versions = {_version("unsloth"), _version("unsloth_zoo")} - {None}
     if len(versions) == 2:
         detail = f"unsloth and unsloth_zoo differ: {' and '.join(sorted(str(v) for v in versions))}"
-        yield Check(name="unsloth versions", status="warning", detail=detail, fix=_UNSLOTH_FIX)
+        yield Check("unsloth versions", "warning", detail, _UNSLOTH_FIX)
 
 
 def _missing(name: str, tested: str) -> Check:
     if name in {"unsloth", "unsloth_zoo"}:
         detail = "not installed; training runs on plain transformers + peft"
-        return Check(name=name, status="warning", detail=detail, fix=_UNSLOTH_FIX)
+        return Check(name, "warning", detail, _UNSLOTH_FIX)
     if name in OPTIONAL:
         uses = {
             "bitsandbytes": "NF4, int8 and 8-bit AdamW",
@@ -185,10 +164,8 @@ def _missing(name: str, tested: str) -> Check:
             "llama-cpp-python": "GGUF export and chat",
         }
         detail = f"not installed; needed for {uses[name]}"
-        return Check(name=name, status="note", detail=detail, fix=f"pip install '{name}=={tested}'")
-    return Check(
-        name=name, status="blocking", detail="not installed", fix=f"pip install '{name}=={tested}'"
-    )
+        return Check(name, "note", detail, f"pip install '{name}=={tested}'")
+    return Check(name, "blocking", "not installed", f"pip install '{name}=={tested}'")
 
 
 def declared_ranges() -> dict[str, str]:
@@ -225,37 +202,25 @@ def check_gpu(hardware: Hardware) -> Iterator[Check]:
         detail = (
             f"{hardware.gpu_count} x {card.name}, SM {sm}, driver {card.driver}; {dtype} ({why})"
         )
-        yield Check(name="GPU", status="ok", detail=detail)
+        yield Check("GPU", "ok", detail)
         yield from check_cuda(card.cuda, torch_cuda())
         free, total = hardware.vram_free_bytes / GIB, hardware.vram_bytes / GIB
         busy = free < 0.8 * total
-        fix = (
-            "nvidia-smi shows what holds the rest; end it, or restart the notebook's runtime"
-            if busy
-            else None
-        )
-        yield Check(
-            name="VRAM",
-            status="warning" if busy else "ok",
-            detail=f"{free:.1f} of {total:.1f} GiB free",
-            fix=fix,
-        )
+        how = "nvidia-smi shows what holds the rest; end it, or restart the notebook's runtime"
+        fix = how if busy else None
+        yield Check("VRAM", "warning" if busy else "ok", f"{free:.1f} of {total:.1f} GiB free", fix)
     elif cards:
         detail = "; ".join(hardware.notes)
         fix = (
             f"pip uninstall -y torch && pip install torch=={TESTED['torch']}   (on Linux this is "
             "the CUDA build)"
         )
-        yield Check(name="GPU", status="warning", detail=detail, fix=fix)
+        yield Check("GPU", "warning", detail, fix)
     elif hardware.kind == "mps":
-        yield Check(
-            name="GPU",
-            status="note",
-            detail=f"Apple GPU: {_engine_of_a_mac()}",
-        )
+        yield Check("GPU", "note", f"Apple GPU: {_engine_of_a_mac()}")
     else:
         dtype, why = compute_dtype(hardware)
-        yield Check(name="GPU", status="note", detail=f"none; the CPU trains in {dtype} ({why})")
+        yield Check("GPU", "note", f"none; the CPU trains in {dtype} ({why})")
 
 
 def _engine_of_a_mac() -> str:
@@ -283,16 +248,14 @@ def check_cuda(
         f"{'.'.join(map(str, driver))}"
     )
     if has >= needs:
-        yield Check(name="CUDA", status="ok", detail=detail)
+        yield Check("CUDA", "ok", detail)
         return
     wheels = f"https://download.pytorch.org/whl/cu{has}{driver[1]}"
     fix = (
         "install a newer NVIDIA driver, or a torch for this one: pip install torch --index-url "
         f"{wheels}"
     )
-    yield Check(
-        name="CUDA", status="blocking", detail=f"{detail}: torch cannot use the card", fix=fix
-    )
+    yield Check("CUDA", "blocking", f"{detail}: torch cannot use the card", fix)
 
 
 def torch_cuda() -> tuple[int, int] | None:
@@ -300,10 +263,8 @@ def torch_cuda() -> tuple[int, int] | None:
     it.
     """
     found = importlib.util.find_spec("torch")
-    version = (
-        Path(found.origin).with_name("version.py") if found is not None and found.origin else None
-    )
-    text = version.read_text(encoding="utf-8") if version is not None and version.is_file() else ""
+    version = Path(found.origin).with_name("version.py") if found and found.origin else None
+    text = version.read_text(encoding="utf-8") if version and version.is_file() else ""
     match = re.search(r"^cuda\b[^=\n]*=\s*['\"](\d+)\.(\d+)", text, re.M)
     return (int(match[1]), int(match[2])) if match else None
 
@@ -313,20 +274,14 @@ def check_memory(hardware: Hardware, path: str | Path) -> Iterator[Check]:
     free, total = hardware.ram_free_bytes / GIB, hardware.ram_bytes / GIB
     low = free < 4
     fix = "close other programs; plan with: fastft plan run.yaml" if low else None
-    yield Check(
-        name="RAM",
-        status="warning" if low else "ok",
-        detail=f"{free:.1f} of {total:.1f} GiB free",
-        fix=fix,
-    )
+    yield Check("RAM", "warning" if low else "ok", f"{free:.1f} of {total:.1f} GiB free", fix)
     disk = hardware.disk_free_bytes(path) / GIB
     status: Status = "blocking" if disk < 0.5 else "warning" if disk < 10 else "ok"
-    fix = (
+    how = (
         "hf cache ls shows downloaded models, hf cache rm removes them; or set output_dir elsewhere"
-        if disk < 10
-        else None
     )
-    yield Check(name="disk", status=status, detail=f"{disk:.1f} GiB free at {path}", fix=fix)
+    fix = how if disk < 10 else None
+    yield Check("disk", status, f"{disk:.1f} GiB free at {path}", fix)
 
 
 def check_surroundings(
@@ -336,25 +291,17 @@ def check_surroundings(
     if hardware.colab:
         if drive.is_dir():
             yield Check(
-                name="Colab",
-                status="ok",
-                detail=f"Drive is mounted; mirror: {drive}/fastft keeps checkpoints",
+                "Colab", "ok", f"Drive is mounted; mirror: {drive}/fastft keeps checkpoints"
             )
         else:
             fix = "from google.colab import drive; drive.mount('/content/drive')"
             yield Check(
-                name="Colab",
-                status="warning",
-                detail="Drive is not mounted: a lost session loses the run",
-                fix=fix,
+                "Colab", "warning", "Drive is not mounted: a lost session loses the run", fix
             )
     if hardware.wsl:
         detail = "WSL2: RAM is limited by .wslconfig; files below /mnt/c are slow"
         yield Check(
-            name="WSL2",
-            status="note",
-            detail=detail,
-            fix="keep runs in the Linux file system, for example ~/runs",
+            "WSL2", "note", detail, "keep runs in the Linux file system, for example ~/runs"
         )
 
 
@@ -374,20 +321,16 @@ def check_compiler(hardware: Hardware) -> Iterator[Check]:
         has_cmake = shutil.which("cmake") is not None
         cmake = "found" if has_cmake else "not found (pip installs its own for a build)"
         tools = f"{compiler}, cmake {cmake}"
-        yield Check(name="compiler", status="ok", detail=tools)
+        yield Check("compiler", "ok", tools)
     else:
         detail = "no C++ compiler; needed to build llama-cpp-python and for Triton's kernels"
-        yield Check(name="compiler", status="warning" if needed else "note", detail=detail, fix=fix)
+        yield Check("compiler", "warning" if needed else "note", detail, fix)
 
 
 def check_hub(timeout: float = 4.0) -> Check:
     """Whether the Hub (or HF_ENDPOINT) answers, and whether a token is set."""
     if os.environ.get("HF_HUB_OFFLINE", "0") not in {"", "0"}:
-        return Check(
-            name="Hub",
-            status="note",
-            detail="HF_HUB_OFFLINE is set: only local folders and the cache",
-        )
+        return Check("Hub", "note", "HF_HUB_OFFLINE is set: only local folders and the cache")
     token_file = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "token"
     token = (
         "with a token" if os.environ.get("HF_TOKEN") or token_file.is_file() else "without a token"
@@ -401,26 +344,16 @@ def check_hub(timeout: float = 4.0) -> Check:
     except urllib.error.HTTPError as error:
         if error.code >= 500:
             return Check(
-                name="Hub",
-                status="warning",
-                detail=f"{shown_endpoint()} answers {error.code}",
-                fix="try again later",
+                "Hub", "warning", f"{shown_endpoint()} answers {error.code}", "try again later"
             )
     except (OSError, ValueError, http.client.HTTPException) as error:
         detail = (
             f"{shown_endpoint()} cannot be reached ({getattr(error, 'reason', error)}): only local "
             "folders and the cache"
         )
-        return Check(
-            name="Hub",
-            status="warning",
-            detail=detail,
-            fix="check the network, a proxy, or HF_ENDPOINT",
-        )
+        return Check("Hub", "warning", detail, "check the network, a proxy, or HF_ENDPOINT")
     return Check(
-        name="Hub",
-        status="ok",
-        detail=f"{shown_endpoint()} answers in {time.monotonic() - started:.1f} s, {token}",
+        "Hub", "ok", f"{shown_endpoint()} answers in {time.monotonic() - started:.1f} s, {token}"
     )
 
 
@@ -430,11 +363,7 @@ def check_llama_cpp(hardware: Hardware) -> Check:
     """
     name = "llama.cpp"
     if _version("llama-cpp-python") is None:
-        return Check(
-            name=name,
-            status="note",
-            detail="llama-cpp-python is not installed; no GGUF export or chat",
-        )
+        return Check(name, "note", "llama-cpp-python is not installed; no GGUF export or chat")
     code = "import llama_cpp; print(bool(llama_cpp.llama_supports_gpu_offload()))"
     build = {"cuda": "-DGGML_CUDA=on", "mps": "-DGGML_METAL=on"}.get(hardware.kind, "")
     environment = f"CMAKE_ARGS='{build}' " if build else ""
@@ -446,18 +375,12 @@ def check_llama_cpp(hardware: Hardware) -> Check:
     done = _python(code, timeout=60)
     if done is None or done.returncode != 0:
         reason = "it does not load in 60 s" if done is None else _last_line(done.stderr)
-        return Check(
-            name=name, status="warning", detail=f"llama-cpp-python does not load: {reason}", fix=fix
-        )
+        return Check(name, "warning", f"llama-cpp-python does not load: {reason}", fix)
     offload = done.stdout.strip().endswith("True")
     if build and not offload:
         detail = f"llama-cpp-python works, but was built without the GPU ({hardware.name})"
-        return Check(name=name, status="warning", detail=detail, fix=fix)
-    return Check(
-        name=name,
-        status="ok",
-        detail=f"llama-cpp-python loads; GPU offload: {'yes' if offload else 'no'}",
-    )
+        return Check(name, "warning", detail, fix)
+    return Check(name, "ok", f"llama-cpp-python loads; GPU offload: {'yes' if offload else 'no'}")
 
 
 def check_kernels(hardware: Hardware) -> Iterator[Check]:
@@ -477,11 +400,11 @@ def check_kernels(hardware: Hardware) -> Iterator[Check]:
             line for line in done.stdout.splitlines() if line.startswith("FASTFT ")
         ).removeprefix("FASTFT ")
     if not reason:
-        yield Check(name=name, status="ok", detail="compiled for this processor, active")
+        yield Check(name, "ok", "compiled for this processor, active")
         return
     fix = "apt-get install -y build-essential" if "compiler" in reason else None
     fix = "unset FASTFT_NATIVE" if "FASTFT_NATIVE" in reason else fix
-    yield Check(name=name, status="note", detail=f"fell back: {reason}; {instead}", fix=fix)
+    yield Check(name, "note", f"fell back: {reason}; {instead}", fix)
 
 
 # Run in its own process: Unsloth patches whatever process imports it.
@@ -544,7 +467,7 @@ def check_unsloth(
     if done is None or done.returncode != 0:
         reason = f"not imported after {timeout:.0f} s" if done is None else _last_line(done.stderr)
         detail = f"cannot be imported: {reason}; training runs on plain transformers + peft"
-        return [Check(name=name, status="warning", detail=detail, fix=_UNSLOTH_FIX)], None
+        return [Check(name, "warning", detail, _UNSLOTH_FIX)], None
     line = next(line for line in done.stdout.splitlines() if line.startswith("FASTFT "))
     state: dict[str, Any] = json.loads(line.removeprefix("FASTFT "))
     reported = state["reported"]
@@ -552,26 +475,18 @@ def check_unsloth(
         f"{reported['unsloth']} ({reported['backend']} backend), imported in "
         f"{time.monotonic() - started:.0f} s"
     )
-    checks = [Check(name=name, status="ok", detail=detail)]
+    checks = [Check(name, "ok", detail)]
     early = reported.get("imported_before_unsloth")
     if early:
         fix = "import fastft (or unsloth) before transformers, trl and peft"
         found = f"{early} was imported first: its patches are missing"
-        checks.append(Check(name=f"{name}: import order", status="warning", detail=found, fix=fix))
-    own = {
-        key: value
-        for key, value in reported.items()
-        if key not in {"unsloth", "backend", "imported_before_unsloth"}
-    }
+        checks.append(Check(f"{name}: import order", "warning", found, fix))
+    about = {"unsloth", "backend", "imported_before_unsloth"}
+    own = {key: value for key, value in reported.items() if key not in about}
+    checks += [Check(f"fastft: {patch}", "ok", str(value)) for patch, value in own.items()]
+    checks += [Check(f"{name}: {patch}", "ok", "active") for patch in state["active"]]
     checks += [
-        Check(name=f"fastft: {patch}", status="ok", detail=str(value))
-        for patch, value in own.items()
-    ]
-    checks += [
-        Check(name=f"{name}: {patch}", status="ok", detail="active") for patch in state["active"]
-    ]
-    checks += [
-        Check(name=f"{name}: {patch}", status="note", detail=f"fell back: {why}")
+        Check(f"{name}: {patch}", "note", f"fell back: {why}")
         for patch, why in state["fell_back"].items()
     ]
     return checks, state

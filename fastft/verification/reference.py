@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastft.data.bounded import render
 from fastft.errors import FastFTError
 from fastft.exporting.experts import PARTS, single
@@ -366,7 +368,6 @@ def write_logits(model: Any, encoded: list[dict[str, list[int]]], path: Path) ->
     """Write the float32 logits of all counted positions, (positions, vocabulary), sample after
     sample.
     """
-    import numpy as np
     import torch
 
     total = sum(len(sample["counted"]) for sample in encoded)
@@ -391,8 +392,6 @@ def write_weights(model: Any, path: Path) -> dict[str, list[int]]:
     Of each tensor at most about 2**18 numbers are kept. For q and k projections the rows are kept
     in both orders that a GGUF file may have them in (see `rotary_rows`).
     """
-    import numpy as np
-
     config, kept, shapes = model.config.get_text_config(), {}, {}
     wrapped = config is not model.config
     seen: dict[int, str] = {}
@@ -437,8 +436,6 @@ def sampled_rows(shape: Any) -> Any:
     """Return the indices of the rows of a tensor of `shape` that are compared, sorted; the rows of
     experts count one after the other.
     """
-    import numpy as np
-
     width = shape[-1] if len(shape) > 1 else 1
     total = int(np.prod(shape)) // width
     count = max(1, min(total, ROW_ELEMENTS // width))
@@ -458,8 +455,6 @@ def rotary_rows(rows: int, heads: int) -> Any:
     llama.cpp rotates neighbouring pairs where transformers rotates the two halves of a head, so
     the rows of each head are interleaved: row 2i comes from i, row 2i+1 from i + half.
     """
-    import numpy as np
-
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
 
 
