@@ -154,9 +154,8 @@ def run(arguments: list[str]) -> int:
             if not isinstance(error, Exception) and type(error).__name__ != PANIC:
                 raise
             reserve.clear()
-            if hasattr(error, "show") and hasattr(
-                error, "exit_code"
-            ):  # click's usage errors: wrong options
+            if hasattr(error, "show") and hasattr(error, "exit_code"):
+                # click's usage errors: wrong options
                 error.show()
                 return 2
             if known := explained(error):

@@ -33,9 +33,8 @@ if TYPE_CHECKING:
     from fastft.planning.shape import ModelShape
 
 BASELINE = "peft"
-REFERENCE = {
-    "training": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 0}
-}  # 0: the whole batch
+# 0: the whole batch
+REFERENCE = {"training": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 0}}
 LOG_TAIL = 25
 OTHERS = 0.05
 """Share of the cores that others may have before a note says so."""

@@ -216,9 +216,8 @@ def in_a_process(module: str, *arguments: str, threads: int) -> tuple[float, dic
     try:
         out, log = process.communicate()
     finally:
-        if (
-            process.poll() is None
-        ):  # interrupted: with what it has started, as the quantiser's own process
+        if process.poll() is None:
+            # interrupted: with what it has started, as the quantiser's own process
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     seconds = time.perf_counter() - start

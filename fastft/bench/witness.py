@@ -72,9 +72,8 @@ class Witness(TrainerCallback):
     def _count(self, module: Any, args: tuple[Any, ...]) -> None:
         ids = args[0]
         self._padding = self._padding.to(ids.device)
-        self._counts.append(
-            torch.isin(ids, self._padding, invert=True).sum()
-        )  # read at the step's end: no GPU waits
+        # read at the step's end: no GPU waits
+        self._counts.append(torch.isin(ids, self._padding, invert=True).sum())
         self._sizes += ids.numel()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -283,10 +283,8 @@ def _status_of(error: Exception) -> tuple[Any, str]:
 def _clocks(device: str) -> tuple[float | None, str | None]:
     """Return (clock in MHz, the GPU's throttle reasons) where the kernel or the driver tells."""
     if device == "cuda":
-        for reasons in (
-            "clocks_event_reasons.active",
-            "clocks_throttle_reasons.active",
-        ):  # older drivers: the second
+        for reasons in ("clocks_event_reasons.active", "clocks_throttle_reasons.active"):
+            # older drivers: the second
             if (found := _nvidia_smi("clocks.sm", reasons)) and found[0].isdigit():
                 idle = found[1].startswith("0x") and int(found[1], 16) in {0, 1}  # 1 is "idle"
                 return float(found[0]), None if idle else found[1]

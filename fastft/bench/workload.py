@@ -21,12 +21,8 @@ import numpy as np
 from fastft.bench.case import Case, Lengths, Shared
 from fastft.errors import FastFTError
 
-PAD, BOS, EOS, FIRST_TOKEN = (
-    0,
-    1,
-    2,
-    3,
-)  # the data never holds PAD, so that padding can be told apart
+# the data never holds PAD, so that padding can be told apart
+PAD, BOS, EOS, FIRST_TOKEN = (0, 1, 2, 3)
 NEW_TOKENS = 64
 """Room for tokens that a library adds to a real model's vocabulary to pad with."""
 SHARD = 2 * 10**9
@@ -126,9 +122,8 @@ def draw(
     for length in draw_lengths(lengths, count, rng):
         ids = ordinary[rng.integers(len(ordinary), size=length)]
         target = ids.copy()
-        target[
-            : min(max(1, round(lengths.prompt_share * length)), length - 1)
-        ] = -100  # the last token carries loss
+        # the last token carries loss
+        target[: min(max(1, round(lengths.prompt_share * length)), length - 1)] = -100
         input_ids.append(ids)
         labels.append(target)
     return Workload(input_ids, labels, effective_batch_size, np.array(sorted(never)))
@@ -199,9 +194,8 @@ def make_checkpoint(case: Case, folder: Path, *, layers: int | None = None) -> i
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]
     config.bos_token_id, config.eos_token_id, config.pad_token_id = BOS, EOS, PAD
-    dtype = (
-        torch.float32 if case.dtype == "float32" else torch.bfloat16
-    )  # as published models are stored
+    # as published models are stored
+    dtype = torch.float32 if case.dtype == "float32" else torch.bfloat16
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     device = _device_with_room(sum(p.numel() * p.element_size() for p in model.parameters()))
@@ -228,9 +222,8 @@ def _device_with_room(size: int) -> str | None:
 
     if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.1 * size:
         return "cuda"
-    return (
-        "cpu" if psutil.virtual_memory().available > 2.2 * size else None
-    )  # saving copies a shard
+    # saving copies a shard
+    return "cpu" if psutil.virtual_memory().available > 2.2 * size else None
 
 
 def save_in_parts(model: Any, folder: Path, shard: int = SHARD) -> None:

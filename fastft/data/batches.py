@@ -37,9 +37,8 @@ class Segment:
     """
 
     input_ids: np.ndarray  # (L,) int32
-    labels: (
-        np.ndarray
-    )  # (L,) int32, IGNORE where no loss; the first is always IGNORE, nothing predicts it
+    # (L,) int32, IGNORE where no loss; the first is always IGNORE, nothing predicts it
+    labels: np.ndarray
     place: int = 0
     """Its number in the step, as the step was drawn: what its dropout is keyed by."""
 

@@ -51,9 +51,8 @@ class _Watch:
 
     def begin(self, thread: int) -> None:
         with self._lock:
-            if (
-                self._thread is None or self._process != os.getpid()
-            ):  # threads do not survive a fork
+            if self._thread is None or self._process != os.getpid():
+                # threads do not survive a fork
                 self._process, self._before = os.getpid(), _resident()
                 self._thread = threading.Thread(
                     target=self._run, name="template limits", daemon=True

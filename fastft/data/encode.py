@@ -360,9 +360,8 @@ def prove(
     runs = list(zip(edges[::2], edges[1::2], strict=True))
     wrong = bool((targets[mask] != ids[mask]).any())
     decoded = [coder.decode(ids, a, b) for a, b in runs]
-    if len(decoded) != len(
-        answers
-    ):  # answers that follow each other without a token between are one run
+    if len(decoded) != len(answers):
+        # answers that follow each other without a token between are one run
         decoded, answers = ["".join(decoded)], ["".join(answers)]
     for got, expected in zip(decoded, answers, strict=True):
         if wrong or not coder.same(got, expected):

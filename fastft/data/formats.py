@@ -519,9 +519,8 @@ def _resolved(
 def listed(names: Iterable[str], most: int = 20) -> str:
     """Return the names as one short text: a file without a header has its first row as names."""
     shown = [name if len(name) <= 60 else name[:60] + "..." for name in names]
-    shown = [
-        name.encode("utf-8", "backslashreplace").decode() for name in shown
-    ]  # half characters cannot be printed
+    # half characters cannot be printed
+    shown = [name.encode("utf-8", "backslashreplace").decode() for name in shown]
     return ", ".join(shown[:most]) + (
         f" and {len(shown) - most:,} more" if len(shown) > most else ""
     )

@@ -155,9 +155,7 @@ def max_positions(config: ModelConfig) -> int | None:
     try:
         with explained(config.name):
             found = AutoConfig.from_pretrained(config.name, revision=config.revision)
-    except (
-        OSError,
-        ValueError,
-    ):  # no config.json beside the tokenizer, or its own code: loading the model will tell
+    except (OSError, ValueError):
+        # no config.json beside the tokenizer, or its own code: loading the model will tell
         return None
     return getattr(found.get_text_config(), "max_position_embeddings", None)

@@ -234,9 +234,8 @@ def open_source(
             )
         files, notices = _chosen(files, path, split)
         return _open_files(files, source, notices, documents)
-    if (
-        path.exists()
-    ):  # a pipe, a socket, a device: can be read once at most, and data is read in several passes
+    if path.exists():
+        # a pipe, a socket, a device: can be read once at most, and data is read in several passes
         raise FastFTError(
             f"{source} is neither a file nor a folder (a pipe?). Write its content into a "
             "file first."
@@ -817,17 +816,14 @@ def _from_hub(source: str, name: str | None, split: str, streaming: bool) -> Sou
                 streaming=streaming,
                 download_mode=DownloadMode.REUSE_DATASET_IF_EXISTS,
             )
-    except (
-        DatasetNotFoundError
-    ) as error:  # the answer behind it is gone; its text says which of two it was
+    except DatasetNotFoundError as error:
+        # the answer behind it is gone; its text says which of two it was
         explained = (hub.gated if "gated" in str(error) else hub.not_found)(f"dataset {source!r}")
         raise FastFTError(f"{explained} Nor is it a file here.") from error
     except ValueError as error:  # unknown split or configuration: the message lists them
         raise FastFTError(f"the dataset {source}: {error}.") from error
-    except (
-        OSError,
-        hub.http().HTTPError,
-    ) as error:  # the network's errors, and what datasets makes of them
+    except (OSError, hub.http().HTTPError) as error:
+        # the network's errors, and what datasets makes of them
         if hub.is_offline() or hub.status(error) is not None:
             raise hub.explain(error, f"dataset {source!r}") from error
         raise FastFTError(

@@ -41,9 +41,8 @@ SECRETS = {
 _ANY_SECRET = re.compile(
     "|".join(f"(?P<s{i}>{pattern})" for i, pattern in enumerate(SECRETS.values()))
 )
-_MAYBE_SECRET = re.compile(
-    r"hf_|sk-|gh[pousr]_|github_pat_|A[KS]IA|AIza|xox|-----BEGIN|eyJ"
-)  # quick
+# quick
+_MAYBE_SECRET = re.compile(r"hf_|sk-|gh[pousr]_|github_pat_|A[KS]IA|AIza|xox|-----BEGIN|eyJ")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 

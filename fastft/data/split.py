@@ -111,9 +111,8 @@ def _without_leaks(marks: RowMarks, chosen: np.ndarray) -> np.ndarray:
         if not near.any():
             return kept
         kept[np.flatnonzero(kept)[near]] = False
-        if (
-            kept.sum() * 2 < chosen.sum()
-        ):  # all rows are alike: better some leakage, which is reported, than no eval
+        if kept.sum() * 2 < chosen.sum():
+            # all rows are alike: better some leakage, which is reported, than no eval
             return chosen
 
 
@@ -167,9 +166,8 @@ def _band_keys(hashes: np.ndarray) -> np.ndarray:
 
 def _unite(parent: np.ndarray, edges: np.ndarray) -> None:
     """Join the groups of each pair, in place; a group is named by its smallest row."""
-    for part in np.array_split(
-        edges, len(edges) // 100_000 + 1
-    ):  # as Python numbers, an edge takes 136 bytes
+    for part in np.array_split(edges, len(edges) // 100_000 + 1):
+        # as Python numbers, an edge takes 136 bytes
         for a, b in part.tolist():
             a, b = _root(parent, a), _root(parent, b)
             if a != b:

@@ -39,11 +39,8 @@ same tokens.
 
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-_USER, _ANSWER, _THOUGHT = (
-    "\U000f0ff0u",
-    "\U000f0ff0a",
-    "\U000f0ff0t",
-)  # private use: in nobody's template
+# private use: in nobody's template
+_USER, _ANSWER, _THOUGHT = ("\U000f0ff0u", "\U000f0ff0a", "\U000f0ff0t")
 
 
 class TemplateRefusedError(FastFTError):
@@ -253,9 +250,8 @@ class ChatTemplate:
             return _THOUGHT in self._plain_render(
                 [{"role": "user", "content": _USER}], [tool], prompt=True
             )
-        except (
-            TemplateRefusedError
-        ):  # it wants to see more of a tool than that, so it does write them
+        except TemplateRefusedError:
+            # it wants to see more of a tool than that, so it does write them
             return True
 
     @cached_property
@@ -477,10 +473,8 @@ def parse_arguments(arguments: Any) -> Any:
     if isinstance(arguments, str):
         try:
             value = json.loads(arguments)
-        except (
-            ValueError,
-            RecursionError,
-        ):  # no JSON, a number of 5,000 digits, nested too deep: text, then
+        except (ValueError, RecursionError):
+            # no JSON, a number of 5,000 digits, nested too deep: text, then
             return arguments
         return value if isinstance(value, dict) else arguments
     return arguments

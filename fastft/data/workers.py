@@ -103,9 +103,8 @@ class _Worker:
 def _serve() -> None:
     """Answer chunks until standard input ends."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(
-        sys.stderr.fileno(), sys.stdout.fileno()
-    )  # whatever a library prints must not mix with the answers
+    # whatever a library prints must not mix with the answers
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     work = pickle.load(requests)
     while True:
         try:

@@ -25,10 +25,8 @@ from fastft.models import check_checkpoint, explained, location
 if TYPE_CHECKING:
     from fastft.planning import Situation
 
-PEFT_INIT = {
-    "default": True,
-    "pissa": "pissa_niter_16",
-}  # the other names of lora.init are peft's own
+# the other names of lora.init are peft's own
+PEFT_INIT = {"default": True, "pissa": "pissa_niter_16"}
 
 
 class FastLanguageModel:

@@ -219,9 +219,8 @@ def _upload(
                 return _commit(repo, private, parts, message)
         except FastFTError:
             raise
-        except (
-            Exception
-        ) as error:  # huggingface_hub wraps what happens in its upload threads in RuntimeError
+        except Exception as error:
+            # huggingface_hub wraps what happens in its upload threads in RuntimeError
             asked = hub.retry_after(error)
             too_long = asked is not None and asked > hub.LONGEST_WAIT
             if wait is None or too_long or not hub.worth_another_try(error):

@@ -21,9 +21,8 @@ from typing import Any
 from fastft.errors import CouldNotFinishError, FastFTError
 from fastft.secrets import redact
 
-CHUNK_BYTES = (
-    2**20
-)  # so that a copy gives way to training, and a stall is seen, at least once a MiB
+# so that a copy gives way to training, and a stall is seen, at least once a MiB
+CHUNK_BYTES = 2**20
 
 
 class Files:
@@ -34,9 +33,8 @@ class Files:
     def read(self, path: Path) -> Iterator[bytes]:
         """Yield the content of `path` in pieces of at most CHUNK_BYTES."""
         with path.open("rb", buffering=0) as file:
-            _forget_cached(
-                file.fileno()
-            )  # what is read back shall come from the disk, where the system allows it
+            # what is read back shall come from the disk, where the system allows it
+            _forget_cached(file.fileno())
             while chunk := file.read(CHUNK_BYTES):
                 yield chunk
 
@@ -47,9 +45,8 @@ class Files:
                 left = memoryview(chunk)
                 while left:
                     left = left[file.write(left) :]
-            with contextlib.suppress(
-                OSError
-            ):  # not every network file system knows fsync; reading back decides
+            with contextlib.suppress(OSError):
+                # not every network file system knows fsync; reading back decides
                 os.fsync(file.fileno())
 
     def rename(self, old: Path, new: Path) -> None:

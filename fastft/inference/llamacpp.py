@@ -734,9 +734,8 @@ class GgufChat:
         self, prompt: list[int], limit: int, temperature: float, top_p: float, seed: int
     ) -> Iterator[str]:
         self.last_tokens = []
-        decoder = codecs.getincrementaldecoder("utf-8")(
-            "replace"
-        )  # a character may be spread over tokens
+        # a character may be spread over tokens
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         ids = self.model.generate(
             prompt, max_new_tokens=limit, temperature=temperature, top_p=top_p, seed=seed
         )

@@ -182,9 +182,8 @@ class _GatedMLP(Function):
             multiply(Sum(dlow, [(dy, _scaled_b(outer, dy.dtype))]))
             terms.append((dlow, outer.a.detach().to(dy.dtype)))
         multiply(Sum(dh, terms))
-        h = native.glu_backward_(
-            dh, gate, up, ctx.gelu
-        )  # gate and up are their gradients from here on
+        # gate and up are their gradients from here on
+        h = native.glu_backward_(dh, gate, up, ctx.gelu)
         rest_outer: list[torch.Tensor | None] = [None, None]
         if outer.a is not None:
             da, db = torch.empty(outer.a.shape), torch.empty(outer.b.shape[1], outer.b.shape[0])
@@ -237,9 +236,8 @@ class _HeadLoss(Function):
         backward = ctx.needs_input_grad[0]
         total = torch.zeros((), dtype=torch.float64)
         grad = torch.empty_like(hidden) if backward else None
-        place = weight.new_empty(
-            min(HEAD_ROWS, hidden.shape[0]), weight.shape[0]
-        )  # used again: its pages are there
+        # used again: its pages are there
+        place = weight.new_empty(min(HEAD_ROWS, hidden.shape[0]), weight.shape[0])
         for first in range(0, hidden.shape[0], HEAD_ROWS):
             part = slice(first, first + HEAD_ROWS)
             logits = place[: len(targets[part])]
@@ -332,9 +330,8 @@ class FusedLayers:
         self.config = text_config(model)
         self.forwards: list[tuple[Any, Callable[..., Any]]] = []
         self._row: tuple[Any, RowPlan] | None = None
-        self.adapters: list[
-            torch.nn.Parameter
-        ] = []  # A and B of every plain LoRA layer, some twice
+        # A and B of every plain LoRA layer, some twice
+        self.adapters: list[torch.nn.Parameter] = []
         inside: set[int] = set()
         for module in self.owner.modules():
             if id(module) in inside:

@@ -59,9 +59,8 @@ class RowPlan:
 
     nodes: torch.Tensor  # (nodes, 4) int64: start, length, first position, parent (-1: none)
     table: torch.Tensor  # (nodes, 4) int64: start, length, padded start, padded length
-    groups: list[
-        tuple[int, int, int]
-    ]  # (padded start, how many, padded length) of neighbours of equal length
+    # (padded start, how many, padded length) of neighbours of equal length
+    groups: list[tuple[int, int, int]]
 
     @property
     def longest(self) -> int:

@@ -162,9 +162,8 @@ def _explicit_attention(
     """Written-out attention for what SDPA cannot do (softcaps, sinks), in the families' own order
     of operations.
     """
-    scores = (q @ k.transpose(-1, -2)) * (
-        scaling if scaling is not None else q.shape[-1] ** -0.5
-    )  # (1, H, L, L)
+    # (1, H, L, L)
+    scores = (q @ k.transpose(-1, -2)) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     allowed = _window_mask(q.shape[2], k.shape[2], window, q.device)
@@ -172,9 +171,8 @@ def _explicit_attention(
     if s_aux is not None:
         sinks = s_aux.reshape(1, -1, 1, 1).expand(1, -1, q.shape[2], 1).to(scores.dtype)
         scores = torch.cat([scores, sinks], dim=-1)
-        scores = (
-            scores - scores.max(dim=-1, keepdim=True).values
-        )  # as gpt-oss does, against overflow
+        # as gpt-oss does, against overflow
+        scores = scores - scores.max(dim=-1, keepdim=True).values
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
     weights = weights[..., : k.shape[2]]  # the sink's share is dropped
     return F.dropout(weights, p=dropout, training=dropout > 0) @ v

@@ -185,9 +185,8 @@ def layer_bytes_per_token(shape: ModelShape, s: Situation) -> dict[str, float]:
     if s.kernels == "fused":
         return _fused_layer_bytes(shape, s)
     if s.kernels != "peft":
-        shared = h + (
-            h if s.kernels == "unsloth" else 0
-        )  # the normed input of attention; Unsloth also keeps the MLP's
+        # the normed input of attention; Unsloth also keeps the MLP's
+        shared = h + (h if s.kernels == "unsloth" else 0)
         lora = (shared + (i if s.kernels == "compiled" else 0)) * c if inputs else 0
         scores = shape.heads * s.tokens * 2 * c if s.forced_float32 else 0
         return {

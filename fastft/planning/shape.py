@@ -461,9 +461,8 @@ def _stored_size(s: ModelShape) -> int:
     """Bytes of a checkpoint stored as `s.stored`; 4-bit formats keep all but linear layers (or
     experts) in 16 bit.
     """
-    if (
-        s.stored == "mxfp4"
-    ):  # 4 bits and one 8-bit scale for 32 values: OCP Microscaling 1.0, section 5.2
+    if s.stored == "mxfp4":
+        # 4 bits and one 8-bit scale for 32 values: OCP Microscaling 1.0, section 5.2
         packed = sum(w.parameters for w in s.of("expert"))
         return int(packed * 4.25 / 8) + 2 * (s.parameters - packed)
     if s.stored == "nf4":
@@ -637,10 +636,8 @@ def _hub_shape(name: str, revision: str | None) -> ModelShape:
         with hub.bounded_waits():
             config = _read_config(Path(hf_hub_download(name, "config.json", revision=revision)))
             metadata = get_safetensors_metadata(name, revision=revision)
-    except (
-        HFValidationError,
-        RepositoryNotFoundError,
-    ) as error:  # a gated repository is one that is not found
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        # a gated repository is one that is not found
         raise hub.explain(error, f"model {name!r}") from error
     except NotASafetensorsRepoError as error:
         raise FastFTError(

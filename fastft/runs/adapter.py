@@ -111,10 +111,8 @@ def keep_initial(model: Any, out: Path) -> Path:
     """
     if not (out / "adapter_config.json").is_file():
         config = model.peft_config["default"]
-        init, config.init_lora_weights = (
-            config.init_lora_weights,
-            True,
-        )  # peft refuses to convert towards itself
+        # peft refuses to convert towards itself
+        init, config.init_lora_weights = (config.init_lora_weights, True)
         model.save_pretrained(str(out), safe_serialization=True)
         config.init_lora_weights = init
     return out

@@ -16,12 +16,8 @@ from fastft.files import read_json, sha256
 
 FULL_BYTES = 2 * 2**30  # folders up to this size are hashed whole: a few seconds
 SAMPLES, SAMPLE_BYTES = 64, 2**16
-VOLATILE = (
-    "_name_or_path",
-    "transformers_version",
-    "torch_dtype",
-    "dtype",
-)  # of config.json, written by the saving program
+# of config.json, written by the saving program
+VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 
 
 def base_fingerprint(

@@ -88,9 +88,8 @@ class Mirror:
     ) -> None:
         self.run, self.folder, self.note, self.warn, self.files = run, folder, note, warn, files
         self.stall_seconds, self.retry_after_seconds = stall_seconds, retry_after_seconds
-        self.verified: set[int] = (
-            set()
-        )  # steps whose copy was read back by this process and is still listed
+        # steps whose copy was read back by this process and is still listed
+        self.verified: set[int] = set()
         self.copied_bytes = 0
         self.blocked_seconds = 0.0  # that training waited
         self.cpu_seconds = 0.0  # of the copying thread
@@ -99,9 +98,8 @@ class Mirror:
         self.problem: str | None = None  # why the mirror is behind now
         self._copying: set[int] = set()
         self._changed = threading.Condition()
-        self._wanted = Wanted(
-            0, sys.maxsize, frozenset(), False
-        )  # until told otherwise, nothing is deleted there
+        # until told otherwise, nothing is deleted there
+        self._wanted = Wanted(0, sys.maxsize, frozenset(), False)
         self._finished = 0
         self._moved = time.monotonic()
         self._given_up = self._closing = False

@@ -413,9 +413,8 @@ def _without_dropout(model: Any) -> Iterator[None]:
     finally:
         for module, p in layers:
             module.p = p
-        model.zero_grad(
-            set_to_none=True
-        )  # of a row that failed half-way; the step would add its own to them
+        # of a row that failed half-way; the step would add its own to them
+        model.zero_grad(set_to_none=True)
         model.train()
 
 

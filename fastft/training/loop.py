@@ -44,9 +44,8 @@ class Progress:
     tokens: int = 0  # without padding, since this process began
     trained_tokens: int = 0
     started: float = field(default_factory=time.monotonic)
-    step: dict[str, Any] = field(
-        default_factory=dict
-    )  # loss, tokens, seconds of the step just done
+    # loss, tokens, seconds of the step just done
+    step: dict[str, Any] = field(default_factory=dict)
     saving_seconds: list[float] = field(default_factory=list)
 
 

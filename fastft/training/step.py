@@ -124,9 +124,8 @@ class Stepper:
             # Outside the except block: the traceback would keep the activations alive.
             self._shrink(segments)
             model.zero_grad(set_to_none=True)
-            _restore_rng(
-                rng
-            )  # the same dropout masks as if the smaller budget had been there from the start
+            # the same dropout masks as if the smaller budget had been there from the start
+            _restore_rng(rng)
 
     def _accumulate(
         self,
@@ -139,9 +138,8 @@ class Stepper:
         filler: Filler | None,
     ) -> float:
         self.engine.announce_scale(self.model, self.scale)
-        wide = (
-            torch.float32 if torch.device(self.device).type == "mps" else torch.float64
-        )  # MPS has no float64
+        # MPS has no float64
+        wide = torch.float32 if torch.device(self.device).type == "mps" else torch.float64
         loss_sum = torch.zeros((), device=self.device, dtype=wide)
         by_sequence = (
             contextlib.nullcontext() if drawn is None else dropout_by_sequence(self.model, *drawn)

@@ -88,9 +88,8 @@ def _evaluate(
             bootstrap_iters=1000,
             log_samples=False,
         )
-    except (
-        OSError
-    ) as error:  # also what requests, httpx and huggingface_hub raise without a network
+    except OSError as error:
+        # also what requests, httpx and huggingface_hub raise without a network
         raise CouldNotFinishError(
             f"the questions of {', '.join(names)} could not be loaded: {error}. lm-eval downloads "
             "them from the Hub; a task over a local file needs no network."

@@ -178,9 +178,8 @@ def _ministral3(config: dict[str, Any], metadata: Metadata) -> None:
 
 
 def _gemma2(config: dict[str, Any], metadata: Metadata) -> None:
-    del metadata[
-        "gemma2.rope.freq_base"
-    ]  # llama.cpp's own value for gemma2 is 10000; another one is refused below
+    # llama.cpp's own value for gemma2 is 10000; another one is refused below
+    del metadata["gemma2.rope.freq_base"]
     if _rope(config, "full_attention").get("rope_theta", 10000.0) != 10000.0:
         raise Unsupported(f"rope_theta {_rope(config, 'full_attention')['rope_theta']} in gemma2")
     _attention_scale(config, layers_27b=46)

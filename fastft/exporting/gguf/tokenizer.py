@@ -313,10 +313,8 @@ def _model_file(path: Path | None, vocabulary: dict[str, int]) -> Any:
 
     try:
         model = SentencePieceProcessor(model_file=str(path))
-    except (
-        RuntimeError,
-        OSError,
-    ):  # not a SentencePiece file: some models keep another format under that name
+    except (RuntimeError, OSError):
+        # not a SentencePiece file: some models keep another format under that name
         return None
     same = all(i >= len(model) or model.id_to_piece(i) == text for text, i in vocabulary.items())
     return model if same else None
