@@ -7,6 +7,7 @@ milliseconds. Every automatic choice is a `Choice(value, reason)`: callers print
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import importlib.util
@@ -18,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
@@ -472,10 +473,7 @@ def _torch_without_cuda() -> str | None:
     torch = sys.modules.get("torch")
     if torch is not None and not torch.cuda.is_available():
         return f"torch {torch.__version__} does not see it"
-    try:
-        version = importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    version = installed(["torch"]).get("torch", "")
     return f"torch {version} is a CPU build" if version.endswith("+cpu") else None
 
 
@@ -534,6 +532,15 @@ def _read_int(path: Path) -> int | None:
         return int(path.read_text())
     except (OSError, ValueError):
         return None
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Return {package: version} of those that are installed; none is imported."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def usable_cores() -> int:

@@ -14,8 +14,10 @@ import importlib.util
 from typing import Any
 
 from fastft.bench.job import Arm, Job, UnsupportedError, forbid_flash_attention_2, without_network
-from fastft.bench.workload import Workload
+from fastft.bench.workload import Workload, lora_config
 from fastft.errors import FastFTError, one_of
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class PeftArm:
@@ -26,7 +28,7 @@ class PeftArm:
     def load(self, job: Job) -> Any:
         """Load with AutoModelForCausalLM, attach LoRA with get_peft_model."""
         import torch
-        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+        from peft import get_peft_model, prepare_model_for_kbit_training
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         keywords: dict[str, Any] = {"dtype": getattr(torch, job.dtype)}
@@ -43,15 +45,7 @@ class PeftArm:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
         elif checkpointing:
             model.enable_input_require_grads()
-        lora = job.case.lora
-        config = LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        )
-        self.model = get_peft_model(model, config)
+        self.model = get_peft_model(model, lora_config(job.case))
         return self.model
 
     def train(self, job: Job, witness: Any) -> int | None:
@@ -95,16 +89,7 @@ class TrlArm(PeftArm):
 
     def train(self, job: Job, witness: Any) -> int | None:
         """Train with SFTTrainer on tokenised rows."""
-        from trl import SFTConfig, SFTTrainer
-
-        arguments = SFTConfig(**_common_arguments(job), max_length=None)
-        trainer = SFTTrainer(
-            model=self.model,
-            args=arguments,
-            train_dataset=_dataset(job.workload),
-            processing_class=self.tokenizer,
-            callbacks=[witness],
-        )
+        trainer = _sft_trainer(self, job, witness, max_length=None)
         try:
             trainer.train()
         except RuntimeError as error:
@@ -146,15 +131,7 @@ class UnslothArm:
             r=lora.r,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
-            target_modules=[
-                "q_proj",
-                "k_proj",
-                "v_proj",
-                "o_proj",
-                "gate_proj",
-                "up_proj",
-                "down_proj",
-            ],
+            target_modules=PROJECTIONS,
             bias="none",
             use_gradient_checkpointing=checkpointing,
             random_state=job.case.seed,
@@ -163,18 +140,8 @@ class UnslothArm:
 
     def train(self, job: Job, witness: Any) -> int | None:
         """Train with the SFTTrainer that Unsloth has patched."""
-        from trl import SFTConfig, SFTTrainer
-
         longest = max(len(ids) for ids in job.workload.input_ids)
-        arguments = SFTConfig(**_common_arguments(job), max_length=longest)
-        trainer = SFTTrainer(
-            model=self.model,
-            args=arguments,
-            train_dataset=_dataset(job.workload),
-            processing_class=self.tokenizer,
-            callbacks=[witness],
-        )
-        trainer.train()
+        _sft_trainer(self, job, witness, max_length=longest).train()
         return None
 
 
@@ -223,6 +190,19 @@ def make_arm(name: str, implementation: str | None, settings: dict[str, Any]) ->
             f"{', '.join(sorted(arm.known))}."
         )
     return arm
+
+
+def _sft_trainer(arm: Any, job: Job, witness: Any, *, max_length: int | None) -> Any:
+    """Return trl's SFTTrainer, or what Unsloth has made of it, on tokenised rows."""
+    from trl import SFTConfig, SFTTrainer
+
+    return SFTTrainer(
+        model=arm.model,
+        args=SFTConfig(**_common_arguments(job), max_length=max_length),
+        train_dataset=_dataset(job.workload),
+        processing_class=arm.tokenizer,
+        callbacks=[witness],
+    )
 
 
 def _common_arguments(job: Job) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -190,6 +191,17 @@ class Case(_Model):
     """
     tolerances: Tolerances = Tolerances()
     tables: dict[Literal["defaults", "matched"], TableSettings] = Field(min_length=1)
+
+    def only(self, arms: Mapping[str, Container[str]]) -> Case:
+        """Return the case with only these arms of each table, and without the other tables."""
+        tables = {
+            name: table.model_copy(
+                update={"arms": {a: s for a, s in table.arms.items() if a in arms[name]}}
+            )
+            for name, table in self.tables.items()
+            if name in arms
+        }
+        return self.model_copy(update={"tables": tables})
 
     @property
     def hash(self) -> str:

@@ -11,19 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
-from fastft.bench.record import Record, Result, Spread
+from fastft.bench.record import Record, Result, Spread, Strict
 from fastft.bench.statistics import memory_bytes, spread
 from fastft.bench.views.tables import TITLES, factor, gigabytes, number
 from fastft.errors import FastFTError
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Difference(_Model):
+class Difference(Strict):
     """Something other than a measurement that is not the same in both."""
 
     what: str
@@ -31,7 +25,7 @@ class Difference(_Model):
     after: str
 
 
-class Change(_Model):
+class Change(Strict):
     """One quantity of one arm in one table."""
 
     table: str
@@ -64,7 +58,7 @@ class Change(_Model):
         return f"{self.table}, {self.arm}: {ranges} {unit}, {self.relative:+.1%}, {word}"
 
 
-class Comparison(_Model):
+class Comparison(Strict):
     """Everything that `compare` found."""
 
     case: str

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,10 @@ from fastft.bench.side_by_side import (
     in_a_process,
     make_model,
     measure_ways,
-    needs_a_shape,
+    models_and_threads,
     paired,
 )
+from fastft.files.scratch import scratch
 from fastft.hardware import peak_resident_bytes
 
 KIND = "q4_k_m"
@@ -37,24 +37,15 @@ def run_export(
     case: Case,
     *,
     repeats: int = 3,
-    threads: int | None = None,
     say: Callable[[str], None] = lambda text: None,
-    work: Path | None = None,
 ) -> SideBySide:
-    """Measure both ways on the shape of `case`. `work`: where the files go meanwhile (default: a
-    temporary folder).
+    """Measure both ways on the shape of `case`.
 
     Raises FastFTError for a case that names a model, or where llama-cpp-python or the converter is
     missing.
     """
-    from fastft.hardware import probe
-
-    needs_a_shape(case)
-    threads = threads or case.threads or probe().cpu_cores
-    with tempfile.TemporaryDirectory(prefix="fastft-export-", dir=work) as scratch:
-        home = Path(scratch)
-        say("making the model and the adapter")
-        _, made = in_a_process(__name__, "make", str(home), case.model_dump_json(), threads=threads)
+    with scratch("fastft-export-") as home:
+        made, threads = models_and_threads(__name__, case, home, say)
         ways = {
             ONE_PASS: lambda: _one_pass(home, threads),
             THREE_STEPS: lambda: _three_steps(home, made["pre"], threads),

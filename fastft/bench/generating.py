@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,11 +23,13 @@ from fastft.bench.side_by_side import (
     in_a_process,
     make_model,
     measure_ways,
-    needs_a_shape,
+    models_and_threads,
 )
+from fastft.files.scratch import scratch
 from fastft.hardware import peak_resident_bytes
 
 TYPES = ("bf16", "q8_0", "q4_k_m")
+PROMPT_TOKENS, NEW_TOKENS = 128, 64
 TRANSFORMERS = "transformers, bfloat16"
 FIRST_TOKEN, LAST_TOKEN = 300, 1900  # ordinary tokens of the quickstart's tokenizer
 
@@ -37,31 +38,17 @@ def run_generate(
     case: Case,
     *,
     repeats: int = 5,
-    prompt_tokens: int = 128,
-    new_tokens: int = 64,
-    threads: int | None = None,
     say: Callable[[str], None] = lambda text: None,
-    work: Path | None = None,
 ) -> SideBySide:
     """Measure the shape of `case` in bfloat16 through transformers and as GGUF of TYPES through
     llama.cpp.
 
     Raises FastFTError for a case that names a model, or where llama-cpp-python is missing.
     """
-    from fastft.hardware import probe
-
-    needs_a_shape(case)
-    threads = threads or case.threads or probe().cpu_cores
-    with tempfile.TemporaryDirectory(prefix="fastft-generate-", dir=work) as scratch:
-        home = Path(scratch)
-        say("making the model and its files")
-        _, made = in_a_process(__name__, "make", str(home), case.model_dump_json(), threads=threads)
-        job = {
-            "prompt_tokens": prompt_tokens,
-            "new_tokens": new_tokens,
-            "threads": threads,
-            "seed": case.seed,
-        }
+    with scratch("fastft-generate-") as home:
+        made, threads = models_and_threads(__name__, case, home, say)
+        job = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
+        job |= {"threads": threads, "seed": case.seed}
         targets = {TRANSFORMERS: home / "base"} | {
             f"llama.cpp, {kind}": home / f"{kind}.gguf" for kind in TYPES
         }
@@ -71,7 +58,7 @@ def run_generate(
         runs = measure_ways(ways, repeats, seed=case.seed, say=say)
     title = f"Generation with {case.name} ({made['parameters'] / 1e6:,.0f}M parameters)"
     note = (
-        f"prompt of {prompt_tokens} tokens, {new_tokens} new ones, greedy, batch 1; one warm-up "
+        f"prompt of {PROMPT_TOKENS} tokens, {NEW_TOKENS} new ones, greedy, batch 1; one warm-up "
         "before"
     )
     return assembled(

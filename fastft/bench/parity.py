@@ -75,15 +75,20 @@ def judge_across(
     return Parity(passed=small.passed and all(check.passed for check in checks), checks=checks)
 
 
+def _check(
+    name: str,
+    passed: bool,
+    text: str,
+    value: float | None,
+    expected: float | None = None,
+    limit: float | None = None,
+) -> Check:
+    return Check(name=name, passed=passed, value=value, expected=expected, limit=limit, text=text)
+
+
 def _parameters(mine: int | None, other: int | None, where: str = "") -> Check:
-    return Check(
-        name=f"trainable parameters{where}",
-        passed=mine == other,
-        value=mine,
-        expected=other,
-        limit=0,
-        text=f"{mine:,} trainable parameters{where}, the reference has {other:,}",
-    )
+    text = f"{mine:,} trainable parameters{where}, the reference has {other:,}"
+    return _check(f"trainable parameters{where}", mine == other, text, mine, other, 0)
 
 
 def _tokens(ours: Record, steps: list[Parts]) -> list[Check]:
@@ -100,38 +105,22 @@ def _tokens_seen(ours: Record, least: list[int], tokens: list[int]) -> Check:
     seen = [step.tokens for step in ours.steps]
     pairs = list(zip(least, seen, tokens, strict=False))
     wrong = next((i for i, (a, b, c) in enumerate(pairs) if not a <= b <= c), None)
-    where = (
-        ""
-        if wrong is None
-        else f" (first in step {wrong + 1}: {seen[wrong]:,} of {tokens[wrong]:,})"
+    text = (
+        f"{sum(seen):,} non-padding tokens went through the model, the steps hold {sum(tokens):,}"
     )
-    but = "" if least == tokens else f", {sum(least):,} of them distinct"
-    return Check(
-        name="tokens seen",
-        passed=len(seen) == len(tokens) and wrong is None,
-        value=sum(seen),
-        expected=sum(tokens),
-        limit=sum(tokens) - sum(least),
-        text=f"{sum(seen):,} non-padding tokens went through the model, the steps hold "
-        f"{sum(tokens):,}{but}{where}",
-    )
+    if least != tokens:
+        text += f", {sum(least):,} of them distinct"
+    if wrong is not None:
+        text += f" (first in step {wrong + 1}: {seen[wrong]:,} of {tokens[wrong]:,})"
+    passed = len(seen) == len(tokens) and wrong is None
+    return _check("tokens seen", passed, text, sum(seen), sum(tokens), sum(tokens) - sum(least))
 
 
 def _claimed(ours: Record, tokens: int) -> Check:
     claimed = ours.claimed_tokens
-    text = (
-        "the arm claims no count"
-        if claimed is None
-        else f"the arm claims {claimed:,} tokens of {tokens:,}"
-    )
-    return Check(
-        name="tokens claimed",
-        passed=claimed is None or claimed == tokens,
-        value=claimed,
-        expected=tokens,
-        limit=0,
-        text=text,
-    )
+    count = "no count" if claimed is None else f"{claimed:,} tokens of {tokens:,}"
+    text = f"the arm claims {count}"
+    return _check("tokens claimed", claimed is None or claimed == tokens, text, claimed, tokens, 0)
 
 
 def _first_loss(ours: Record, theirs: Record, limit: float) -> Check:
@@ -143,13 +132,7 @@ def _first_loss_at_full_size(full: Record, baseline: Record | None, limit: float
     if baseline is None:
         loss = full.steps[0].loss
         text = f"{name} {loss}: no other arm lived to compare it with"
-        return Check(
-            name=name,
-            passed=loss is not None and math.isfinite(loss),
-            value=loss,
-            limit=limit,
-            text=text,
-        )
+        return _check(name, loss is not None and math.isfinite(loss), text, loss, limit=limit)
     return _relative(
         f"{name} against {baseline.arm}", full.steps[0].loss, baseline.steps[0].loss, limit
     )
@@ -161,12 +144,9 @@ def _norms_of_steps(full: Record) -> Check:
     """
     norms = [step.grad_norm for step in full.steps]
     wrong = [i + 1 for i, norm in enumerate(norms) if norm == 0]
-    text = f"gradient norms of {len(norms)} steps at full size" + (
-        f"; zero in steps {wrong}" if wrong else ""
-    )
-    return Check(
-        name="gradient norms", passed=not wrong, value=len(wrong), expected=0, limit=0, text=text
-    )
+    zero = f"; zero in steps {wrong}" if wrong else ""
+    text = f"gradient norms of {len(norms)} steps at full size{zero}"
+    return _check("gradient norms", not wrong, text, len(wrong), 0, 0)
 
 
 def _changed(mine: float | None, other: float | None) -> Check:
@@ -182,50 +162,32 @@ def _changed(mine: float | None, other: float | None) -> Check:
             f"at most {CHANGE:g}x apart"
         )
         moved = other / CHANGE <= mine <= other * CHANGE
-    return Check(
-        name="adapter change", passed=moved, value=mine, expected=other, limit=CHANGE, text=text
-    )
+    return _check("adapter change", moved, text, mine, other, CHANGE)
 
 
 def _relative(name: str, value: float | None, expected: float | None, limit: float) -> Check:
     if value is None or expected is None or not math.isfinite(value):
-        return Check(
-            name=name,
-            passed=False,
-            value=None,
-            expected=expected,
-            limit=limit,
-            text=f"{name} is {value}",
-        )
+        return _check(name, False, f"{name} is {value}", None, expected, limit)
     difference = abs(value - expected) / abs(expected)
     text = (
         f"{name} {value:.5f}, the reference has {expected:.5f}: {difference:.1e} apart, at most "
         f"{limit:.0e}"
     )
-    return Check(
-        name=name,
-        passed=difference <= limit,
-        value=value,
-        expected=expected,
-        limit=limit,
-        text=text,
-    )
+    return _check(name, difference <= limit, text, value, expected, limit)
 
 
 def _trace(ours: Record, theirs: Record, limit: float) -> Check:
     mine, other = [s.loss for s in ours.steps], [s.loss for s in theirs.steps]
     if len(mine) != len(other) or any(loss is None or not math.isfinite(loss) for loss in mine):
         text = f"loss trace: {len(mine)} steps, the reference has {len(other)}; losses {mine}"
-        return Check(name="loss trace", passed=False, value=None, limit=limit, text=text)
+        return _check("loss trace", False, text, None, limit=limit)
     worst = max(
         abs(a - b) / abs(b)
         for a, b in zip(mine, other, strict=True)
         if a is not None and b is not None
     )
     text = f"loss trace of {len(mine)} steps: at most {worst:.1e} apart, limit {limit:.0e}"
-    return Check(
-        name="loss trace", passed=worst <= limit, value=worst, expected=0.0, limit=limit, text=text
-    )
+    return _check("loss trace", worst <= limit, text, worst, 0.0, limit)
 
 
 def _gradient(ours: Path, theirs: Path, least: float) -> list[Check]:
@@ -233,33 +195,15 @@ def _gradient(ours: Path, theirs: Path, least: float) -> list[Check]:
     mine, other = load_file(ours) if ours.exists() else {}, load_file(theirs)
     missing = sorted(set(other) - set(mine))
     norm = math.sqrt(sum(float(np.sum(g.astype(np.float64) ** 2)) for g in mine.values()))
-    norms = Check(
-        name="gradient norm",
-        passed=norm > 0 and not missing,
-        value=norm,
-        limit=0,
-        text=f"gradient norm {norm:.3g}"
-        + (f"; {len(missing)} tensors without gradient" if missing else ""),
-    )
+    without = f"; {len(missing)} tensors without gradient" if missing else ""
+    text = f"gradient norm {norm:.3g}{without}"
+    norms = _check("gradient norm", norm > 0 and not missing, text, norm, limit=0)
     same_shape = not missing and all(mine[name].shape == other[name].shape for name in other)
     if not same_shape or norm == 0:
         text = "LoRA gradient: other tensors than the reference's, or none"
-        return [
-            norms,
-            Check(name="gradient cosine", passed=False, value=None, limit=least, text=text),
-        ]
+        return [norms, _check("gradient cosine", False, text, None, limit=least)]
     dot = sum(float(np.sum(mine[n].astype(np.float64) * other[n])) for n in other)
     expected = math.sqrt(sum(float(np.sum(g.astype(np.float64) ** 2)) for g in other.values()))
     cosine = dot / (norm * expected)
     text = f"cosine of the LoRA gradient with the reference's {cosine:.6f}, at least {least}"
-    return [
-        norms,
-        Check(
-            name="gradient cosine",
-            passed=cosine >= least,
-            value=cosine,
-            expected=1.0,
-            limit=least,
-            text=text,
-        ),
-    ]
+    return [norms, _check("gradient cosine", cosine >= least, text, cosine, 1.0, least)]

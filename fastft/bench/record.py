@@ -8,6 +8,7 @@ committed as benchmarks/result.schema.json; `python -m fastft.bench schema` prin
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +24,13 @@ Status = Literal["ok", "oom", "timeout", "crashed", "unsupported"]
 Table = Literal["defaults", "matched"]
 
 
-class _Model(BaseModel):
+class Strict(BaseModel):
+    """A part of a result; a key that it does not know is an error."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class Step(_Model):
+class Step(Strict):
     """One optimizer step, as the witness in the worker saw it (not as the arm reports it)."""
 
     seconds: float
@@ -42,7 +45,7 @@ class Step(_Model):
     """All tokens that went through the embedding."""
 
 
-class Peak(_Model):
+class Peak(Strict):
     """Largest memory of the worker's life, in bytes; VRAM is None on a CPU."""
 
     rss_bytes: int
@@ -54,7 +57,7 @@ class Peak(_Model):
     """
 
 
-class Noise(_Model):
+class Noise(Strict):
     """What else the machine did meanwhile."""
 
     load_average_before: float
@@ -70,7 +73,7 @@ class Noise(_Model):
     """The GPU's throttle reasons, where there were any."""
 
 
-class Record(_Model):
+class Record(Strict):
     """One run of one arm in a process of its own."""
 
     table: Table
@@ -127,7 +130,7 @@ class Record(_Model):
         return sum(tokens[self.warmup_steps :]) / self.seconds if self.seconds else 0.0
 
 
-class Check(_Model):
+class Check(Strict):
     """One line of the parity gate: `value` against the reference must lie within `limit`."""
 
     name: str
@@ -139,14 +142,14 @@ class Check(_Model):
     """What a person reads: what was compared, the numbers."""
 
 
-class Parity(_Model):
+class Parity(Strict):
     """The gate of one arm in one table."""
 
     passed: bool
     checks: list[Check]
 
 
-class Spread(_Model):
+class Spread(Strict):
     """Median and the 20th and 80th percentile over the repeats."""
 
     median: float
@@ -159,7 +162,7 @@ class Spread(_Model):
         return (self.p80 - self.p20) / self.median if self.median else 0.0
 
 
-class ArmSummary(_Model):
+class ArmSummary(Strict):
     """One arm's row of a table, over its ok runs."""
 
     status: Status
@@ -183,7 +186,7 @@ class ArmSummary(_Model):
     """The spread is above 10 %."""
 
 
-class Ratio(_Model):
+class Ratio(Strict):
     """fastft over another arm: speed (larger is better), memory (smaller is better)."""
 
     speed: float
@@ -194,7 +197,7 @@ class Ratio(_Model):
     memory: float | None
 
 
-class TableResult(_Model):
+class TableResult(Strict):
     """One of the two tables."""
 
     arms: dict[str, ArmSummary]
@@ -205,7 +208,7 @@ class TableResult(_Model):
     """{arm: why it has no ratio, though it passed}: the machine was not idle."""
 
 
-class Machine(_Model):
+class Machine(Strict):
     """Where it ran."""
 
     device: Literal["cpu", "cuda"]
@@ -225,7 +228,7 @@ class Machine(_Model):
     """Measured ceiling: FLOP/s of a large matrix product in the case's dtype."""
 
 
-class Result(_Model):
+class Result(Strict):
     """Everything one invocation of one case measured."""
 
     schema_version: int = SCHEMA
@@ -289,3 +292,19 @@ def read_result(path: Path) -> Result:
         raise FastFTError(
             f"{path}: not a result of fastft bench ({where}: {first['msg']})."
         ) from error
+
+
+def source_commit() -> tuple[str | None, bool]:
+    """Return the commit of the source tree that fastft is imported from, and whether it has
+    changes.
+    """
+    home = Path(__file__).parents[2]
+    try:
+        head = ["git", "-C", str(home), "rev-parse", "--short=12", "HEAD"]
+        commit = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
+        state = ["git", "-C", str(home), "status", "--porcelain", "--untracked-files=no"]
+        return commit, bool(
+            subprocess.run(state, capture_output=True, text=True, check=True).stdout.strip()
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None, False

@@ -21,13 +21,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastft import child
-from fastft.bench.case import TUNING, Case
+from fastft.bench.case import TUNING, ArmSettings, Case
 from fastft.bench.parity import Evidence, judge, judge_across
-from fastft.bench.record import Check, Machine, Parity, Record, Result, Table, TableResult
+from fastft.bench.record import (
+    Check,
+    Machine,
+    Parity,
+    Record,
+    Result,
+    Table,
+    TableResult,
+    source_commit,
+)
 from fastft.bench.statistics import NOISY, not_idle, paired_ratio, summarise
 from fastft.bench.workload import Workload, load, parameters_of
 from fastft.errors import CouldNotFinishError, FastFTError, one_of
-from fastft.hardware import Hardware, gpu_key, probe
+from fastft.hardware import Hardware, gpu_key, installed, nvidia_gpus, probe
 
 if TYPE_CHECKING:
     from fastft.planning.shape import ModelShape
@@ -35,6 +44,10 @@ if TYPE_CHECKING:
 BASELINE = "peft"
 # 0: the whole batch
 REFERENCE = {"training": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 0}}
+PACKAGES = (
+    "fastft", "torch", "transformers", "peft", "trl", "unsloth", "unsloth_zoo", "liger-kernel",
+    "bitsandbytes",
+)  # fmt: skip
 LOG_TAIL = 25
 OTHERS = 0.05
 """Share of the cores that others may have before a note says so."""
@@ -145,24 +158,14 @@ def _narrowed(case: Case, arms: Sequence[str] | None, tables: Sequence[str] | No
         if name not in case.tables:
             raise one_of("table", name, case.tables)
     chosen = {
-        name: settings for name, settings in case.tables.items() if not tables or name in tables
+        name: set(table.arms) for name, table in case.tables.items() if not tables or name in tables
     }
-    known = {arm for settings in chosen.values() for arm in settings.arms}
+    known = set().union(*chosen.values())
     for name in arms or []:
         if name not in known:
             raise one_of(f"arm of case {case.name}", name, known)
-    narrowed = {
-        name: settings.model_copy(
-            update={
-                "arms": {
-                    arm: values for arm, values in settings.arms.items() if not arms or arm in arms
-                }
-            }
-        )
-        for name, settings in chosen.items()
-        if not arms or set(arms) & set(settings.arms)
-    }
-    return case.model_copy(update={"tables": narrowed})
+    wanted = set(arms or known)
+    return case.only({name: there & wanted for name, there in chosen.items() if there & wanted})
 
 
 def _check_settings(case: Case) -> None:
@@ -240,13 +243,7 @@ def describe_machine(case: Case, hardware: Hardware) -> Machine:
 
 
 def _driver() -> str | None:
-    try:
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(
-            query, capture_output=True, text=True, timeout=20, check=True
-        ).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return None
+    return next((card.driver for card in nvidia_gpus()), None)
 
 
 # --- the work
@@ -324,11 +321,7 @@ def _run_in_table(
         table=table,
         arm=arm,
         repeat=repeat,
-        settings=settings.settings,
-        implementation=settings.implementation,
-        environment=settings.environment,
-        dtype=state.case.dtype,
-        model=state.folder / "model",
+        settings=settings,
         profile=profile,
     )
 
@@ -373,11 +366,9 @@ def _reference(state: _Invocation, table: str, layers: int | None) -> Evidence:
         table=table,
         arm=BASELINE,
         repeat=0,
-        settings={"training": training},
-        implementation=None,
-        environment={},
+        settings=ArmSettings(settings={"training": training}, source="the reference"),
         dtype="float32",
-        model=state.folder / ("small" if layers else "model"),
+        model="small" if layers else "model",
     )
     if evidence.record.status != "ok":
         tail = " | ".join(evidence.record.log_tail[-3:])
@@ -396,15 +387,16 @@ def _run_arm(
     table: str,
     arm: str,
     repeat: int,
-    settings: dict[str, Any],
-    implementation: str | None,
-    environment: dict[str, str],
-    dtype: str,
-    model: Path,
+    settings: ArmSettings,
+    dtype: str | None = None,
+    model: str = "model",
     profile: bool = False,
 ) -> Evidence:
-    """Start the worker, wait for it, and return its record: of a dead one as well."""
-    work = state.folder / name
+    """Start the worker, wait for it, and return its record: of a dead one as well.
+
+    `model`: the folder that the model was made in; `dtype`: another one than the case's.
+    """
+    work, made = state.folder / name, state.folder / model
     work.mkdir()
     record_path, gradient = work / "record.json", work / "gradient.safetensors"
     is_reference = name.endswith("-reference")
@@ -413,16 +405,14 @@ def _run_arm(
         "case": state.case.model_dump(mode="json"),
         "table": table,
         "arm": arm,
-        "implementation": implementation,
+        "implementation": settings.implementation,
         "repeat": repeat,
         "order": state.order,
-        "settings": settings,
-        "model": str(model)
-        if state.case.model.id is None or model.name == "small"
-        else state.case.model.id,
-        "start": str(model / "start.safetensors"),
-        "dtype": dtype,
-        "workload": str(model / f"{table}.npz"),
+        "settings": settings.settings,
+        "model": str(made) if model == "small" else state.case.model.id or str(made),
+        "start": str(made / "start.safetensors"),
+        "dtype": dtype or state.case.dtype,
+        "workload": str(made / f"{table}.npz"),
         "work": str(work),
         "record": str(record_path),
         "gradient": str(gradient) if repeat == 0 else None,
@@ -431,7 +421,7 @@ def _run_arm(
         "threads": state.machine.threads,
     }
     state.order += 1
-    code = _run_job(state, job, name, environment)
+    code = _run_job(state, job, name, settings.environment)
     log = state.folder / f"{name}.log"
     if record_path.exists() and code == 0:
         record = Record.model_validate_json(record_path.read_text("utf-8"))
@@ -582,11 +572,8 @@ def _parity_at_few_layers(
             table=table,
             arm=arm,
             repeat=0,
-            settings=settings.settings,
-            implementation=settings.implementation,
-            environment=settings.environment,
-            dtype=state.case.dtype,
-            model=state.folder / "small",
+            settings=settings,
+            model="small",
         )
         if evidence.record.status == "ok":
             work = load(state.folder / "small" / f"{table}.npz")
@@ -635,7 +622,7 @@ def _summed_up(state: _Invocation, repeats: int, gates: dict[tuple[str, str], Pa
             else:
                 ratios[arm] = paired_ratio(ok["fastft"], ok[arm])
         tables[table] = TableResult(arms=summaries, ratios=ratios, parity=parity, withheld=withheld)
-    commit, dirty = _commit()
+    commit, dirty = source_commit()
     return Result(
         case=case,
         case_hash=case.hash,
@@ -643,7 +630,7 @@ def _summed_up(state: _Invocation, repeats: int, gates: dict[tuple[str, str], Pa
         commit=commit,
         dirty=dirty,
         machine=machine,
-        versions=_versions(),
+        versions={"python": platform.python_version()} | installed(PACKAGES),
         repeats=repeats,
         tables=tables,
         records=state.records,
@@ -685,45 +672,6 @@ def _notes(state: _Invocation, tables: dict[Table, TableResult]) -> list[str]:
             f"{sum(others) / len(others):.0%} on average"
         )
     return notes
-
-
-def _commit() -> tuple[str | None, bool]:
-    """Return the commit of the source tree that fastft is imported from, and whether it has
-    changes.
-    """
-    home = Path(__file__).parents[2]
-    try:
-        head = ["git", "-C", str(home), "rev-parse", "--short=12", "HEAD"]
-        commit = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
-        state = ["git", "-C", str(home), "status", "--porcelain", "--untracked-files=no"]
-        return commit, bool(
-            subprocess.run(state, capture_output=True, text=True, check=True).stdout.strip()
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None, False
-
-
-def _versions() -> dict[str, str]:
-    from importlib import metadata
-
-    names = (
-        "fastft",
-        "torch",
-        "transformers",
-        "peft",
-        "trl",
-        "unsloth",
-        "unsloth_zoo",
-        "liger-kernel",
-        "bitsandbytes",
-    )
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _keep(folder: Path, keep: Path) -> None:

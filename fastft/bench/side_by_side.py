@@ -20,18 +20,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
 from fastft import child
 from fastft.bench.case import Case
-from fastft.bench.record import Spread
+from fastft.bench.record import Spread, Strict, source_commit
 from fastft.bench.statistics import spread
-from fastft.bench.views.tables import gigabytes, number
+from fastft.bench.views.tables import gigabytes, number, spread_text
 from fastft.errors import CouldNotFinishError, FastFTError
 from fastft.files import write_atomically
+from fastft.hardware import installed, probe
 
 VOCABULARY = 1920
 """Tokens of the quickstart's tokenizer, which the models that are exported get."""
+PACKAGES = ("torch", "transformers", "peft", "gguf", "llama-cpp-python", "fastft")
 UNITS = {
     "seconds": "s",
     "seconds_per_step": "s",
@@ -42,11 +44,7 @@ UNITS = {
 }
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Run(_Model):
+class Run(Strict):
     """One way, once."""
 
     way: str
@@ -54,7 +52,7 @@ class Run(_Model):
     figures: dict[str, float]
 
 
-class SideBySide(_Model):
+class SideBySide(Strict):
     """The result of an export, generation or scaling case; a JSON file among the benchmark's
     results.
     """
@@ -72,7 +70,7 @@ class SideBySide(_Model):
     summary: dict[str, dict[str, Spread]]
     """Way, then quantity: seconds, peak_rss_bytes, prompt_tokens_per_sec ..."""
     runs: list[Run]
-    notes: list[str] = []
+    notes: list[str] = Field(default_factory=list)
 
     def write(self, path: Path) -> None:
         """Write the JSON file, whole or not at all."""
@@ -99,13 +97,9 @@ class SideBySide(_Model):
 
 
 def _figure(name: str, figures: Spread) -> str:
-    show = gigabytes if name.endswith("_bytes") or name == "flops_per_sec" else number
-    unit = UNITS.get(name)
-    alone = figures.p20 == figures.p80
-    text = show(figures.median) + (
-        "" if alone else f" ({show(figures.p20)} to {show(figures.p80)})"
-    )
-    return f"{text} {unit}" if unit else text
+    in_billions = name.endswith("_bytes") or name == "flops_per_sec"
+    text = spread_text(figures, gigabytes if in_billions else number)
+    return f"{text} {UNITS[name]}" if name in UNITS else text
 
 
 def read_side_by_side(path: Path) -> SideBySide:
@@ -158,18 +152,6 @@ def assembled(
     ways: Sequence[str], notes: list[str],
 ) -> SideBySide:  # fmt: skip
     """Return the result of `runs` with what is known of this machine and its versions."""
-    import importlib.metadata
-
-    from fastft.hardware import probe
-
-    known = {
-        d.metadata["Name"].lower() for d in importlib.metadata.distributions() if d.metadata["Name"]
-    }
-    names = [
-        n
-        for n in ("torch", "transformers", "peft", "gguf", "llama-cpp-python", "fastft")
-        if n in known
-    ]
     return SideBySide(
         kind=kind,
         title=title,
@@ -177,21 +159,13 @@ def assembled(
         parameters=parameters,
         machine=f"{probe().name}, {threads} threads",
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        commit=_commit(),
-        versions={name: importlib.metadata.version(name) for name in names},
+        commit=source_commit()[0],
+        versions=installed(PACKAGES),
         repeats=max(run.repeat for run in runs) + 1,
         summary=summarised(runs, ways),
         runs=runs,
         notes=notes,
     )
-
-
-def _commit() -> str | None:
-    here = Path(__file__).parent
-    done = subprocess.run(
-        ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True
-    )
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def in_a_process(module: str, *arguments: str, threads: int) -> tuple[float, dict[str, Any]]:
@@ -229,6 +203,19 @@ def in_a_process(module: str, *arguments: str, threads: int) -> tuple[float, dic
     return seconds, json.loads(out.strip().splitlines()[-1])
 
 
+def models_and_threads(
+    module: str, case: Case, home: Path, say: Callable[[str], None]
+) -> tuple[dict[str, Any], int]:
+    """Let `module` make the case's models in `home`; return what `make_model` says of them, and
+    the threads of every run.
+    """
+    needs_a_shape(case)
+    threads = case.threads or probe().cpu_cores
+    say("making the models")
+    _, made = in_a_process(module, "make", str(home), case.model_dump_json(), threads=threads)
+    return made, threads
+
+
 def needs_a_shape(case: Case) -> None:
     """Raise FastFTError for a case that export and generation cannot be measured with."""
     if case.model.family is None:
@@ -252,9 +239,10 @@ def make_model(case: Case, folder: Path) -> dict[str, Any]:
     call it in a process of its own.
     """
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    from fastft.bench.workload import lora_config
     from fastft.exporting.gguf.tokenizer import tokenizer_metadata
     from fastft.quickstart import base_path
 
@@ -270,13 +258,7 @@ def make_model(case: Case, folder: Path) -> dict[str, Any]:
     base = folder / "base"
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
-    lora = LoraConfig(
-        r=case.lora.r,
-        lora_alpha=case.lora.alpha,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    adapted = get_peft_model(model, lora)
+    adapted = get_peft_model(model, lora_config(case))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:

@@ -287,16 +287,10 @@ def write_starting_adapter(model: Any, case: Case, path: Path) -> None:
     first step on.
     """
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from safetensors.torch import save_file
 
-    lora = LoraConfig(
-        r=case.lora.r,
-        lora_alpha=case.lora.alpha,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    adapted = get_peft_model(model, lora)
+    adapted = get_peft_model(model, lora_config(case))
     generator = torch.Generator().manual_seed(case.seed)
     tensors = {}
     for name, weight in adapted.named_parameters():
@@ -304,6 +298,17 @@ def write_starting_adapter(model: Any, case: Case, path: Path) -> None:
             spread = weight.shape[1] ** -0.5 if "lora_A" in name else 0.02
             tensors[plain_name(name)] = torch.randn(weight.shape, generator=generator) * spread
     save_file(tensors, path)
+
+
+def lora_config(case: Case) -> Any:
+    """Return peft's settings of the case's adapter."""
+    from peft import LoraConfig
+
+    lora = case.lora
+    return LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
 
 
 def plain_name(name: str) -> str:

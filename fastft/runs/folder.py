@@ -9,7 +9,6 @@ OUTPUT_DIR/PROJECT/
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import shutil
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from fastft.config import RunConfig, dump_config, make_config, read_yaml
 from fastft.errors import FastFTError
 from fastft.files import ours, write_atomically, written_aside
+from fastft.hardware import installed
 from fastft.runs import checkpoint
 
 if TYPE_CHECKING:
@@ -347,13 +347,7 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the installed versions of what decides a run's numbers."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return installed(PACKAGES)
 
 
 def now() -> str:

@@ -25,7 +25,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from fastft import child
-from fastft.hardware import GIB, Hardware, compute_dtype, nvidia_gpus, probe
+from fastft.hardware import GIB, Hardware, compute_dtype, installed, nvidia_gpus, probe
 from fastft.hub import endpoint, shown_endpoint
 
 Status = Literal["ok", "note", "warning", "blocking"]
@@ -180,10 +180,7 @@ def declared_ranges() -> dict[str, str]:
 
 
 def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return installed([name]).get(name)
 
 
 def _within(version: str, wanted: str) -> bool:

@@ -25,23 +25,30 @@ def changed_by(metric: str, value: float) -> str:
 
 def page(found: dict[str, Any]) -> str:
     """Return the findings of `evaluate` as one HTML page that needs no other file."""
+    return (
+        templates(TEMPLATES)
+        .get_template("evaluation.html.jinja")
+        .render(
+            found=found,
+            metrics=list(found["models"][0]["scores"]),
+            changed=found["changed"][:MOST_CHANGED],
+            shown=shown,
+            changed_by=changed_by,
+            lower=TEXT_METRICS,
+        )
+    )
+
+
+def templates(folder: Path, *, html: bool = True) -> Any:
+    """Return the jinja2 environment of the templates in `folder`: in HTML everything is escaped,
+    and a name that nobody gives is an error.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("evaluation.html.jinja").render(
-        found=found,
-        metrics=list(found["models"][0]["scores"]),
-        changed=found["changed"][:MOST_CHANGED],
-        shown=shown,
-        changed_by=changed_by,
-        lower=TEXT_METRICS,
-    )
+    return Environment(
+        loader=FileSystemLoader(folder), undefined=StrictUndefined, autoescape=html,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=not html,
+    )  # fmt: skip
 
 
 def tables(found: dict[str, Any]) -> list[Any]:

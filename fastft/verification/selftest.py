@@ -8,7 +8,6 @@ report). Nothing is downloaded; models and sequences are random.
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import math
 import platform
@@ -25,7 +24,7 @@ from fastft import child
 from fastft.errors import FastFTError
 from fastft.files import clear_errors, write_atomically
 from fastft.files.scratch import scratch
-from fastft.hardware import GIB, Hardware, compute_dtype, gpu_key, probe
+from fastft.hardware import GIB, Hardware, compute_dtype, gpu_key, installed, probe
 
 Verdict = Literal["pass", "warn", "fail", "skip"]
 WORST = ("fail", "warn", "pass", "skip")
@@ -106,7 +105,7 @@ def selftest(
         seconds=0.0,
         checks=[_machine_check(hardware)],
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        versions=_versions(),
+        versions=installed(PACKAGES),
         machine=_machine(hardware),
     )
     with scratch("fastft-selftest-") as folder:
@@ -133,7 +132,7 @@ def parts_for(hardware: Hardware) -> list[Part]:
     kinds = [{"quantization": "none", "dtype": compute_dtype(hardware).value}]
     if hardware.kind == "cuda" and hardware.bf16:
         kinds.append({"quantization": "none", "dtype": "float16"})
-    if _installed("bitsandbytes") and hardware.kind != "mps":
+    if hardware.kind != "mps" and "bitsandbytes" in installed(PACKAGES):
         kinds.append({"quantization": "nf4"})
     shape = _shape_for(hardware)
     return [
@@ -148,15 +147,6 @@ def parts_for(hardware: Hardware) -> list[Part]:
         ),
         Part("speed of a step", "speed", _speed_case(hardware, shape), 180),
     ]
-
-
-def _installed(name: str) -> bool:
-    """Return whether a package is installed, without importing it."""
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _listed(settings: dict[str, Any]) -> str:
@@ -197,7 +187,7 @@ def _plan_cases(hardware: Hardware, shape: str) -> list[dict[str, Any]]:
     }
     # On a CPU the plan of 4-bit weights is an upper bound only: it does not know the layers that
     # unpack a block at a time.
-    if _installed("bitsandbytes") and hardware.kind == "cuda":
+    if hardware.kind == "cuda" and "bitsandbytes" in installed(PACKAGES):
         kinds["nf4"] = ({"quantization": "nf4"}, {"gradient_checkpointing": False})
     return [
         common | {"name": f"{shape} {name}", "model": model, "train": train | batch}
@@ -275,8 +265,9 @@ def _last_words(log: Path, code: int) -> str:
 def _machine_check(hardware: Hardware) -> Check:
     dtype, why = compute_dtype(hardware)
     numbers = _machine(hardware) | {"dtype": dtype, "why": why}
-    missing = [name for name in ("unsloth", "unsloth_zoo") if not _installed(name)]
-    if hardware.kind == "cuda" and not _installed("xformers") and not _installed("flash-attn"):
+    here = installed(PACKAGES)
+    missing = [name for name in ("unsloth", "unsloth_zoo") if name not in here]
+    if hardware.kind == "cuda" and not {"xformers", "flash-attn"} & here.keys():
         missing.append("xformers")
     if not missing:
         return Check(name="machine", verdict="pass", numbers=numbers)
@@ -298,10 +289,6 @@ def _machine(hardware: Hardware) -> dict[str, Any]:
         "python": platform.python_version(),
         "notes": list(hardware.notes),
     }
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
 
 
 # --- what is kept

@@ -29,6 +29,7 @@ from fastft.exporting.llama import base_folder, sample_ids, tokenizer_source
 from fastft.exporting.place import one_at_a_time
 from fastft.files import sha256
 from fastft.files.scratch import scratch
+from fastft.hardware import installed
 from fastft.progress import Reporter
 from fastft.runs.card import write_export_card
 from fastft.runs.mirror import follow
@@ -313,12 +314,4 @@ def first_trouble(entry: dict[str, Any]) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions that a verdict depends on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for package in ("fastft", "torch", "transformers", "peft", "llama_cpp_python", "gguf"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return installed(("fastft", "torch", "transformers", "peft", "llama_cpp_python", "gguf"))

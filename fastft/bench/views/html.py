@@ -14,9 +14,10 @@ from typing import Any
 from fastft.bench.record import Record, Result
 from fastft.bench.statistics import memory_bytes
 from fastft.bench.views import plots, tables
-from fastft.bench.views.report import TEMPLATES, machine_lines
+from fastft.bench.views.report import TEMPLATES, described, variables_text
 from fastft.errors import FastFTError
 from fastft.files import write_atomically
+from fastft.verification.evaluation_page import templates
 
 RECORD_HEADINGS = (
     "table", "arm", "repeat", "order", "status", "tokens/s", "seconds of each timed step", "losses",
@@ -29,22 +30,17 @@ def write_html(results: Sequence[Result], out: Path) -> Path:
     """Write the page of `results` to `out` and return it; raises FastFTError where there are
     none.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     if not results:
         raise FastFTError("give at least one result: python -m fastft.bench html RESULT.json")
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.jinja").render(
-        legend=tables.LEGEND,
-        headings=tables.HEADINGS,
-        record_headings=RECORD_HEADINGS,
-        sections=[_section(result) for result in results],
+    page = (
+        templates(TEMPLATES)
+        .get_template("report.html.jinja")
+        .render(
+            legend=tables.LEGEND,
+            headings=tables.HEADINGS,
+            record_headings=RECORD_HEADINGS,
+            sections=[_section(result) for result in results],
+        )
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page)
@@ -52,32 +48,12 @@ def write_html(results: Sequence[Result], out: Path) -> Path:
 
 
 def _section(result: Result) -> dict[str, Any]:
-    return {
-        "heading": tables.heading(result),
-        "title": result.case.title,
+    return described(result) | {
         "date": result.date,
-        "commit": tables.commit_text(result),
-        "case_hash": result.case_hash,
-        "repeats": tables.repeats_text(result.repeats),
-        "machine": machine_lines(result),
-        "tables": [
-            {
-                "title": tables.TITLES[name],
-                "rows": [tables.cells(arm, summary) for arm, summary in table.arms.items()],
-                "verdicts": tables.verdicts(table),
-            }
-            for name, table in result.tables.items()
-        ],
         "plots": _embedded_plots(result),
         "notes": result.notes,
         "checks": [
-            {
-                "table": name,
-                "arm": arm,
-                "name": check.name,
-                "passed": check.passed,
-                "text": check.text,
-            }
+            {"table": name, "arm": arm, **check.model_dump(include={"name", "passed", "text"})}
             for name, table in result.tables.items()
             for arm, gate in table.parity.items()
             for check in gate.checks
@@ -87,9 +63,7 @@ def _section(result: Result) -> dict[str, Any]:
                 "table": name,
                 "arm": arm,
                 "settings": json.dumps(settings.settings, sort_keys=True),
-                "environment": " ".join(
-                    f"{key}={value}" for key, value in sorted(settings.environment.items())
-                ),
+                "environment": variables_text(settings),
                 "source": settings.source,
             }
             for name in result.tables

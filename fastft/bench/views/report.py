@@ -22,6 +22,7 @@ from fastft.bench.side_by_side import SideBySide, read_side_by_side
 from fastft.bench.views import plots, tables
 from fastft.errors import FastFTError
 from fastft.files import write_atomically
+from fastft.verification.evaluation_page import templates
 
 TEMPLATES = Path(__file__).parent / "templates"
 NOT_MEASURED = "not measured"
@@ -145,14 +146,9 @@ def readme_text(
     """Return the README that lies in the folder `home`, with links relative to it."""
     known = {name: load_case(str(path)) for name, path in known_cases(cases).items()}
     overview = []
-    for name in sorted(
-        {*known, *(entry.result.case.name for entry in entries if tables.own_card(entry.result))}
-    ):
-        own = [
-            entry
-            for entry in entries
-            if entry.result.case.name == name and tables.own_card(entry.result)
-        ]
+    here = [entry for entry in entries if tables.own_card(entry.result)]
+    for name in sorted({*known, *(entry.result.case.name for entry in here)}):
+        own = [entry for entry in here if entry.result.case.name == name]
         overview += [_overview_row(entry, known.get(name)) for entry in own]
         if not own:
             card = known[name].card or "CPU"
@@ -183,16 +179,8 @@ def readme_text(
 
 
 def _environment() -> Any:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     # Markdown, not HTML: `cell` escapes what would break a table or open a tag.
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = templates(TEMPLATES, html=False)
     environment.filters["cell"] = markdown_cell
     return environment
 
@@ -209,7 +197,7 @@ def _overview_row(entry: Entry, known: Case | None) -> dict[str, Any]:
     result = entry.result
     case = known or result.case
     return {
-        "case": f"[{result.case.name}](#{_anchor(markdown_heading(result))})",
+        "case": f"[{result.case.name}](#{_anchor(tables.heading(result))})",
         "card": result.case.card or "CPU",
         "machine": f"{markdown_cell(result.machine.label)}, {result.date[:10]}, "
         f"{tables.repeats_text(result.repeats)}",
@@ -233,11 +221,6 @@ def _pair_text(result: Result, pair: Pair) -> str:
     return "parity failed" if verdict.parity_failed else status if status != "ok" else "no ratio"
 
 
-def markdown_heading(result: Result) -> str:
-    """Return the heading of a result's section."""
-    return tables.heading(result)
-
-
 def _anchor(heading: str) -> str:
     """The id that GitHub gives a heading: lower case, punctuation dropped, spaces to dashes."""
     kept = "".join(c for c in heading.lower() if c.isalnum() or c in " -_")
@@ -246,24 +229,10 @@ def _anchor(heading: str) -> str:
 
 def _section(entry: Entry, home: Path, images: Path, known: dict[str, Case]) -> dict[str, Any]:
     result = entry.result
-    return {
-        "heading": markdown_heading(result),
-        "title": result.case.title,
+    return described(result) | {
         "date": result.date[:10],
-        "commit": tables.commit_text(result),
-        "case_hash": result.case_hash,
         "case_note": _case_note(result.case, known.get(result.case.name)),
-        "repeats": tables.repeats_text(result.repeats),
         "file": _link(entry.path, home),
-        "machine": machine_lines(result),
-        "tables": [
-            {
-                "title": tables.TITLES[name],
-                "rows": [tables.cells(arm, summary) for arm, summary in table.arms.items()],
-                "verdicts": tables.verdicts(table),
-            }
-            for name, table in result.tables.items()
-        ],
         "plots": [
             {"title": p.title, "path": _link(images / p.name, home)} for p in plots.plots_of(result)
         ],
@@ -287,16 +256,8 @@ def _case_note(measured: Case, known: Case | None) -> str:
     """
     if known is None or measured.hash == known.hash:
         return ""
-    narrowed = {
-        name: table.model_copy(
-            update={
-                "arms": {a: s for a, s in table.arms.items() if a in measured.tables[name].arms}
-            }
-        )
-        for name, table in known.tables.items()
-        if name in measured.tables
-    }
-    part = known.model_copy(update={"tables": narrowed}).hash == measured.hash
+    narrowed = known.only({name: table.arms for name, table in measured.tables.items()})
+    part = narrowed.hash == measured.hash
     return " (some of its arms or tables only)" if part else " (the case has changed since)"
 
 
@@ -324,6 +285,26 @@ def _other_section(path: Path, found: SideBySide, home: Path, images: Path) -> d
         "plots": [
             {"title": p.title, "path": _link(images / p.name, home)}
             for p in plots.plots_of_scaling([found])
+        ],
+    }
+
+
+def described(result: Result) -> dict[str, Any]:
+    """Return what the README and the HTML page both say of a result."""
+    return {
+        "heading": tables.heading(result),
+        "title": result.case.title,
+        "commit": tables.commit_text(result),
+        "case_hash": result.case_hash,
+        "repeats": tables.repeats_text(result.repeats),
+        "machine": machine_lines(result),
+        "tables": [
+            {
+                "title": tables.TITLES[name],
+                "rows": [tables.cells(arm, summary) for arm, summary in table.arms.items()],
+                "verdicts": tables.verdicts(table),
+            }
+            for name, table in result.tables.items()
         ],
     }
 
@@ -365,8 +346,13 @@ def settings_lines(result: Result, table: str) -> list[str]:
 def settings_text(settings: ArmSettings) -> str:
     """Return an arm's settings, its environment and their source."""
     what = json.dumps(settings.settings, sort_keys=True) if settings.settings else "nothing set"
-    environment = " ".join(f"{key}={value}" for key, value in sorted(settings.environment.items()))
+    environment = variables_text(settings)
     return f"{what}{', ' + environment if environment else ''}. Source: {settings.source}"
+
+
+def variables_text(settings: ArmSettings) -> str:
+    """Return the variables that an arm's processes get."""
+    return " ".join(f"{key}={value}" for key, value in sorted(settings.environment.items()))
 
 
 def _link(path: Path, home: Path) -> str:

@@ -4,6 +4,7 @@ terminal itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,16 +106,6 @@ def cells(arm: str, summary: ArmSummary) -> list[str]:
     ]
 
 
-def spread_text(spread: Spread | None) -> str:
-    """Return ``419 (329 to 443)``; of a single run, which has no range, the figure alone."""
-    if spread is None:
-        return "-"
-    alone = spread.p20 == spread.p80
-    return number(spread.median) + (
-        "" if alone else f" ({number(spread.p20)} to {number(spread.p80)})"
-    )
-
-
 def number(value: float) -> str:
     """Return about three significant figures, with thousands separated: 8,123  419  41.3  1.27
     0.0457.
@@ -124,6 +115,14 @@ def number(value: float) -> str:
     if value >= 10:
         return f"{value:.1f}"
     return f"{value:.2f}" if value >= 1 or value == 0 else f"{value:.3g}"
+
+
+def spread_text(spread: Spread | None, show: Callable[[float], str] = number) -> str:
+    """Return ``419 (329 to 443)``; of a single run, which has no range, the figure alone."""
+    if spread is None:
+        return "-"
+    between = f" ({show(spread.p20)} to {show(spread.p80)})"
+    return show(spread.median) + ("" if spread.p20 == spread.p80 else between)
 
 
 def percent(share: float | None) -> str:
