@@ -16,7 +16,7 @@ from fastft.engines import loading
 from fastft.engines.base import Engine
 from fastft.errors import FastFTError, one_of
 from fastft.hardware import compute_dtype, probe
-from fastft.inference.llamacpp import HALF_A_CHARACTER
+from fastft.inference.llamacpp import HALF_A_CHARACTER, GgufChat
 from fastft.inference.sampling import Sampling
 from fastft.models import bitsandbytes_config, check_checkpoint, check_finite, explained
 from fastft.runs.target import Target, resolve
@@ -69,11 +69,8 @@ class HuggingFaceChat:
         device = {"cuda": "cuda", "mps": "mps"}.get(hardware.kind, "cpu")
         adapter = target.adapter if with_adapter else None
         check_checkpoint(target.base, revision=target.revision)
-        source = (
-            str(target.adapter)
-            if target.adapter and (target.adapter / "tokenizer_config.json").is_file()
-            else target.base
-        )
+        own = target.adapter and (target.adapter / "tokenizer_config.json").is_file()
+        source = str(target.adapter) if own else target.base
         compute = getattr(torch, self.dtype.value)
         quantized = bitsandbytes_config(target.quantization, compute)
         with explained(target.base):
@@ -128,13 +125,9 @@ class HuggingFaceChat:
 
         def run() -> None:
             try:
+                ends = self.template.end_token_ids
                 result["ids"] = _generate(
-                    self.model,
-                    self.tokenizer,
-                    prompt,
-                    self.template.end_token_ids,
-                    sampling,
-                    pieces,
+                    self.model, self.tokenizer, prompt, ends, sampling, pieces
                 )
             except BaseException as error:  # handed to the reader's thread, which raises it
                 result["error"] = error
@@ -167,11 +160,8 @@ class HuggingFaceChat:
             self.prompt_of(messages, tools[i] if tools else None)
             for i, messages in enumerate(conversations)
         ]
-        pad = (
-            self.tokenizer.pad_token_id
-            if self.tokenizer.pad_token_id is not None
-            else self.template.end_token_ids[0]
-        )
+        pad = self.tokenizer.pad_token_id
+        pad = self.template.end_token_ids[0] if pad is None else pad
         answers: list[str] = []
         for first in range(0, len(prompts), batch_size):
             batch = prompts[first : first + batch_size]
@@ -196,32 +186,6 @@ class HuggingFaceChat:
         return [text.strip() for text in answers]
 
 
-class GgufFileChat:
-    """A GGUF file through llama.cpp."""
-
-    def __init__(
-        self, path: Path, *, loras: list[str], gpu_layers: int | str, n_ctx: int | None
-    ) -> None:
-        from fastft.inference.llamacpp import GgufChat
-
-        self.inner = GgufChat(path, loras=loras, gpu_layers=gpu_layers, n_ctx=n_ctx)
-
-    def stream(self, messages: Messages, sampling: Sampling) -> Iterator[str]:
-        """Yield the answer to `messages` in pieces of text."""
-        yield from self.inner.stream(
-            messages,
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-        )
-
-    @property
-    def last_tokens(self) -> list[int]:
-        """Ids of the last answer."""
-        return self.inner.last_tokens
-
-
 def open_chat(
     target: str | Path,
     *,
@@ -240,7 +204,7 @@ def open_chat(
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FastFTError(f"{path} does not exist.")
-        return GgufFileChat(path, loras=loras or [], gpu_layers=gpu_layers, n_ctx=n_ctx)
+        return GgufChat(path, loras=loras or [], gpu_layers=gpu_layers, n_ctx=n_ctx)
     if loras:
         raise FastFTError(
             "--lora switches adapters on a GGUF file; for a folder, give the adapter's "
@@ -259,12 +223,8 @@ def chat(
     **open_keywords: Any,
 ) -> Answer:
     """Return the answer of `target` to one prompt. `on_piece` sees the text as it comes."""
-    return ask(
-        open_chat(target, **open_keywords),
-        messages_of(prompt, system),
-        sampling or Sampling(),
-        on_piece,
-    )
+    model = open_chat(target, **open_keywords)
+    return ask(model, messages_of(prompt, system), sampling or Sampling(), on_piece)
 
 
 def ask(
@@ -335,15 +295,9 @@ def _generate(
     how: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
         torch.manual_seed(sampling.seed)
-        how = {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": 0,
-        }
-    ends = sorted(
-        {*end_token_ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])}
-    )
+        how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        how["top_k"] = 0
+    ends = sorted({*end_token_ids, tokenizer.eos_token_id} - {None})
     with torch.inference_mode():
         out = causal.generate(
             input_ids=ids,
@@ -380,8 +334,9 @@ class _Pieces:
             self.sent = text
 
     def end(self) -> None:
-        self.queue.put(self.tokenizer.decode(self.ids, skip_special_tokens=True)[len(self.sent) :])
-        self.sent = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        self.queue.put(text[len(self.sent) :])
+        self.sent = text
         self.queue.put(None)
 
     def __iter__(self) -> Iterator[str]:

@@ -30,6 +30,7 @@ from fastft.data.bounded import (
 from fastft.errors import FastFTError
 from fastft.hardware import cpu_flags
 from fastft.inference.gguf_header import check_header
+from fastft.inference.sampling import Sampling
 
 if TYPE_CHECKING:
     import numpy as np
@@ -704,31 +705,15 @@ class GgufChat:
     def stream(
         self,
         messages: Sequence[dict[str, Any]],
-        max_new_tokens: int = 512,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        sampling: Sampling,
         tools: Sequence[dict[str, Any]] | None = None,
     ) -> Iterator[str]:
         """Yield the answer to `messages` piece by piece; ends when the model does. Ids are in
         `last_tokens`.
         """
         self.last_prompt_tokens = self.model.chat_tokens(messages, tools=tools)
-        return self._stream(self.last_prompt_tokens, max_new_tokens, temperature, top_p, seed)
-
-    def complete(
-        self,
-        text: str,
-        max_new_tokens: int = 512,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-    ) -> Iterator[str]:
-        """Yield the continuation of a plain `text` (BOS in front if the file asks for one) piece
-        by piece.
-        """
-        self.last_prompt_tokens = self.model.tokens(text)
-        return self._stream(self.last_prompt_tokens, max_new_tokens, temperature, top_p, seed)
+        how = (sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.seed)
+        return self._stream(self.last_prompt_tokens, *how)
 
     def _stream(
         self, prompt: list[int], limit: int, temperature: float, top_p: float, seed: int

@@ -113,10 +113,11 @@ def _share_right(chat: Any, questions: list[tuple[list[dict[str, str]], str]]) -
 
 
 def _judge_gguf(path: Path, files: TaskFiles) -> float:
-    from fastft.inference.generate import GgufFileChat, ask
+    from fastft.inference.generate import ask
+    from fastft.inference.llamacpp import GgufChat
     from fastft.inference.sampling import Sampling
 
-    chat = GgufFileChat(path, loras=[], gpu_layers=0, n_ctx=256)
+    chat = GgufChat(path, gpu_layers=0, n_ctx=256)
     questions = read_questions(files.heldout)
     answers = [ask(chat, messages, Sampling(MAX_ANSWER_TOKENS)).text for messages, _ in questions]
     return exact_match(answers, [expected for _, expected in questions])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fastft.data.encode import UnusableRowError
 from fastft.errors import FastFTError
 from fastft.inference.metrics import Likelihood
+from fastft.inference.sampling import Sampling
 from fastft.verification.questions import Question
 
 if TYPE_CHECKING:
@@ -97,9 +98,8 @@ class TransformersJudged:
         """Return (ids, index of the first that is judged)."""
         tokenizer, template = self.chat.tokenizer, self.chat.template
         if not question.messages:
-            start = next(
-                (i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None
-            )
+            bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+            start = eos if bos is None else bos
             ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
             return ([start, *ids], 1) if start is not None else (ids, 1)
         from fastft.data.encode import encode_conversation
@@ -152,13 +152,11 @@ class GgufJudged:
 
     def answers(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
         """Return the greedy answers, one after the other."""
-        answers = []
+        answers, sampling = [], Sampling(max_new_tokens)
         for question in questions:
             with _naming(question):
-                pieces = self.chat.stream(
-                    question.messages, max_new_tokens=max_new_tokens, tools=question.tools
-                )
-                answers.append("".join(pieces).strip())
+                said = self.chat.stream(question.messages, sampling, question.tools)
+                answers.append("".join(said).strip())
         return answers
 
     def likelihood(self, question: Question, answer: str) -> Likelihood:
@@ -245,9 +243,7 @@ def open_judged(
     chat = HuggingFaceChat(resolved, dtype=dtype)
     if resolved.adapter is None:
         return [TransformersJudged(chat, "model")]
-    adapter = TransformersJudged(chat, "adapter")
-    return (
-        [TransformersJudged(chat, "base", without_adapter=True), adapter]
-        if with_base
-        else [adapter]
-    )
+    found: list[Judged] = [TransformersJudged(chat, "adapter")]
+    if with_base:
+        found.insert(0, TransformersJudged(chat, "base", without_adapter=True))
+    return found

@@ -17,6 +17,7 @@ from fastft.errors import CouldNotFinishError, FastFTError
 from fastft.exporting.gguf import export_gguf
 from fastft.exporting.gguf.lora import export_gguf_lora
 from fastft.inference.llamacpp import GgufChat, open_gguf, sample
+from fastft.inference.sampling import Sampling
 from fastft.inference.serve import make_app, require_free_port
 from tests.families import make_checkpoint
 
@@ -122,10 +123,10 @@ def test_greedy_chat_is_that_of_transformers_and_streams_whole_characters(base, 
         0, given["input_ids"].shape[1] :
     ].tolist()
     chat = GgufChat(gguf, n_ctx=256)
-    pieces = list(chat.stream(CHAT, max_new_tokens=24))
+    pieces = list(chat.stream(CHAT, Sampling(24)))
     assert chat.last_tokens == [t for t in made if t not in {tokenizer.eos_token_id, 452}]
     assert "".join(pieces) == tokenizer.decode(chat.last_tokens, skip_special_tokens=True)
-    assert list(chat.stream(CHAT, max_new_tokens=24)) == pieces  # from the cache of the first turn
+    assert list(chat.stream(CHAT, Sampling(24))) == pieces  # from the cache of the first turn
     chat.close()
 
 
@@ -189,7 +190,7 @@ def test_the_server_answers_an_openai_client(gguf, adapters):
             got = client.post("/chat/completions", json=body | {"model": name}).json()
             chat = GgufChat(gguf, loras=lora, n_ctx=256)
             answers[name] = got["choices"][0]["message"]["content"]
-            expected = "".join(chat.stream(CHAT, max_new_tokens=12)).replace(
+            expected = "".join(chat.stream(CHAT, Sampling(12))).replace(
                 "\ufffd", ""
             )  # the server drops those bytes
             assert answers[name].replace("\ufffd", "").strip() == expected.strip()
