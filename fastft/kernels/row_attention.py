@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,9 +46,9 @@ def row_attention(
     compiled = native.attends(q.dtype, dim)
     if plan.shares and not compiled:
         return _by_node(q, k, v, rotary, plan, dim, scale, window)
-    window = NO_WINDOW if window is None else window
     way = _Compiled if compiled else _Blocks
-    return way.apply(q, k, v, rotary, plan, dim, scale, window)  # type: ignore[no-any-return]
+    how = _How(plan, dim, scale, NO_WINDOW if window is None else window)
+    return way.apply(q, k, v, rotary, how)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,15 @@ class RowPlan:
     def shares(self) -> bool:
         """Whether any node has an ancestor."""
         return bool((self.nodes[:, 3] >= 0).any())
+
+
+class _How(NamedTuple):
+    """What of `row_attention` is no tensor of it."""
+
+    plan: RowPlan
+    dim: int
+    scale: float
+    window: int
 
 
 PAD = 32  # few distinct shapes, so that oneDNN's generated kernels are used again
@@ -114,19 +123,12 @@ class _Compiled(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        rotary: Rotary | None,
-        plan: RowPlan,
-        dim: int,
-        scale: float,
-        window: int,
-    ) -> torch.Tensor:
-        out, lse = native.attention_forward(q, k, v, rotary, plan.nodes, dim, scale, window)
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary | None,
+        how: _How,
+    ) -> torch.Tensor:  # fmt: skip
+        ctx.what = (how.plan.nodes, how.dim, how.scale, how.window)
+        out, lse = native.attention_forward(q, k, v, rotary, *ctx.what)
         ctx.save_for_backward(q, k, v, out, lse, *(rotary or ()))
-        ctx.what = (plan.nodes, dim, scale, window)
         return out
 
     @staticmethod
@@ -134,7 +136,7 @@ class _Compiled(Function):
         q, k, v, out, lse, *rest = ctx.saved_tensors
         rotary = (rest[0], rest[1]) if rest else None
         grads = native.attention_backward(dout.contiguous(), q, k, v, out, lse, rotary, *ctx.what)
-        return (*grads, *(None,) * 5)
+        return (*grads, None, None)
 
 
 # --- a node at a time
@@ -176,107 +178,87 @@ class _Blocks(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        rotary: Rotary | None,
-        plan: RowPlan,
-        dim: int,
-        scale: float,
-        window: int,
-    ) -> torch.Tensor:
-        kv = k.shape[1] // dim
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary | None,
+        how: _How,
+    ) -> torch.Tensor:  # fmt: skip
+        table, tokens = how.plan.table, q.shape[0]
         group = q.shape[1] // k.shape[1]
-        packed_q = native.pack_heads(q, rotary, plan.table, (kv, group, dim))
-        packed_k = native.pack_heads(k, rotary, plan.table, (kv, 1, dim))
-        packed_v = native.pack_heads(v, None, plan.table, (kv, 1, dim))
+        wide = (k.shape[1] // how.dim, group, how.dim)
+        narrow = (wide[0], 1, how.dim)
+        packed_q = native.pack_heads(q, rotary, table, wide)
+        packed_k = native.pack_heads(k, rotary, table, narrow)
+        packed_v = native.pack_heads(v, None, table, narrow)
         out = torch.empty_like(packed_q)
         kept = []
-        for at in plan.groups:
-            qs, ks, vs, os = _views(at, kv, group, dim, packed_q, packed_k, packed_v, out)
-            for first, end, key in _query_blocks(at[2], window):
-                p = _probabilities(qs, ks, first, end, key, group, window, scale)
+        for at in how.plan.groups:
+            qs, ks, vs, os = _views(at, wide, packed_q, packed_k, packed_v, out)
+            for first, end, key in _query_blocks(at[2], how.window):
+                p = _probabilities(qs, ks, (first, end, key), group, how)
                 _into(os, first * group, end * group, p, vs[:, key:end])
                 if at[2] <= KEEP_PROBABILITIES:
                     kept.append(p)
         ctx.save_for_backward(packed_q, packed_k, packed_v, *(rotary or ()), *kept)
-        ctx.what = (rotary is not None, plan, kv, group, dim, scale, window, q.shape[0])
-        return native.unpack_heads(out, None, plan.table, (kv, group, dim), q.shape[0])
+        ctx.what = (rotary is not None, wide, tokens, how)
+        return native.unpack_heads(out, None, table, wide, tokens)
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> Any:
-        rotates, plan, kv, group, dim, scale, window, tokens = ctx.what
+        rotates, wide, tokens, how = ctx.what
+        narrow, group, table = (wide[0], 1, how.dim), wide[1], how.plan.table
         packed_q, packed_k, packed_v, *rest = ctx.saved_tensors
         rotary = (rest.pop(0), rest.pop(0)) if rotates else None
         kept = iter(rest)
-        packed_do = native.pack_heads(dout.contiguous(), None, plan.table, (kv, group, dim))
-        dq, dk, dv = (
-            torch.empty_like(packed_q),
-            torch.zeros_like(packed_k),
-            torch.zeros_like(packed_v),
-        )
-        for at in plan.groups:
-            qs, ks, vs, dos = _views(at, kv, group, dim, packed_q, packed_k, packed_v, packed_do)
-            dqs, dks, dvs, _ = _views(at, kv, group, dim, dq, dk, dv, packed_do)
-            for first, end, key in _query_blocks(at[2], window):
+        packed_do = native.pack_heads(dout.contiguous(), None, table, wide)
+        dq = torch.empty_like(packed_q)
+        dk, dv = torch.zeros_like(packed_k), torch.zeros_like(packed_v)
+        for at in how.plan.groups:
+            qs, ks, vs, dos = _views(at, wide, packed_q, packed_k, packed_v, packed_do)
+            dqs, dks, dvs, _ = _views(at, wide, dq, dk, dv, packed_do)
+            for first, end, key in _query_blocks(at[2], how.window):
                 rows = slice(first * group, end * group)
                 if at[2] <= KEEP_PROBABILITIES:
                     p = next(kept)
                 else:
-                    p = _probabilities(qs, ks, first, end, key, group, window, scale)
+                    p = _probabilities(qs, ks, (first, end, key), group, how)
                 do = dos[:, rows]
                 ds = torch.bmm(do, vs[:, key:end].transpose(1, 2))
                 _add(dvs, key, end, p.transpose(1, 2), do)
-                native.softmax_backward_(p, ds, scale)
+                native.softmax_backward_(p, ds, how.scale)
                 _into(dqs, rows.start, rows.stop, ds, ks[:, key:end])
                 _add(dks, key, end, ds.transpose(1, 2), qs[:, rows])
         return (
-            native.unpack_heads(dq, rotary, plan.table, (kv, group, dim), tokens),
-            native.unpack_heads(dk, rotary, plan.table, (kv, 1, dim), tokens),
-            native.unpack_heads(dv, None, plan.table, (kv, 1, dim), tokens),
-            *(None,) * 5,
+            native.unpack_heads(dq, rotary, table, wide, tokens),
+            native.unpack_heads(dk, rotary, table, narrow, tokens),
+            native.unpack_heads(dv, None, table, narrow, tokens),
+            None,
+            None,
         )
 
 
 def _views(
-    at: tuple[int, int, int],
-    kv: int,
-    group: int,
-    dim: int,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    at: tuple[int, int, int], heads: tuple[int, int, int], q: torch.Tensor, k: torch.Tensor,
+    v: torch.Tensor, o: torch.Tensor,
+) -> list[torch.Tensor]:  # fmt: skip
     """Return the blocks of one group of sequences: q, o (count kv, length group, dim), k, v (count
-    kv, length, dim).
+    kv, length, dim), where `heads` is (kv, group, dim).
     """
-    start, count, length = at
-    wide, narrow = kv * group * dim, kv * dim
-    queries = (count * kv, length * group, dim)
-    keys = (count * kv, length, dim)
-    return (
-        q[start * wide : (start + count * length) * wide].view(queries),
-        k[start * narrow : (start + count * length) * narrow].view(keys),
-        v[start * narrow : (start + count * length) * narrow].view(keys),
-        o[start * wide : (start + count * length) * wide].view(queries),
-    )
+    (start, count, length), (kv, group, dim) = at, heads
+    blocks = []
+    for packed, of_key in ((q, group), (k, 1), (v, 1), (o, group)):
+        width = kv * of_key * dim
+        rows = packed[start * width : (start + count * length) * width]
+        blocks.append(rows.view(count * kv, length * of_key, dim))
+    return blocks
 
 
 def _probabilities(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    first: int,
-    end: int,
-    key: int,
-    group: int,
-    window: int,
-    scale: float,
+    q: torch.Tensor, k: torch.Tensor, block: tuple[int, int, int], group: int, how: _How
 ) -> torch.Tensor:
+    """Return the attention weights of a `_query_blocks` block."""
+    first, end, key = block
     p = torch.bmm(q[:, first * group : end * group], k[:, key:end].transpose(1, 2))
     native.softmax_forward_(
-        p, group=group, first_query=first, first_key=key, window=window, scale=scale
+        p, group=group, first_query=first, first_key=key, window=how.window, scale=how.scale
     )
     return p
 
