@@ -5,10 +5,8 @@ costs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
-
-from pydantic import BaseModel
 
 from fastft.config import MOVES_THE_BASE, RunConfig, make_config
 from fastft.errors import FastFTError
@@ -17,11 +15,13 @@ from fastft.planning.shape import ModelShape
 
 Judge = Callable[[RunConfig, Hardware, ModelShape], tuple[str, int]]
 """(verdict, largest need of disk in bytes) of a config on a machine."""
+SMALLER_PASSES = "more, smaller passes a step; the gradient is the same"
 Made = list[tuple[str, Any, str]]
 """Changes: key, new value, cost."""
 
 
-class Change(BaseModel):
+@dataclass
+class Change:
     """One change: a config key with its new value, or another card (`key` is "gpu"), or room on
     the disk ("disk").
     """
@@ -54,7 +54,7 @@ def cheapest_changes(
         free = hardware.disk_free_bytes(config.output_dir)
         cost = "room on that disk, or output_dir (and HF_HOME, for the base model) on a larger one"
         old, new = (f"{size / GIB:.1f} GiB free" for size in (free, need))
-        return [Change(key="disk", old=old, new=new, cost=cost, enough=True)]
+        return [Change("disk", old, new, cost, True)]
     return _another_card(config, hardware, shape, judge)
 
 
@@ -87,11 +87,7 @@ def _candidates(
     """
     train, longest = config.train, config.model.max_seq_length
     if train.micro_batch_tokens == "auto" or train.micro_batch_tokens > longest:
-        yield (
-            "train.micro_batch_tokens",
-            longest,
-            "more, smaller passes a step; the gradient is the same",
-        )
+        yield "train.micro_batch_tokens", longest, SMALLER_PASSES
     if train.gradient_checkpointing is not True:
         yield "train.gradient_checkpointing", True, "a third more time; the gradient is the same"
     if hardware.kind == "cuda" and train.optimizer == "adamw":
@@ -102,29 +98,19 @@ def _candidates(
         yield "train.fused_layers", "auto", "none: the gradient is the same up to rounding"
     if config.model.dtype == "float32":
         yield "model.dtype", "auto", "16-bit arithmetic where the machine has it"
-    if (
-        config.model.quantization != "nf4"
-        and hardware.kind == "cuda"
-        and config.lora.init not in MOVES_THE_BASE
-    ):
+    may_round = config.model.quantization != "nf4" and config.lora.init not in MOVES_THE_BASE
+    if hardware.kind == "cuda" and may_round:
         yield "model.quantization", "nf4", "slower passes, and a base rounded to 4 bits"
     if hardware.kind == "cuda" and train.optimizer != "paged_adamw_8bit":
-        yield (
-            "train.optimizer",
-            "paged_adamw_8bit",
-            "optimizer state moves through PCIe when memory is short",
-        )
+        cost = "optimizer state moves through PCIe when memory is short"
+        yield "train.optimizer", "paged_adamw_8bit", cost
     rank = config.lora.r
     if rank > 16 and config.lora.init != "orthogonal":
         yield "lora.r", 16, f"a smaller adapter than rank {rank}"
     while longest > 512:
         longest = max(512, longest // 2)
         yield "model.max_seq_length", longest, f"longer conversations are cut at {longest:,} tokens"
-        yield (
-            "train.micro_batch_tokens",
-            longest,
-            "more, smaller passes a step; the gradient is the same",
-        )
+        yield "train.micro_batch_tokens", longest, SMALLER_PASSES
 
 
 def _with(config: RunConfig, made: Made) -> RunConfig:
@@ -157,11 +143,7 @@ def _as_changes(config: RunConfig, made: Made) -> list[Change]:
     changes = []
     for number, (key, value, cost) in enumerate(made, 1):
         section, _, name = key.partition(".")
-        changes.append(
-            Change(
-                key=key, old=values[section][name], new=value, cost=cost, enough=number == len(made)
-            )
-        )
+        changes.append(Change(key, values[section][name], value, cost, number == len(made)))
     return changes
 
 
@@ -173,23 +155,13 @@ def _another_card(
     )
     for key in cards:
         if _fits(config, [], named_gpu(key), shape, judge):
-            return [Change(key="gpu", old=hardware.name, new=key, cost="another card", enough=True)]
+            return [Change("gpu", hardware.name, key, "another card", True)]
     for key in cards:
         made = _cheapest(config, named_gpu(key), shape, judge)
         if made is not None:
-            card = Change(
-                key="gpu", old=hardware.name, new=key, cost="another card, and on it:", enough=False
-            )
+            card = Change("gpu", hardware.name, key, "another card, and on it:", False)
             return [card, *_as_changes(config, made)]
-    return [
-        Change(
-            key="gpu",
-            old=hardware.name,
-            new=None,
-            cost="no single known card fits it",
-            enough=False,
-        )
-    ]
+    return [Change("gpu", hardware.name, None, "no single known card fits it", False)]
 
 
 def apply_changes(config: RunConfig, changes: list[Change]) -> dict[str, Any]:

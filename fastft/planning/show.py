@@ -6,6 +6,7 @@ GB" T4 has 14.74 GiB.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,23 +24,9 @@ if TYPE_CHECKING:
     from fastft.planning.advise import Change
 
 COLOURS = (
-    "#4e79a7",
-    "#f28e2b",
-    "#59a14f",
-    "#e15759",
-    "#76b7b2",
-    "#edc948",
-    "#b07aa1",
-    "#9c755f",
-    "#bab0ac",
-    "#1b9e77",
-    "#a0cbe8",
-    "#ffbe7d",
-    "#8cd17d",
-    "#ff9d9a",
-    "#d4a6c8",
-    "#79706e",
-)
+    "#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#edc948", "#b07aa1", "#9c755f",
+    "#bab0ac", "#1b9e77", "#a0cbe8", "#ffbe7d", "#8cd17d", "#ff9d9a", "#d4a6c8", "#79706e",
+)  # fmt: skip
 VERDICTS = {
     "fits": "[bold green]fits[/]",
     "tight": "[bold yellow]tight[/]",
@@ -73,11 +60,11 @@ def print_plan(plan: Plan, console: Any = None) -> None:
     terms = getattr(plan.phases["train"], f"{place}_terms")
     console.print(f"\ntraining step, {place.upper()}:")
     console.print(_bar(terms, plan.available[place], console.width), no_wrap=True)
-    rows = [
+    bars = [
         (f"  [{c}]█[/]", _gib(t.bytes), t.name, f"[dim]{escape(t.formula)}[/]")
         for t, c in _coloured(terms)
     ]
-    console.print(_aligned(rows))
+    console.print(_aligned(bars))
     if plan.seconds_per_step is None:
         console.print(f"\ntime: unknown ({plan.time_basis})")
     else:
@@ -91,24 +78,17 @@ def print_plan(plan: Plan, console: Any = None) -> None:
             f"the run: about {spoken(plan.seconds)} for {steps}; less where sequences are shorter"
         )
     choices = plan.choices.items()
-    console.print(
-        _aligned(
-            [
-                (f"  {name}", str(value), f"[dim]{escape(reason)}[/]")
-                for name, (value, reason) in choices
-            ]
-        )
-    )
+    rows = [(f"  {name}", str(value), f"[dim]{escape(why)}[/]") for name, (value, why) in choices]
+    console.print(_aligned(rows))
     if plan.changes:
         one = len(plan.changes) == 1
         console.print(f"\nto make it fit{'' if one else ', in this order'}:")
         console.print(
-            _aligned([_change_row(number, change) for number, change in enumerate(plan.changes, 1)])
+            _aligned([_change_row(i, change) for i, change in enumerate(plan.changes, 1)])
         )
     if plan.notes:
-        console.print(
-            _aligned([("[dim]note:[/]", f"[dim]{escape(note)}[/]") for note in plan.notes])
-        )
+        notes = [("[dim]note:[/]", f"[dim]{escape(note)}[/]") for note in plan.notes]
+        console.print(_aligned(notes))
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> Any:
@@ -214,57 +194,43 @@ TABLE_CARDS = ("rtx3060", "t4", "l4", "rtx4090", "a100-40", "a100-80", "h100", "
 TABLE_LENGTHS = (1024, 2048, 8192)
 
 
-def plan_table(
-    models: tuple[str, ...] = TABLE_MODELS, cards: tuple[str, ...] = TABLE_CARDS, rank: int = 16
-) -> list[dict[str, Any]]:
+def plan_table() -> list[dict[str, Any]]:
     """Return one row for each model, method and length: the peak of a training step and whether it
     fits each card.
 
-    One sequence a row, LoRA of `rank` on all linear layers, checkpointing where it is needed,
+    One sequence a row, LoRA of rank 16 on all linear layers, checkpointing where it is needed,
     8-bit AdamW on a GPU; the last column is the RAM that the same run needs on a CPU with
     bfloat16.
     """
     rows = []
-    for model in models:
+    for model in TABLE_MODELS:
         shape = known_shape(model)
-        for method in ("LoRA", "QLoRA"):
-            for length in TABLE_LENGTHS:
-                fits = {card: _fits(shape, method, length, rank, named_gpu(card)) for card in cards}
-                gpu = replace(
-                    _table_situation(method, length, rank, "cuda"), checkpointing="offload"
-                )
-                cpu = replace(
-                    _table_situation(method, length, rank, "cpu"), checkpointing="recompute"
-                )
-                rows.append(
-                    {
-                        "model": model,
-                        "method": method,
-                        "tokens": length,
-                        "vram_bytes": train_peak_bytes(shape, gpu),
-                        **fits,
-                        "cpu_ram_bytes": train_peak_bytes(shape, cpu),
-                    }
-                )
+        for method, length in itertools.product(("LoRA", "QLoRA"), TABLE_LENGTHS):
+            gpu = replace(_table_situation(method, length, "cuda"), checkpointing="offload")
+            cpu = replace(_table_situation(method, length, "cpu"), checkpointing="recompute")
+            row = {"model": model, "method": method, "tokens": length}
+            row["vram_bytes"] = train_peak_bytes(shape, gpu)
+            row |= {card: _fits(shape, method, length, named_gpu(card)) for card in TABLE_CARDS}
+            rows.append(row | {"cpu_ram_bytes": train_peak_bytes(shape, cpu)})
     return rows
 
 
-def _table_situation(method: str, length: int, rank: int, device: str) -> Situation:
+def _table_situation(method: str, length: int, device: str) -> Situation:
     return Situation(
         device="cuda" if device == "cuda" else "cpu",
         kernels="unsloth" if device == "cuda" else "fused",
         tokens=length,
         longest=length,
         quantization="nf4" if method == "QLoRA" else "none",
-        rank=rank,
+        rank=16,
         optimizer="adamw_8bit" if device == "cuda" else "adamw",
         loss="chunked" if device == "cuda" else "fused",
     )
 
 
-def _fits(shape: ModelShape, method: str, length: int, rank: int, hardware: Hardware) -> str:
+def _fits(shape: ModelShape, method: str, length: int, hardware: Hardware) -> str:
     """Return yes (fast: no checkpointing needed), yes with it, tight, or no."""
-    s = _table_situation(method, length, rank, "cuda")
+    s = _table_situation(method, length, "cuda")
     free = hardware.vram_free_bytes
     if train_peak_bytes(shape, s) <= 0.9 * free:
         return "yes, fast"
@@ -274,22 +240,10 @@ def _fits(shape: ModelShape, method: str, length: int, rank: int, hardware: Hard
 
 def table_markdown(rows: list[dict[str, Any]]) -> str:
     """Return `plan_table`'s rows as a Markdown table."""
-    cards = [
-        key
-        for key in rows[0]
-        if key not in {"model", "method", "tokens", "vram_bytes", "cpu_ram_bytes"}
-    ]
-    head = ["model", "method", "tokens", "VRAM", *cards, "RAM on a CPU"]
+    head = ["model", "method", "tokens", "VRAM", *TABLE_CARDS, "RAM on a CPU"]
     lines = [" | ".join(head), " | ".join(["---"] * len(head))]
     for row in rows:
         sizes = [f"{row[key] / GIB:.1f} GiB" for key in ("vram_bytes", "cpu_ram_bytes")]
-        cells = [
-            row["model"],
-            row["method"],
-            f"{row['tokens']:,}",
-            sizes[0],
-            *(row[card] for card in cards),
-            sizes[1],
-        ]
-        lines.append(" | ".join(cells))
+        cells = [row["model"], row["method"], f"{row['tokens']:,}", sizes[0]]
+        lines.append(" | ".join([*cells, *(row[card] for card in TABLE_CARDS), sizes[1]]))
     return "\n".join(f"| {line} |" for line in lines)
