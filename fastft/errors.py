@@ -83,7 +83,7 @@ def explained(error: BaseException) -> FastFTError | None:
     the user's: memory, disk, a file's name or rights. None: it is ours.
     """
     if memory := next(filter(is_out_of_memory, _behind(error)), None):
-        return CouldNotFinishError(f"out of memory: {_first_line(memory)} ({memory_numbers()}).")
+        return CouldNotFinishError(f"out of memory: {first_line(memory)} ({memory_numbers()}).")
     if isinstance(error, ValueError) and "null byte" in str(error):
         return FastFTError("a file name holds a NUL character; no file is called so.")
     if isinstance(error, OSError) and error.errno in NO_ROOM:
@@ -124,7 +124,10 @@ def memory_numbers() -> str:
     return words
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, without a full stop; its kind where it says
+    nothing.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300].rstrip(".") if lines else type(error).__name__
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fastft.errors import CouldNotFinishError, FastFTError
+from fastft.errors import CouldNotFinishError, FastFTError, first_line
 
 LONGEST_WAIT = 120.0  # seconds; a longer Retry-After is said instead of waited for
 SIGN_IN = "sign in with: hf auth login (or set HF_TOKEN; tokens: huggingface.co/settings/tokens)"
@@ -147,7 +147,7 @@ def _not_the_users(error: BaseException, what: str, code: int | None) -> FastFTE
             f"{what}: the Hub could not do it ({code}). Try again in some minutes."
         )
     if code is not None:
-        return FastFTError(f"{what}: the Hub refused the request ({code}): {_first_line(error)}.")
+        return FastFTError(f"{what}: the Hub refused the request ({code}): {first_line(error)}.")
     if isinstance(error, OSError) and error.errno is not None:  # the disk, say
         return CouldNotFinishError(
             f"{what}: {error.strerror or error} ({error.filename or 'while it was loaded'})."
@@ -316,8 +316,3 @@ def status(error: BaseException) -> int | None:
     """Return the HTTP status of the answer behind `error`; None where there was no answer."""
     response = getattr(root(error), "response", None)
     return None if response is None else int(response.status_code)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -16,6 +16,7 @@ from typing import Any
 from fastft.bench.job import Arm, Job, UnsupportedError, forbid_flash_attention_2, without_network
 from fastft.bench.workload import Workload, lora_config
 from fastft.errors import FastFTError, one_of
+from fastft.models import bitsandbytes_config
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -37,7 +38,7 @@ class PeftArm:
         if not job.case.flash_attention_2:
             keywords["attn_implementation"] = "sdpa"
         if job.case.quantization == "nf4":
-            keywords["quantization_config"] = _nf4(job.dtype)
+            keywords["quantization_config"] = bitsandbytes_config("nf4", keywords["dtype"])
         model: Any = AutoModelForCausalLM.from_pretrained(job.model, **keywords)
         self.tokenizer = AutoTokenizer.from_pretrained(job.model)
         checkpointing = bool(job.settings.get("training", {}).get("gradient_checkpointing"))
@@ -250,16 +251,4 @@ def _dataset(workload: Workload) -> Any:
             "attention_mask": [[1] * len(ids) for ids in workload.input_ids],
             "labels": [labels.tolist() for labels in workload.labels],
         }
-    )
-
-
-def _nf4(dtype: str) -> Any:
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, dtype),
     )

@@ -16,14 +16,17 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastft.config import DataConfig, SourceConfig
-from fastft.data.report import DataReport, Dropped, SourceShare, histogram
-from fastft.data.rows import Conversation
+from fastft.data.report import DataReport, Dropped, SourceShare, sizes
 from fastft.data.store import TokenDataset
 from fastft.data.template import ChatTemplate
+
+if TYPE_CHECKING:
+    from fastft.data.pipeline import Prepared
 
 
 def each_config(config: DataConfig) -> list[DataConfig]:
@@ -58,79 +61,56 @@ def draw(sizes: Sequence[int], weights: Sequence[float] | None, seed: int) -> li
     return drawn
 
 
-@dataclasses.dataclass(frozen=True)
-class Mixed:
-    """What `mix` makes of prepared sources."""
-
-    train: TokenDataset
-    eval: TokenDataset | None
-    report: DataReport
-    held_out: list[Conversation]
-    fingerprint: str
-
-
-def mix(
-    sources: Sequence[SourceConfig],
-    trains: Sequence[TokenDataset],
-    evals: Sequence[TokenDataset | None],
-    reports: Sequence[DataReport],
-    held_out: Sequence[list[Conversation]],
-    fingerprints: Sequence[str],
-    seed: int,
-) -> Mixed:
+def mix(sources: Sequence[SourceConfig], prepared: Sequence[Prepared], seed: int) -> Prepared:
     """Return the mixture of prepared sources, in the order in which they were given."""
     given = [one.weight for one in sources if one.weight is not None]
     weights = given if len(given) == len(sources) else None
-    drawn = draw([len(train) for train in trains], weights, seed)
-    parts = [train[order] for train, order in zip(trains, drawn, strict=True)]
-    held = [one for one in evals if one is not None]
-    parts_of = {
-        "sources": list(fingerprints),
+    drawn = draw([len(one.train) for one in prepared], weights, seed)
+    parts = [one.train[order] for one, order in zip(prepared, drawn, strict=True)]
+    held = [one.eval for one in prepared if one.eval is not None]
+    train, evaluation = TokenDataset.mixed(parts), TokenDataset.mixed(held) if held else None
+    about = {
+        "sources": [one.fingerprint for one in prepared],
         "weights": weights,
         "seed": seed if weights else None,
     }
-    shares = _shares(sources, trains, parts, evals, reports)
-    train, evaluation = TokenDataset.mixed(parts), TokenDataset.mixed(held) if held else None
-    return Mixed(
-        train,
-        evaluation,
-        _joined_report(reports, train, evaluation, shares),
-        [c for turn in itertools.zip_longest(*held_out) for c in turn if c is not None],
-        hashlib.sha256(json.dumps(parts_of, sort_keys=True).encode()).hexdigest(),
+    turns = itertools.zip_longest(*(one.held_out for one in prepared))
+    return dataclasses.replace(
+        prepared[0],
+        train=train,
+        eval=evaluation,
+        report=_joined_report(prepared, train, evaluation, _shares(sources, prepared, parts)),
+        template=_template_of(prepared),
+        fingerprint=hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest(),
+        held_out=[one for turn in turns for one in turn if one is not None],
     )
 
 
-def template_of(templates: Sequence[ChatTemplate], reports: Sequence[DataReport]) -> ChatTemplate:
+def _template_of(prepared: Sequence[Prepared]) -> ChatTemplate:
     """Return the template that thinks where most of all answers come with reasoning."""
-    turns = sum(report.turns for report in reports)
-    thinking = sum(report.reasoning_turns for report in reports)
-    chosen = next((t for t, r in zip(templates, reports, strict=True) if r.turns), templates[0])
+    turns = sum(one.report.turns for one in prepared)
+    thinking = sum(one.report.reasoning_turns for one in prepared)
+    chosen = next((one.template for one in prepared if one.report.turns), prepared[0].template)
     return chosen.with_thinking(thinking * 2 >= turns) if turns and thinking else chosen
 
 
 def _shares(
-    sources: Sequence[SourceConfig],
-    trains: Sequence[TokenDataset],
-    parts: Sequence[TokenDataset],
-    evals: Sequence[TokenDataset | None],
-    reports: Sequence[DataReport],
+    sources: Sequence[SourceConfig], prepared: Sequence[Prepared], parts: Sequence[TokenDataset]
 ) -> list[SourceShare]:
     tokens = [part.tokens for part in parts]
     return [
         SourceShare(
-            source=one.source,
-            weight=one.weight,
-            rows_total=report.rows_total,
-            rows_used=report.rows_used,
-            samples=len(train),
+            source=source.source,
+            weight=source.weight,
+            rows_total=one.report.rows_total,
+            rows_used=one.report.rows_used,
+            samples=len(one.train),
             drawn=len(part),
             tokens=count,
             share=count / max(sum(tokens), 1),
-            eval_samples=0 if held is None else len(held),
+            eval_samples=0 if one.eval is None else len(one.eval),
         )
-        for one, train, part, held, report, count in zip(
-            sources, trains, parts, evals, reports, tokens, strict=True
-        )
+        for source, one, part, count in zip(sources, prepared, parts, tokens, strict=True)
     ]
 
 
@@ -141,21 +121,16 @@ _ADDED = (
 
 
 def _joined_report(
-    reports: Sequence[DataReport],
+    prepared: Sequence[Prepared],
     train: TokenDataset,
     evaluation: TokenDataset | None,
     shares: list[SourceShare],
 ) -> DataReport:
     """Return one report: sums of the sources', lengths of what is drawn, notices by source."""
-    lengths = train.lengths
-    lengths = np.concatenate([lengths, evaluation.lengths]) if evaluation is not None else lengths
-    quantile = {"min": 0, "median": 50, "p95": 95, "p99": 99, "max": 100}
-    first = reports[0]
-    held = (0, 0, 0) if evaluation is None else (
-        len(evaluation), evaluation.tokens, evaluation.trained_tokens
-    )  # fmt: skip
-    return first.model_copy(
+    reports = [one.report for one in prepared]
+    return reports[0].model_copy(
         update={name: sum(getattr(report, name) for report in reports) for name in _ADDED}
+        | sizes(train, evaluation)
         | {
             "source": ", ".join(report.source for report in reports),
             "kind": "/".join(dict.fromkeys(report.kind for report in reports)),
@@ -164,14 +139,6 @@ def _joined_report(
             "dropped": _merged([report.dropped for report in reports]),
             "secrets": _sums([report.secrets for report in reports]),
             "secret_lines": [],
-            "samples": len(train) + held[0],
-            "train_samples": len(train),
-            "eval_samples": held[0],
-            "tokens": train.tokens + held[1],
-            "trained_tokens": train.trained_tokens + held[2],
-            "lengths": {k: int(np.percentile(lengths, q)) for k, q in quantile.items()}
-            | {"mean": int(lengths.mean())},
-            "histogram": histogram(lengths),
             "notices": [f"{r.source}: {notice}" for r in reports for notice in r.notices],
             "preview": [report.preview[0] for report in reports if report.preview],
             "sources": shares,

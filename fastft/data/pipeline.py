@@ -32,9 +32,9 @@ from fastft.data.encode import IGNORE
 from fastft.data.formats import Format, FormatError, detect, listed
 from fastft.data.labels import LabelledDataError
 from fastft.data.light import light
-from fastft.data.mix import each_config, mix, template_of
+from fastft.data.mix import each_config, mix
 from fastft.data.read import Bad, Source, open_rows, open_source
-from fastft.data.report import DataReport, Dropped, ReportSample, histogram, many
+from fastft.data.report import DataReport, Dropped, ReportSample, many, sizes
 from fastft.data.rows import KEEP_EXAMPLES, Conversation, Counts, RowMaker, RowMarks, Settings
 from fastft.data.store import Packed, TokenDataset, Writer, in_memory
 from fastft.data.template import ChatTemplate, choose_template
@@ -113,7 +113,10 @@ def prepare(
             project_secrets_check=project_secrets_check,
             processes=processes,
         )
-        return _mixture(config, [one(each) for each in each_config(config)], seed)
+        parts = [one(each) for each in each_config(config)]
+        mixed = mix(config.sources, parts, seed)
+        _timed(mixed.report, sum(part.report.seconds for part in parts))
+        return mixed
     started = time.perf_counter()
     template = choose_template(tokenizer, config.chat_template)
     settings = Settings(
@@ -182,23 +185,6 @@ def _keep(work: Path, prepared: Prepared) -> None:
         "held_out": [dataclasses.asdict(c) for c in prepared.held_out],
     }
     cache.write(work, {"train": prepared.train, "eval": prepared.eval}, found)
-
-
-def _mixture(config: DataConfig, prepared: list[Prepared], seed: int) -> Prepared:
-    mixed = mix(
-        config.sources,
-        [one.train for one in prepared],
-        [one.eval for one in prepared],
-        [one.report for one in prepared],
-        [one.held_out for one in prepared],
-        [one.fingerprint for one in prepared],
-        seed,
-    )
-    _timed(mixed.report, sum(one.report.seconds for one in prepared))
-    template = template_of([one.template for one in prepared], [one.report for one in prepared])
-    return Prepared(
-        mixed.train, mixed.eval, mixed.report, template, mixed.fingerprint, mixed.held_out
-    )
 
 
 def _fingerprint(
@@ -369,10 +355,8 @@ def _divide(
         else splitting.held_out(main.marks, groups, config.eval_fraction)
     )
     of_sample = np.repeat(held, main.marks.samples)
-    train, evaluation = (
-        main.samples[np.flatnonzero(~of_sample)],
-        main.samples[np.flatnonzero(of_sample)],
-    )
+    train = main.samples[np.flatnonzero(~of_sample)]
+    evaluation = main.samples[np.flatnonzero(of_sample)]
     train_marks = main.marks.subset(~held)
     held_marks = other.marks if other else main.marks.subset(held)
     if other:
@@ -495,8 +479,6 @@ def _report(
     leak: int,
 ) -> DataReport:
     counts = main.counts
-    lengths = np.concatenate([train.lengths, evaluation.lengths])
-    quantile = {"min": 0, "median": 50, "p95": 95, "p99": 99, "max": 100}
     return DataReport(
         source=main.source.name,
         kind=main.source.kind,
@@ -507,11 +489,6 @@ def _report(
         rows_total=counts.rows_total,
         rows_used=len(main.marks.lines),
         dropped={reason: Dropped(**entry) for reason, entry in counts.dropped.items()},
-        samples=len(lengths),
-        train_samples=len(train),
-        eval_samples=len(evaluation),
-        tokens=train.tokens + evaluation.tokens,
-        trained_tokens=train.trained_tokens + evaluation.trained_tokens,
         truncated=counts.truncated,
         truncated_tokens=counts.truncated_tokens,
         over_long=counts.over_long,
@@ -523,13 +500,11 @@ def _report(
         one_pass_tokens=counts.one_pass_tokens,
         turns=counts.turns,
         reasoning_turns=counts.reasoning_turns,
-        lengths={k: int(np.percentile(lengths, q)) for k, q in quantile.items()}
-        | {"mean": int(lengths.mean())},
-        histogram=histogram(lengths),
         secrets=counts.secrets,
         secret_lines=counts.secret_lines,
         notices=_notices(config, template, main),
         preview=_preview(template, train),
+        **sizes(train, evaluation),
     )
 
 
@@ -617,9 +592,9 @@ def _eval_notices(other: _Side) -> list[str]:
     return notices
 
 
-def _preview(template: ChatTemplate, train: TokenDataset, count: int = 3) -> list[ReportSample]:
+def _preview(template: ChatTemplate, train: TokenDataset) -> list[ReportSample]:
     """Return the first, the middle and the last sample as pieces of text, trained or not."""
-    chosen = sorted({0, len(train) // 2, len(train) - 1})[:count]
+    chosen = sorted({0, len(train) // 2, len(train) - 1})
     made = []
     for index in chosen:
         sample = train[index]

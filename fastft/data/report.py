@@ -5,11 +5,14 @@ duplicates, leakage.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
 from fastft.files import ours
+
+if TYPE_CHECKING:
+    from fastft.data.store import TokenDataset
 
 BARS = 36
 # Unicode's line and paragraph separators, embeddings, overrides and isolates.
@@ -159,6 +162,25 @@ class DataReport(BaseModel):
 def many(count: int, what: str) -> str:
     """Return "1 row", "2 rows"."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def sizes(train: TokenDataset, evaluation: TokenDataset | None) -> dict[str, Any]:
+    """Return what a report says of how many samples and tokens there are."""
+    import numpy as np
+
+    both = [train] if evaluation is None else [train, evaluation]
+    lengths = np.concatenate([one.lengths for one in both])
+    shares = {"min": 0, "median": 50, "p95": 95, "p99": 99, "max": 100}
+    quantiles = {name: int(np.percentile(lengths, share)) for name, share in shares.items()}
+    return {
+        "samples": len(lengths),
+        "train_samples": len(train),
+        "eval_samples": len(lengths) - len(train),
+        "tokens": sum(one.tokens for one in both),
+        "trained_tokens": sum(one.trained_tokens for one in both),
+        "lengths": quantiles | {"mean": int(lengths.mean())},
+        "histogram": histogram(lengths),
+    }
 
 
 def histogram(lengths: Any, bins: int = 20) -> list[tuple[int, int, int]]:

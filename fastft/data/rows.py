@@ -19,7 +19,7 @@ from fastft.data.encode import Coder, Encoded, Planned, encode_planned, plan_tur
 from fastft.data.formats import Example, Format, convert
 from fastft.data.messages import BadRowError
 from fastft.data.read import Bad, Chunk
-from fastft.data.store import ARRAYS, Packed
+from fastft.data.store import ARRAYS, Packed, flattened
 from fastft.data.template import ChatTemplate, TemplateRefusedError, UnusableRowError
 
 SIGNATURE = 16  # min-hashes a row; see near-duplicates in split.py
@@ -178,12 +178,8 @@ class RowMaker:
     def __init__(
         self, tokenizer: Any, template: ChatTemplate, format: Format, settings: Settings
     ) -> None:
-        self.tokenizer, self.template, self.format, self.settings = (
-            tokenizer,
-            template,
-            format,
-            settings,
-        )
+        self.tokenizer, self.template = tokenizer, template
+        self.format, self.settings = format, settings
         self.coder = Coder.of(tokenizer, template)
         self._kept_keys: list[int] = []
         self._bos: list[int] = []
@@ -221,7 +217,7 @@ class RowMaker:
             if example.text is None and self._may_be_kept(content):
                 examples.append((content, _conversation(example)))
         kept = heapq.nsmallest(KEEP_EXAMPLES, examples, key=lambda item: item[0])
-        return ChunkResult(*_flatten(packed), _marks(marks), counts, kept)
+        return ChunkResult(*flattened(packed), _marks(marks), counts, kept)
 
     @contextlib.contextmanager
     def _counted(self, chunk: Chunk, line: int, counts: Counts) -> Iterator[None]:
@@ -259,9 +255,8 @@ class RowMaker:
         """
         if len(self._kept_keys) == KEEP_EXAMPLES and -key < self._kept_keys[0]:
             return False
-        (heapq.heappush if len(self._kept_keys) < KEEP_EXAMPLES else heapq.heappushpop)(
-            self._kept_keys, -key
-        )
+        push = heapq.heappush if len(self._kept_keys) < KEEP_EXAMPLES else heapq.heappushpop
+        push(self._kept_keys, -key)
         return True
 
     def _samples(
@@ -451,15 +446,6 @@ def _conversation(example: Example) -> Conversation:
     last = max(i for i, m in enumerate(example.messages) if m["role"] == "assistant")
     prompt = [{k: v for k, v in m.items() if k != "weight"} for m in example.messages[:last]]
     return Conversation(prompt, example.messages[last]["content"], example.tools)
-
-
-def _flatten(packed: list[Packed]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    flat, lengths = [], []
-    for name in ARRAYS:
-        parts = [getattr(sample, name) for sample in packed]
-        flat.append(np.concatenate(parts) if parts else np.zeros(0, np.int32))
-        lengths.append(np.array([len(part) for part in parts], np.int64))
-    return flat, lengths
 
 
 def _hash_of(samples: list[Packed]) -> int:

@@ -204,18 +204,20 @@ class TokenDataset:
         return self._arrays[name][bounds[at] : bounds[at + 1]]
 
 
+def flattened(samples: Sequence[Packed]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return the three flat arrays of `samples`, and three of each sample's lengths in them."""
+    flat, lengths = [], []
+    for name in ARRAYS:
+        parts = [getattr(sample, name) for sample in samples]
+        flat.append(np.concatenate(parts) if parts else np.zeros(0, np.int32))
+        lengths.append(np.array([len(part) for part in parts], np.int64))
+    return flat, lengths
+
+
 def in_memory(samples: Iterable[Packed]) -> TokenDataset:
     """Return the dataset of `samples`, held in memory."""
-    kept = list(samples)
-    arrays: dict[str, np.ndarray | FileArray] = {}
-    bounds = {}
-    for name in ARRAYS:
-        parts = [getattr(sample, name) for sample in kept]
-        arrays[name] = np.concatenate(parts) if parts else np.zeros(0, np.int32)
-        bounds[name] = np.concatenate(
-            [[0], np.cumsum([len(p) for p in parts], dtype=np.int64)]
-        ).astype(np.int64)
-    return TokenDataset(arrays, bounds)
+    flat, lengths = flattened(list(samples))
+    return TokenDataset.joined([flat], [lengths])
 
 
 class Writer:
@@ -229,10 +231,8 @@ class Writer:
 
     def add(self, sample: Packed) -> None:
         """Append one sample."""
-        self.add_many(
-            *(getattr(sample, n) for n in ARRAYS),
-            *(np.array([len(getattr(sample, n))]) for n in ARRAYS),
-        )
+        flat, lengths = flattened([sample])
+        self.add_many(*flat, *lengths)
 
     def add_many(self, *flat_and_lengths: np.ndarray) -> None:
         """Append several samples at once: the three flat arrays, then the three arrays of
@@ -248,15 +248,8 @@ class Writer:
         """Finish the files and return the dataset that reads them."""
         for name, file in self._files.items():
             file.close()
-            lengths = (
-                np.concatenate(self._lengths[name])
-                if self._lengths[name]
-                else np.zeros(0, np.int64)
-            )
-            np.save(
-                self.folder / f"{name}.bounds.npy",
-                np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            )
+            bounds = np.cumsum(np.concatenate([np.zeros(1, np.int64), *self._lengths[name]]))
+            np.save(self.folder / f"{name}.bounds.npy", bounds)
         return open_folder(self.folder)
 
 

@@ -100,11 +100,8 @@ class ModelShape:
         dense = sum(w.parameters for w in self.weights if w.role in {"linear", "router", "head"})
         head = self.hidden * self.vocab if self.tied else 0
         share = self.experts_per_token / self.experts if self.experts else 0
-        return (
-            dense
-            + head
-            + int(share * sum(w.parameters for w in self.weights if w.role == "expert"))
-        )
+        visited = int(share * sum(w.parameters for w in self.weights if w.role == "expert"))
+        return dense + head + visited
 
     @property
     def query_size(self) -> int:
@@ -182,12 +179,9 @@ class ModelShape:
         """
         targets = self.lora_targets(target_modules)
         experts = self.expert_targets(target_parameters)
-        return sum(
-            w.count * (r * sum(w.shape) + (w.shape[0] if use_dora else 0)) for w in targets
-        ) + (
-            sum(w.count * w.shape[0] * r * sum(w.shape[1:]) for w in experts)
-            + train_tokens * self.hidden
-        )
+        dense = sum(w.count * (r * sum(w.shape) + (w.shape[0] if use_dora else 0)) for w in targets)
+        mixed = sum(w.count * w.shape[0] * r * sum(w.shape[1:]) for w in experts)
+        return dense + mixed + train_tokens * self.hidden
 
 
 # Where a family fuses layers, the split names mean the fused one.
@@ -200,16 +194,9 @@ NEEDED = (
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token")
 OPTIONAL_NUMBERS = (
-    "num_key_value_heads",
-    "head_dim",
-    "moe_intermediate_size",
-    "shared_expert_intermediate_size",
-    "n_shared_experts",
-    "sliding_window",
-    "max_position_embeddings",
-    *EXPERTS,
-    *EXPERTS_PER_TOKEN,
-)
+    "num_key_value_heads", "head_dim", "moe_intermediate_size", "shared_expert_intermediate_size",
+    "n_shared_experts", "sliding_window", "max_position_embeddings", *EXPERTS, *EXPERTS_PER_TOKEN,
+)  # fmt: skip
 LARGEST = 100_000_000
 """No size in a config.json of today is near it."""
 _ATTENTION_LEAVES = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"})
@@ -224,11 +211,8 @@ def shape_from_config(config: dict[str, Any], name: str = "model") -> ModelShape
     outer = config
     config = _language_model(config, name)
     _check(config, name)
-    family, hidden, heads = (
-        config["model_type"],
-        config["hidden_size"],
-        config["num_attention_heads"],
-    )
+    family, hidden = config["model_type"], config["hidden_size"]
+    heads = config["num_attention_heads"]
     experts = _first(config, EXPERTS)
     notes = []
     if family not in FAMILIES:
@@ -242,7 +226,7 @@ def shape_from_config(config: dict[str, Any], name: str = "model") -> ModelShape
         )
     if outer.get("vision_config"):
         notes.append("only the language model is counted, not the vision tower")
-    tied = config.get("tie_word_embeddings")
+    tied, window = config.get("tie_word_embeddings"), config.get("sliding_window")
     shape = ModelShape(
         name=name,
         family=family,
@@ -251,17 +235,14 @@ def shape_from_config(config: dict[str, Any], name: str = "model") -> ModelShape
         heads=heads,
         kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or hidden // heads,
-        intermediate=config.get("moe_intermediate_size") or config["intermediate_size"]
-        if experts
-        else config["intermediate_size"],
+        intermediate=(experts and config.get("moe_intermediate_size"))
+        or config["intermediate_size"],
         vocab=config["vocab_size"],
         tied=family_of(family).tied if tied is None else bool(tied),
         weights=(),
         experts=experts,
         experts_per_token=_first(config, EXPERTS_PER_TOKEN),
-        sliding_window=config.get("sliding_window")
-        if config.get("use_sliding_window", True)
-        else None,
+        sliding_window=window if config.get("use_sliding_window", True) else None,
         max_positions=config.get("max_position_embeddings"),
         stored=_stored(config),
         notes=tuple(notes),
@@ -304,11 +285,8 @@ def _check(config: dict[str, Any], name: str) -> None:
     at once.
     """
     missing = [key for key in (*NEEDED, "model_type") if config.get(key) is None]
-    missing += (
-        EXPERTS_PER_TOKEN[:1]
-        if _any(config, EXPERTS) and not _any(config, EXPERTS_PER_TOKEN)
-        else []
-    )
+    if _any(config, EXPERTS) and not _any(config, EXPERTS_PER_TOKEN):
+        missing.append(EXPERTS_PER_TOKEN[0])
     if missing:
         what = ", ".join(missing)
         raise FastFTError(
@@ -320,13 +298,8 @@ def _check(config: dict[str, Any], name: str) -> None:
         for key, least in [*((key, 1) for key in NEEDED), *((key, 0) for key in OPTIONAL_NUMBERS)]
         if config.get(key) is not None and not _whole(config[key], least)
     ]
-    kinds = {
-        "model_type": str,
-        "tie_word_embeddings": bool,
-        "dtype": str,
-        "torch_dtype": str,
-        "quantization_config": dict,
-    }
+    kinds = {"model_type": str, "dtype": str, "torch_dtype": str}
+    kinds |= {"tie_word_embeddings": bool, "quantization_config": dict}
     wrong += [
         f"{key} is {config[key]!r}, not a {kind.__name__}"
         for key, kind in kinds.items()
@@ -534,11 +507,9 @@ def _dtype_by_size(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> str:
 
 def _leaf(name: str) -> str:
     stem = name.removesuffix(".weight")
-    return (
-        re.sub(r".*\.\d+\.", "", stem).rsplit(".", 1)[-1]
-        if "experts" not in stem
-        else "experts." + stem.split(".")[-1]
-    )
+    if "experts" in stem:
+        return "experts." + stem.split(".")[-1]
+    return re.sub(r".*\.\d+\.", "", stem).rsplit(".", 1)[-1]
 
 
 def _role(name: str, dims: tuple[int, ...]) -> Role:
@@ -655,12 +626,8 @@ def _hub_shape(name: str, revision: str | None) -> ModelShape:
                 f"({type(error).__name__}). Give a "
                 f"local folder, or one of: {', '.join(sorted(KNOWN_MODELS))}."
             ) from error
-        return replace(
-            known,
-            name=name,
-            local=False,
-            notes=("sizes from fastft's own table: the Hub was not reached",),
-        )
+        note = "sizes from fastft's own table: the Hub was not reached"
+        return replace(known, name=name, local=False, notes=(note,))
     shape = replace(shape_from_config(config, name), local=False)
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in metadata.files_metadata.values():
@@ -690,23 +657,17 @@ def _model(
     family: str, *sizes: int, tied: Any = False, head_dim: Any = 128, **more: Any
 ) -> dict[str, Any]:
     keys = (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "intermediate_size",
-        "vocab_size",
-    )
-    return {
-        "model_type": family,
-        **dict(zip(keys, sizes, strict=True)),
-        "tie_word_embeddings": tied,
-        "head_dim": head_dim,
-    } | more
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "intermediate_size", "vocab_size",
+    )  # fmt: skip
+    sized = dict(zip(keys, sizes, strict=True))
+    known = {"model_type": family, "tie_word_embeddings": tied, "head_dim": head_dim}
+    return known | sized | more
 
 
 _40K, _128K = {"max_position_embeddings": 40960}, {"max_position_embeddings": 131072}
-_MXFP4 = {"quantization_config": {"quant_method": "mxfp4"}}
+_OSS = {"head_dim": 64, "num_experts_per_tok": 4} | _128K
+_OSS |= {"quantization_config": {"quant_method": "mxfp4"}}
 # Dimensions from the models' published config.json files.
 KNOWN_MODELS: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": _model("qwen3", 1024, 28, 16, 8, 3072, 151936, tied=True, **_40K),
@@ -722,34 +683,8 @@ KNOWN_MODELS: dict[str, dict[str, Any]] = {
     "llama-2-7b": _model("llama", 4096, 32, 32, 32, 11008, 32000, max_position_embeddings=4096),
     "llama-65b": _model("llama", 8192, 80, 64, 64, 22016, 32000, max_position_embeddings=2048),
     "mistral-7b": _model("mistral", 4096, 32, 32, 8, 14336, 32000, max_position_embeddings=32768),
-    "gpt-oss-20b": _model(
-        "gpt_oss",
-        2880,
-        24,
-        64,
-        8,
-        2880,
-        201088,
-        head_dim=64,
-        num_local_experts=32,
-        num_experts_per_tok=4,
-        **_MXFP4,
-        **_128K,
-    ),
-    "gpt-oss-120b": _model(
-        "gpt_oss",
-        2880,
-        36,
-        64,
-        8,
-        2880,
-        201088,
-        head_dim=64,
-        num_local_experts=128,
-        num_experts_per_tok=4,
-        **_MXFP4,
-        **_128K,
-    ),
+    "gpt-oss-20b": _model("gpt_oss", 2880, 24, 64, 8, 2880, 201088, num_local_experts=32, **_OSS),
+    "gpt-oss-120b": _model("gpt_oss", 2880, 36, 64, 8, 2880, 201088, num_local_experts=128, **_OSS),
 }
 
 
