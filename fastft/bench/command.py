@@ -34,6 +34,10 @@ Cases = Annotated[
     list[str] | None, typer.Option("--case", help="name of a case or a YAML file (repeatable)")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
+Shape = Annotated[str, typer.Option("--case", help="whose shape is measured")]
+Repeats = Annotated[int, typer.Option("--repeats", min=1)]
+Out = Annotated[Path, typer.Option("--out", help="where the result goes")]
+HERE = Path("bench-results")
 ResultFiles = Annotated[
     list[Path], typer.Argument(metavar="RESULT.json...", help="results of earlier runs")
 ]
@@ -71,10 +75,7 @@ def measure(
     as_json: Json = False,
 ) -> None:
     """Run cases; exit 1 where an arm does not do the same work as plain peft."""
-    for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C: no worker and no folder is left behind
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, signal.default_int_handler)
+    _end_as_interrupted()
     if context.invoked_subcommand is not None:
         return
     from fastft.bench.case import load_case
@@ -85,31 +86,37 @@ def measure(
         raise FastFTError(
             "give --case NAME or --gpu CARD; `python -m fastft.bench cases` lists the cases."
         )
+    part = {"arms": _split("--arms", arms), "tables": _split("--tables", tables)}
     loaded = [load_case(name) for name in names]  # every mistake in them before hours of work
     for each in loaded:
-        check_case(each, arms=_split("--arms", arms), tables=_split("--tables", tables))
-    out = _writable(out or Path("bench-results"))
+        check_case(each, **part)
+    out = _writable(out or HERE)
     results = []
     for each in loaded:
         _say(f"case {each.name}: {each.title}")
+        logs = out / "logs" / each.name
         with _said_when_interrupted(each.name, out), _disk_errors():
-            found = run_case(
-                each,
-                arms=_split("--arms", arms),
-                tables=_split("--tables", tables),
-                repeats=repeats,
-                say=_say,
-                keep=out / "logs" / each.name,
-                profile=profile,
-            )
+            found = run_case(each, repeats=repeats, say=_say, keep=logs, profile=profile, **part)
             results.append(found)
             _written(found, out, show_tables=not as_json)
+    _answer_all(results, out, as_json)
+
+
+def _end_as_interrupted() -> None:
+    """End as for Ctrl-C where the system asks for it: no worker and no folder is left behind."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)
+
+
+def _answer_all(results: list[Any], out: Path, as_json: bool) -> None:
+    """Print what was measured; raises where an arm fails the gate or nothing can be compared."""
     summaries = [found.summary() for found in results]
     _answer(summaries[0] if len(summaries) == 1 else {"cases": summaries}, as_json)
     if not all(found.parity_passed for found in results):
         raise AnswerIsNoError(
-            "an arm does not do the same work as plain peft (see above); no ratio is printed "
-            "for it."
+            "an arm does not do the same work as plain peft (see above), so it has no ratio."
         )
     dead = [f"{found.case.name}: {line}" for found in results for line in _dead(found)]
     if dead:
@@ -132,12 +139,7 @@ def cases(as_json: Json = False) -> None:
 
 @app.command()
 def export(
-    case: Annotated[str, typer.Option("--case", help="whose shape is exported")] = "cpu-135m",
-    repeats: Annotated[int, typer.Option("--repeats", min=1)] = 3,
-    out: Annotated[Path, typer.Option("--out", help="where the result goes")] = Path(
-        "bench-results"
-    ),
-    as_json: Json = False,
+    case: Shape = "cpu-135m", repeats: Repeats = 3, out: Out = HERE, as_json: Json = False
 ) -> None:
     """Adapter to q4_k_m: fastft's one pass against merging, converting and quantising (time,
     memory, disk).
@@ -152,12 +154,7 @@ def export(
 
 @app.command()
 def generate(
-    case: Annotated[str, typer.Option("--case", help="whose shape generates")] = "cpu-135m",
-    repeats: Annotated[int, typer.Option("--repeats", min=1)] = 5,
-    out: Annotated[Path, typer.Option("--out", help="where the result goes")] = Path(
-        "bench-results"
-    ),
-    as_json: Json = False,
+    case: Shape = "cpu-135m", repeats: Repeats = 5, out: Out = HERE, as_json: Json = False
 ) -> None:
     """Tokens per second through transformers and through llama.cpp, prompt and decoding apart."""
     from fastft.bench.case import load_case
@@ -343,9 +340,8 @@ def _dead(found: Any) -> list[str]:
 
     lines = []
     for name, table in found.tables.items():
-        judged = {
-            arm: summary for arm, summary in table.arms.items() if arm == "fastft"
-        } or table.arms
+        ours = table.arms.get("fastft")
+        judged = {"fastft": ours} if ours else table.arms
         if judged and all(summary.status != "ok" for summary in judged.values()):
             lines += [f"{name}, {arm}: {status_text(summary)}" for arm, summary in judged.items()]
     return lines
@@ -359,9 +355,7 @@ def _written(found: Any, out: Path, *, show_tables: bool) -> Path:
     from fastft.bench.views.tables import show
 
     label = "".join(c if c.isalnum() else "-" for c in found.machine.label.lower()).strip("-")
-    path = (
-        out / f"{found.case.name}--{label}--{found.date[:10]}--{found.commit or 'no-commit'}.json"
-    )
+    path = out / f"{found.case.name}--{label}--{_when(found)}.json"
     found.write(path)
     plots = plot_result(found, out)
     if show_tables:
@@ -382,13 +376,15 @@ def _kept(found: Any, out: Path, *, show_table: bool) -> None:
 
     from fastft.bench.side_by_side import show_side_by_side
 
-    path = (
-        out / f"{found.kind}--{found.case}--{found.date[:10]}--{found.commit or 'no-commit'}.json"
-    )
+    path = out / f"{found.kind}--{found.case}--{_when(found)}.json"
     found.write(path)
     if show_table:
         show_side_by_side(found, Console())
     _say(str(path))
+
+
+def _when(found: Any) -> str:
+    return f"{found.date[:10]}--{found.commit or 'no-commit'}"
 
 
 def _answer(values: Any, as_json: bool) -> None:

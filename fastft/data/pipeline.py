@@ -119,14 +119,8 @@ def prepare(
         return mixed
     started = time.perf_counter()
     template = choose_template(tokenizer, config.chat_template)
-    settings = Settings(
-        max_seq_length,
-        config.train_on,
-        config.long_text,
-        config.over_long,
-        project_secrets_check,
-        config.turns,
-    )
+    ways = (config.train_on, config.long_text, config.over_long)
+    settings = Settings(max_seq_length, *ways, project_secrets_check, config.turns)
     source, own_eval = _opened(config, rows)
     fingerprint = _fingerprint(config, tokenizer, template, settings, source, own_eval)
     large = config.streaming or source.size is None or source.size > SMALL_BYTES
@@ -137,14 +131,12 @@ def prepare(
         if damage is None:
             return _from_cache(folder, template, fingerprint)
     processes = processes or ((os.cpu_count() or 1) if large else 1)
-    tokenise = functools.partial(_tokenise, config, tokenizer, template, settings)
+    tokenise = functools.partial(_tokenise, config, tokenizer, template, settings, processes)
     with cache.WorkFolder(folder) as work:
-        main = tokenise(source, work and work / "samples", processes)
-        _refuse(config, main)
+        main = tokenise(source, work and work / "samples")
         other = None
         if own_eval is not None:
-            other = tokenise(own_eval, work and work / "eval_samples", processes, is_eval=True)
-            _refuse(config, other)
+            other = tokenise(own_eval, work and work / "eval_samples", is_eval=True)
         prepared = _divide(config, template, settings, main, other, fingerprint, work)
         _timed(prepared.report, time.perf_counter() - started)
         if damage is not None:
@@ -226,12 +218,13 @@ def _tokenise(
     tokenizer: Any,
     template: ChatTemplate,
     settings: Settings,
+    processes: int,
     source: Source,
     folder: Path | None,
-    processes: int,
     *,
     is_eval: bool = False,
 ) -> _Side:
+    """Return the source's samples; raises FastFTError where `_refuse` does."""
     first = _first_rows(source)
     columns = config.columns
     if is_eval and not any(
@@ -269,11 +262,12 @@ def _tokenise(
         if len(result.marks.lines):
             marks.append(result.marks)
         counts.add(result.counts)
-        examples = heapq.nsmallest(
-            KEEP_EXAMPLES, examples + result.examples, key=lambda item: item[0]
-        )
+        examples += result.examples
+        examples = heapq.nsmallest(KEEP_EXAMPLES, examples, key=lambda item: item[0])
     samples = writer.close() if writer else TokenDataset.joined(flats, lengths)
-    return _Side(samples, RowMarks.joined(marks), counts, examples, format, source)
+    side = _Side(samples, RowMarks.joined(marks), counts, examples, format, source)
+    _refuse(config, side)
+    return side
 
 
 class _Job:
@@ -349,11 +343,9 @@ def _divide(
     if config.deduplicate:
         main = _without_copies(main)
     groups = splitting.group_rows(main.marks)
-    held = (
-        np.zeros(len(main.marks.lines), bool)
-        if other
-        else splitting.held_out(main.marks, groups, config.eval_fraction)
-    )
+    held = np.zeros(len(main.marks.lines), bool)
+    if not other:
+        held = splitting.held_out(main.marks, groups, config.eval_fraction)
     of_sample = np.repeat(held, main.marks.samples)
     train = main.samples[np.flatnonzero(~of_sample)]
     evaluation = main.samples[np.flatnonzero(of_sample)]
@@ -371,9 +363,8 @@ def _divide(
         held_pieces = round(len(train) * config.eval_fraction)
         if held_pieces:
             train, evaluation = train[:-held_pieces], train[-held_pieces:]
-    thinks = (
-        main.counts.reasoning_turns * 2 >= main.counts.turns > 0 and main.counts.reasoning_turns > 0
-    )
+    reasoned, turns = main.counts.reasoning_turns, main.counts.turns
+    thinks = reasoned * 2 >= turns > 0 and reasoned > 0
     template = template.with_thinking(thinks) if main.format.name != "text" else template
     leak = splitting.leaked(train_marks, held_marks) if len(held_marks.lines) else 0
     report = _report(config, template, settings, main, train, evaluation, groups, leak)
