@@ -86,7 +86,7 @@ def measure(
         raise FastFTError(
             "give --case NAME or --gpu CARD; `python -m fastft.bench cases` lists the cases."
         )
-    part = {"arms": _split("--arms", arms), "tables": _split("--tables", tables)}
+    part: dict[str, Any] = {"arms": _split("--arms", arms), "tables": _split("--tables", tables)}
     loaded = [load_case(name) for name in names]  # every mistake in them before hours of work
     for each in loaded:
         check_case(each, **part)
