@@ -298,7 +298,7 @@ def _check(config: dict[str, Any], name: str) -> None:
         for key, least in [*((key, 1) for key in NEEDED), *((key, 0) for key in OPTIONAL_NUMBERS)]
         if config.get(key) is not None and not _whole(config[key], least)
     ]
-    kinds = {"model_type": str, "dtype": str, "torch_dtype": str}
+    kinds: dict[str, type] = {"model_type": str, "dtype": str, "torch_dtype": str}
     kinds |= {"tie_word_embeddings": bool, "quantization_config": dict}
     wrong += [
         f"{key} is {config[key]!r}, not a {kind.__name__}"
@@ -666,8 +666,8 @@ def _model(
 
 
 _40K, _128K = {"max_position_embeddings": 40960}, {"max_position_embeddings": 131072}
-_OSS = {"head_dim": 64, "num_experts_per_tok": 4} | _128K
-_OSS |= {"quantization_config": {"quant_method": "mxfp4"}}
+_OSS: dict[str, Any] = {"head_dim": 64, "num_experts_per_tok": 4, **_128K}
+_OSS["quantization_config"] = {"quant_method": "mxfp4"}
 # Dimensions from the models' published config.json files.
 KNOWN_MODELS: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": _model("qwen3", 1024, 28, 16, 8, 3072, 151936, tied=True, **_40K),
