@@ -8,6 +8,7 @@ calls and check what came back.
 
 from __future__ import annotations
 
+import ctypes
 import re
 import sys
 from collections import Counter
@@ -127,12 +128,22 @@ def load_for_training(
     with explained(config.name):
         model, tokenizer = engine.from_pretrained(**keywords)
     forbid_packed_nf4(model)
+    if quantization != "none":
+        _return_holes()
     if getattr(model, "_unsloth_forced_float32", False):
         choices["dtype"] = Choice(
             "float32", "Unsloth computes this family in float32 here: float16 overflows in it"
         )
     model._fastft_engine = engine.name
     return model, tokenizer, engine
+
+
+def _return_holes() -> None:
+    """Give the system back what quantising has freed: 16-bit weights lay between the 4-bit ones,
+    and glibc keeps such holes unless it is asked (malloc_trim(3); others have no such call).
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 def _checkpointing(wanted: bool, engine: Engine, device: str) -> bool | str:
