@@ -323,8 +323,16 @@ class TrainConfig(Section):
         description="auto: fastft's own LoRA, MLP, attention and loss on a CPU; off: "
         "transformers' and peft's",
     )
-    gradient_checkpointing: Literal["auto"] | bool = Field(
-        "auto", description="auto: off where memory allows"
+    gradient_checkpointing: Literal["auto", "long"] | bool = Field(
+        "auto",
+        description="layers are computed again in the backward pass, which takes less memory; "
+        "auto: off where memory allows; long: only of sequences that do not fit otherwise, which "
+        "auto chooses where that takes less time by the plan",
+    )
+    prefetch: bool = Field(
+        False,
+        description="on a GPU: rows are copied from pinned memory, and those of the next step are "
+        "made while this one is computed; no GPU has measured yet what that gains",
     )
     shard_base: bool = Field(
         False,

@@ -160,28 +160,64 @@ def cut_padded(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def micro_batches(
-    segments: Sequence[Segment], budget: int, *, rows: Rows, pad_token_id: int, device: Any
+    segments: Sequence[Segment],
+    budget: int,
+    *,
+    rows: Rows,
+    pad_token_id: int,
+    device: Any,
+    pinned: bool = False,
+    rope_changes_at: int | None = None,
 ) -> Iterator[MicroBatch]:
     """Yield the micro-batches of one step, each of at most `budget` tokens (padding counts, a
     shared token counts once), or of one segment.
 
     Segments without a supervised token are left out: they add nothing to loss or gradient.
+    `pinned`: a GPU gets them from pinned memory, for which the host does not wait.
+    `rope_changes_at`: see `groups`.
     """
-    for chosen in groups(segments, budget, rows):
+    for chosen in groups(segments, budget, rows, rope_changes_at):
         if rows == "padded":
-            yield _padded(chosen, pad_token_id, device)
+            yield _padded(chosen, pad_token_id, device, pinned)
         elif rows == "trie" and trie.build([segment.input_ids for segment in chosen]).shares:
-            yield _trie_row(chosen, device)
+            yield _trie_row(chosen, device, pinned)
         else:
-            yield _padding_free(chosen, device, rows)
+            yield _padding_free(chosen, device, rows, pinned)
 
 
-def row_sizes(segments: Sequence[Segment], budget: int, rows: Rows) -> list[tuple[int, int]]:
+def _sent(arrays: dict[str, np.ndarray], device: Any, pinned: bool) -> dict[str, Any]:
+    """The arrays as tensors on `device`.
+
+    From ordinary memory the host first waits until the GPU has computed all it was given, so it
+    could not launch one micro-batch while another one computes. torch keeps a pinned block until
+    its copy is done.
+    """
+    import torch
+
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    if not pinned:
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
+    return {n: tensor.pin_memory().to(device, non_blocking=True) for n, tensor in tensors.items()}
+
+
+def same_segments(some: Sequence[Segment], others: Sequence[Segment]) -> bool:
+    """Whether both are the same sequences in the same order, token for token."""
+    return len(some) == len(others) and all(
+        a.place == b.place
+        and np.array_equal(a.input_ids, b.input_ids)
+        and np.array_equal(a.labels, b.labels)
+        for a, b in zip(some, others, strict=True)
+    )
+
+
+def row_sizes(
+    segments: Sequence[Segment], budget: int, rows: Rows, rope_changes_at: int | None = None
+) -> list[tuple[int, int]]:
     """Return (tokens that go through the model, tokens of the longest sequence) of each
     micro-batch that `micro_batches` makes.
     """
     sizes = []
-    for chosen in groups(segments, budget, rows):
+    for chosen in groups(segments, budget, rows, rope_changes_at):
         longest = max(map(len, chosen))
         if rows == "trie":
             tokens = unique_tokens(chosen)
@@ -191,9 +227,23 @@ def row_sizes(segments: Sequence[Segment], budget: int, rows: Rows) -> list[tupl
     return sizes
 
 
-def groups(segments: Sequence[Segment], budget: int, rows: Rows) -> list[list[Segment]]:
-    """The segments of each micro-batch, without those that have no supervised token."""
+def groups(
+    segments: Sequence[Segment], budget: int, rows: Rows, rope_changes_at: int | None = None
+) -> list[list[Segment]]:
+    """The segments of each micro-batch, without those that have no supervised token.
+
+    Sequences of up to `rope_changes_at` tokens and longer ones are kept apart, where it is given:
+    there the longest sequence of a micro-batch decides the positions of all others (longrope).
+    """
     useful = [segment for segment in segments if segment.supervised]
+    if rope_changes_at is None:
+        return _cut_alike(useful, budget, rows)
+    short = [segment for segment in useful if len(segment) <= rope_changes_at]
+    long = [segment for segment in useful if len(segment) > rope_changes_at]
+    return [*_cut_alike(short, budget, rows), *_cut_alike(long, budget, rows)]
+
+
+def _cut_alike(useful: list[Segment], budget: int, rows: Rows) -> list[list[Segment]]:
     lengths, ids = [len(s) for s in useful], [s.input_ids for s in useful]
     if rows == "padded":
         found = cut_padded(lengths, budget)
@@ -212,7 +262,7 @@ def unique_tokens(segments: Sequence[Segment]) -> int:
 CPU_MULTIPLE = 32
 
 
-def _padding_free(segments: list[Segment], device: Any, rows: Rows) -> MicroBatch:
+def _padding_free(segments: list[Segment], device: Any, rows: Rows, pinned: bool) -> MicroBatch:
     """One row (1, T): position ids restart at each segment; the boundaries stay on the CPU, where
     they are read.
 
@@ -233,7 +283,7 @@ def _padding_free(segments: list[Segment], device: Any, rows: Rows) -> MicroBatc
             [*(np.arange(length) for length in lengths), np.arange(tail)]
         ),
     }
-    inputs: dict[str, Any] = {name: torch.from_numpy(a)[None].to(device) for name, a in row.items()}
+    inputs = _sent({name: array[None] for name, array in row.items()}, device, pinned)
     if rows == "packed":
         inputs["packed_seq_lengths"] = torch.from_numpy(np.diff(boundaries).astype(np.int32))
     else:
@@ -246,7 +296,7 @@ def _padding_free(segments: list[Segment], device: Any, rows: Rows) -> MicroBatc
     return MicroBatch(inputs, tokens, tokens, tokens + tail, spans)
 
 
-def _trie_row(segments: list[Segment], device: Any) -> MicroBatch:
+def _trie_row(segments: list[Segment], device: Any, pinned: bool) -> MicroBatch:
     """One row (1, T) of the segments' trie, with the same tail on a CPU as `_padding_free`'s.
 
     `trie_nodes` (N, 4) int64 stays on the CPU: start, length, position and parent of each node.
@@ -264,15 +314,13 @@ def _trie_row(segments: list[Segment], device: Any) -> MicroBatch:
         "position_ids": np.concatenate([row.position_ids, np.arange(tail)])[None],
         "trie_pairs": np.stack([row.states, row.targets, row.counts]),
     }
-    inputs: dict[str, Any] = {name: torch.from_numpy(a).to(device) for name, a in arrays.items()}
+    inputs = _sent(arrays, device, pinned)
     inputs["trie_nodes"] = torch.from_numpy(nodes)
     return MicroBatch(inputs, sum(map(len, segments)), tokens, padded_tokens=tokens + tail)
 
 
-def _padded(segments: list[Segment], pad_token_id: int, device: Any) -> MicroBatch:
+def _padded(segments: list[Segment], pad_token_id: int, device: Any, pinned: bool) -> MicroBatch:
     """A batch (B, T), padded on the right with the mask that hides the padding."""
-    import torch
-
     longest = max(len(segment) for segment in segments)
     shape = (len(segments), longest)
     ids, labels = np.full(shape, pad_token_id, np.int64), np.full(shape, IGNORE, np.int64)
@@ -284,7 +332,7 @@ def _padded(segments: list[Segment], pad_token_id: int, device: Any) -> MicroBat
             1,
         )
     arrays = {"input_ids": ids, "labels": labels, "attention_mask": mask}
-    inputs = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    inputs = _sent(arrays, device, pinned)
     spans = tuple((row, 0, len(segment), segment.place) for row, segment in enumerate(segments))
     tokens = int(mask.sum())
     return MicroBatch(inputs, tokens, tokens, mask.size, spans)

@@ -192,6 +192,22 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config()
 
 
+def rope_changes_at(model: Any) -> int | None:
+    """Return the most tokens of a sequence for which `model` takes its first set of rope
+    frequencies, where a longer one makes it take the second for its whole batch; None for others.
+
+    That is longrope (arXiv 2402.13753, as transformers has it): Phi-3's variants for long contexts.
+    """
+    config = text_config(model)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    found = rope.get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", None
+    )
+    return int(found) if found else None
+
+
 @contextlib.contextmanager
 def padding_free(model: Any) -> Iterator[None]:
     """Inside, `model` attends by `cu_seq_lens_q`; afterwards by what it had before (generation

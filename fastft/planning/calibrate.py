@@ -93,33 +93,35 @@ def calibrate(
     largest_tokens: int,
     limit_bytes: int,
     longest: int | None = None,
+    to_come: Situation | None = None,
 ) -> Calibration:
     """Return how the plan did at a micro-batch of `tokens`, and what `largest_tokens` will need.
 
     `measured_bytes` is the peak of the steps so far (resident memory on a CPU, reserved VRAM on a
     GPU), `limit_bytes` what the process may have in all, `longest` the longest sequence among
-    those `tokens` (default: all of them are one). What does not grow with the tokens is taken from
+    those `tokens` (default: all of them are one); `to_come` is the situation of `largest_tokens`,
+    where that is another one. What does not grow with the tokens is taken from
     the plan; the growing part is scaled by measured over planned, within BELIEVABLE, and what that
     leaves unexplained stays as it is.
     """
     assert min(tokens, largest_tokens) > 0, "no step has been taken yet"
 
-    def parts(at: int, one: int) -> tuple[int, int]:
+    def parts(kind: Situation, at: int, one: int) -> tuple[int, int]:
         """(bytes that stay, bytes that grow with tokens) at `at` tokens whose longest sequence has
         `one`.
         """
-        s = replace(situation, tokens=at, longest=min(one, at))
+        s = replace(kind, tokens=at, longest=min(one, at))
         terms = [t for t in train_terms(shape, s) if t.name != "CUDA context"]
         growing = _growing(terms)
         fixed = sum(t.bytes for t in terms) - growing
         return fixed + (imports_term(s).bytes if s.device == "cpu" else 0), growing
 
-    fixed, growing = parts(tokens, longest or tokens)
+    fixed, growing = parts(situation, tokens, longest or tokens)
     ratio = min(max((measured_bytes - fixed) / max(growing, 1), BELIEVABLE[0]), BELIEVABLE[1])
     unexplained = measured_bytes - fixed - ratio * growing
 
     def need(at: int) -> int:
-        return int(fixed + unexplained + ratio * parts(at, at)[1])
+        return int(fixed + unexplained + ratio * parts(to_come or situation, at, at)[1])
 
     fitting = 0
     if need(1) <= limit_bytes:

@@ -56,6 +56,8 @@ class Situation:
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     lora_bytes: int = 4
     checkpointing: Literal["off", "recompute", "offload"] = "off"
+    recompute_above: int = 0
+    """With checkpointing: rows of at most so many tokens keep their activations all the same."""
     loss: Literal["chunked", "full", "fused", "budget"] = "chunked"
     """chunked: Unsloth's; fused: fastft's own on a CPU; full: transformers' over whole logits;
     budget: Unsloth's before 2026.10, whose chunks filled half of the free memory of a GPU.
@@ -481,10 +483,26 @@ IMPORTS = {"cpu": int(0.62e9), "cuda": int(3.0e9), "mps": int(1.0e9)}
 """RAM of Python and the libraries, in bytes; with CUDA and on MPS typical, not measured."""
 
 
+def kinds_of_pass(s: Situation) -> list[Situation]:
+    """The passes of which one is the fullest: the largest row that keeps its activations, and the
+    largest that is recomputed, where a run has both.
+    """
+    most = s.recompute_above
+    if not most or s.checkpointing == "off":
+        return [s]
+    kept = replace(s, checkpointing="off", tokens=min(s.tokens, most), longest=min(s.longest, most))
+    return [kept, s] if s.tokens > most else [kept]
+
+
 def train_terms(shape: ModelShape, s: Situation) -> list[Term]:
     """Everything in the memory that computes (VRAM, or RAM on a CPU) at the peak of a training
     step.
     """
+    passes = [_terms_of_pass(shape, kind) for kind in kinds_of_pass(s)]
+    return max(passes, key=lambda terms: sum(term.bytes for term in terms))
+
+
+def _terms_of_pass(shape: ModelShape, s: Situation) -> list[Term]:
     states = training_state_terms(shape, s)
     if s.optimizer == "paged_adamw_8bit":
         states = states[:-1]  # its pages move to RAM under pressure

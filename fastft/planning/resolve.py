@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fastft.config import MOVES_THE_BASE, RunConfig
@@ -20,6 +20,7 @@ from fastft.planning.memory import (
     weight_terms,
 )
 from fastft.planning.shape import ModelShape
+from fastft.planning.time import step_time
 
 MARGIN = 0.10
 """Share of the memory that automatic choices leave free, and below which a plan is `tight`: the
@@ -38,12 +39,14 @@ class Lengths:
     longest: int
     step: int
     """The most tokens that one optimizer step can have."""
+    each: tuple[int, ...] = field(default=(), compare=False, repr=False)
+    """Of every sequence, the longest first; empty before the data is read."""
 
     @staticmethod
     def of(lengths: Iterable[int], effective_batch_size: int) -> Lengths:
         """Return those of sequences of so many tokens each, however they are shuffled."""
         falling = sorted((int(length) for length in lengths), reverse=True)
-        return Lengths(falling[0], sum(falling[:effective_batch_size]))
+        return Lengths(falling[0], sum(falling[:effective_batch_size]), tuple(falling))
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,17 @@ def _resolve(
     budget = pick_micro_batch_tokens(
         asked, shape=shape, situation=start, hardware=hardware, whole=whole
     )
+    alike = _why_all_rows_alike(config, hardware)
+    if alike and checkpointing.value == "long":
+        raise FastFTError(
+            f"train.gradient_checkpointing: long is not possible, because {alike}. Set it to auto, "
+            "true or false."
+        )
+    if checkpointing.value and not alike:
+        all_rows = Batching(checkpointing, budget, start)
+        checkpointing, budget, start = _recompute_long_rows(
+            config, all_rows, shape=shape, hardware=hardware, lengths=lengths
+        )
     choices: dict[str, Choice[Any]] = {
         "quantization": quantization,
         "dtype": dtype,
@@ -243,21 +257,138 @@ def train_peak_bytes(shape: ModelShape, s: Situation) -> int:
 
 def pick_gradient_checkpointing(
     requested: bool | str, *, shape: ModelShape, situation: Situation, hardware: Hardware
-) -> Choice[bool]:
+) -> Choice[Any]:
     """Return whether layers are recomputed, and why: off where one full-length sequence fits
-    without it.
+    without it. "long" (asked for) stays as it is.
 
     `situation.tokens` is the row that must fit; checkpointing costs one more forward pass, a third
     of the time.
     """
     if requested != "auto":
-        return Choice(bool(requested), "asked for")
+        return Choice(requested if requested == "long" else bool(requested), "asked for")
     peak = train_peak_bytes(shape, replace(situation, checkpointing="off"))
     free = available_bytes(hardware)
     numbers = f"{peak / GIB:.1f} GiB without it, {free / GIB:.1f} GiB free"
     if peak <= (1 - MARGIN) * free:
         return Choice(False, f"not needed: {numbers}")
     return Choice(True, f"needed: {numbers}")
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How the rows of a step are computed: two choices, and the situation that they lead to."""
+
+    checkpointing: Choice[Any]
+    budget: Choice[Any]
+    situation: Situation
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.checkpointing, self.budget, self.situation))
+
+
+WORTH = 0.95
+"""Rows of two kinds are chosen where the step then takes at most this share of its time: the time
+is the weakest part of a plan, and cutting a step into more rows costs something for certain.
+"""
+
+
+GPU_LAUNCH_SECONDS = 0.01
+"""Host time to launch a layer's forward and backward pass, below which a row cannot be computed:
+0.25 to 0.4 s for the 32 layers of an 8B by Unsloth's own figures, not measured by us.
+"""
+
+
+def _why_all_rows_alike(config: RunConfig, hardware: Hardware) -> str:
+    """Return why all rows must be recomputed where one is, or an empty string."""
+    if config.model.engine == "mlx" or hardware.kind == "mps":
+        return "on a Mac all rows are computed alike"
+    if config.train.shard_base:
+        return "with train.shard_base the processes compute the same layer at the same time"
+    return ""
+
+
+def _recompute_long_rows(
+    config: RunConfig,
+    all_rows: Batching,
+    *,
+    shape: ModelShape,
+    hardware: Hardware,
+    lengths: Lengths,
+) -> Batching:
+    """Return the choice to recompute only the sequences that do not fit otherwise, each in a row of
+    its own, where that was asked for or takes less time by the plan; else `all_rows`.
+    """
+    asked, situation = config.train.micro_batch_tokens, all_rows.situation
+    most = _most_kept(shape, situation, hardware, lengths.step)
+    budget = all_rows.budget
+    if asked == "auto" and most:
+        row = min(most, CPU_ROW) if hardware.kind == "cpu" else most
+        budget = Choice(row, "the largest row that fits without being recomputed")
+    elif asked != "auto":
+        most = min(most, int(asked))
+    if all_rows.checkpointing.value == "long":
+        return Batching(all_rows.checkpointing, budget, replace(situation, recompute_above=most))
+    if not most or not lengths.each or asked != "auto":
+        return all_rows
+    batch = config.train.effective_batch_size
+    mixed = _seconds(shape, situation, hardware, lengths, batch, budget.value, most)
+    alike = _seconds(shape, situation, hardware, lengths, batch, all_rows.budget.value, 0)
+    if mixed is None or alike is None or mixed > WORTH * alike:
+        return all_rows
+    why = (
+        f"sequences above {most:,} tokens are recomputed, shorter ones fit without it; all of them "
+        f"would take {alike / mixed:.2f}x the time"
+    )
+    return Batching(Choice("long", why), budget, replace(situation, recompute_above=most))
+
+
+def _most_kept(shape: ModelShape, s: Situation, hardware: Hardware, step: int) -> int:
+    """The most tokens of a row that fits, with the margin, without being recomputed: at most a
+    whole `step`'s; 0 for none.
+    """
+    allowed = (1 - MARGIN) * available_bytes(hardware)
+
+    def fits(tokens: int) -> bool:
+        row = replace(s, checkpointing="off", tokens=tokens, longest=tokens)
+        return train_peak_bytes(shape, row) <= allowed
+
+    low, high = 0, step
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _seconds(
+    shape: ModelShape,
+    s: Situation,
+    hardware: Hardware,
+    lengths: Lengths,
+    batch: int,
+    budget: int,
+    kept: int,
+) -> float | None:
+    """Seconds of an epoch whose sequences of at most `kept` tokens are computed once and the others
+    twice; None where the machine's speed is not known.
+    """
+    total = 0.0
+    short = [n for n in lengths.each if n <= kept]
+    long = lengths.each[: len(lengths.each) - len(short)]
+    for part, how in ((short, "off"), (long, s.checkpointing)):
+        if not part:
+            continue
+        tokens = sum(part)
+        # A row has no more than the budget, nor than its share of a step; a longer sequence is one.
+        row = max(min(budget, tokens * batch / len(lengths.each)), tokens / len(part))
+        kind = replace(s, checkpointing=how, tokens=int(row), recompute_above=0)
+        seconds = step_time(
+            shape, kind, hardware, sequences=len(part), mean_length=tokens / len(part)
+        ).seconds
+        if seconds is None:
+            return None
+        launched = tokens / row * shape.layers * GPU_LAUNCH_SECONDS * (1.5 if how != "off" else 1)
+        total += max(seconds, launched) if s.device == "cuda" else seconds
+    return total
 
 
 def pick_micro_batch_tokens(

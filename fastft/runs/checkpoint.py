@@ -41,7 +41,7 @@ MAY_CHANGE = {
     "train": {"epochs", "max_steps", "max_minutes", "report_to", "lost_after_minutes", "shard_base"}
     | {"logging_steps", "save_steps", "save_total_limit", "eval_steps", "eval_metrics"}
     # How a step is computed, not what it learns: what an out-of-memory message advises.
-    | {"micro_batch_tokens", "gradient_checkpointing"},
+    | {"micro_batch_tokens", "gradient_checkpointing", "prefetch"},
 }
 # Compared by their content: the base's fingerprint, the data's.
 MAY_MOVE = {"model": {"name"}, "data": {"source", "eval_source", "chat_template"}}

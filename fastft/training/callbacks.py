@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,8 +198,16 @@ class MemoryCheck(TrainerCallback):
         steps, policy = self.trainer.steps, self.trainer.policy
         step = segments_of(steps[state.global_step % len(steps)])
         segments = ranks.share(step, trie=self.trainer.split_as_trie)
-        sizes = row_sizes(segments, policy.micro_batch_tokens, policy.rows)
-        self.largest, self.longest = max([(self.largest, self.longest), *sizes])
+        sizes = row_sizes(segments, policy.micro_batch_tokens, policy.rows, policy.rope_changes_at)
+        self.largest, self.longest = self._fullest([(self.largest, self.longest), *sizes])
+
+    def _fullest(self, sizes: list[tuple[int, int]]) -> tuple[int, int]:
+        """The largest row that keeps its activations, which takes more than one that is recomputed;
+        the largest of all where there is no such row.
+        """
+        most = self.trainer.policy.recompute_above
+        kept = [size for size in sizes if most is not None and 0 < size[0] <= most]
+        return max(kept or sizes)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """After the second step: say predicted and measured, and whether what is to come fits."""
@@ -219,20 +228,32 @@ class MemoryCheck(TrainerCallback):
         """
         assert self.sampler is not None
         measured = self.sampler.stop()
-        found = calibrate(
+        policy, longest = self.trainer.policy, self._longest_sequence()
+        situation = replace(self.situation, longest=longest, recompute_above=0)
+        most, kept = policy.recompute_above or 0, self._keeps(self.largest)
+        seen = replace(situation, checkpointing="off", longest=self.longest)
+        judge = partial(
+            calibrate,
             self.shape,
-            replace(self.situation, longest=self._longest_sequence()),
+            seen if kept else situation,
             tokens=self.largest,
             longest=self.longest,
             measured_bytes=measured,
-            largest_tokens=max(self.largest, self._largest_to_come()),
             limit_bytes=self.limit_bytes(),
         )
+        to_come = min(self._largest_to_come(), most) if kept else self._largest_to_come()
+        found, shortest = judge(largest_tokens=max(self.largest, to_come)), 1 if kept else longest
+        if kept and longest > most:
+            recomputed = judge(largest_tokens=longest, to_come=situation)
+            if not recomputed.fits:  # a sequence is never cut, so no budget helps
+                found, shortest = recomputed, longest
         self.record(memory=asdict(found) | {"fits": found.fits})
         if found.fits:
             self.report.note(found.message)
-        elif self.adjustable and found.largest_fitting_tokens >= self._longest_sequence():
-            self.trainer.policy.micro_batch_tokens = found.largest_fitting_tokens
+        elif self.adjustable and found.largest_fitting_tokens >= shortest:
+            policy.micro_batch_tokens = found.largest_fitting_tokens
+            if kept:
+                policy.recompute_above = found.largest_fitting_tokens
             self.report.warn(
                 f"{found.too_much}; micro-batches have at most "
                 f"{found.largest_fitting_tokens:,} tokens from here on (the effective batch stays)"
@@ -248,6 +269,11 @@ class MemoryCheck(TrainerCallback):
         """End the watch; also after an error, of which transformers tells no callback."""
         if self.sampler is not None:
             self.sampler.stop()
+
+    def _keeps(self, tokens: int) -> bool:
+        """Whether a row of so many tokens keeps its activations where longer ones do not."""
+        most = self.trainer.policy.recompute_above
+        return most is not None and tokens <= most
 
     def _longest_sequence(self) -> int:
         return int(self.trainer.steps.dataset.lengths.max())

@@ -91,6 +91,8 @@ class StepTrainer(Trainer):
             fused=fused,
             scale=self.accelerator.scaler,
         )
+        if policy.prefetch:
+            self.stepper.meanwhile = self._make_next_ready
         # All split a step alike: by what is shared only where every process makes trie rows.
         self.split_as_trie = all(rows == "trie" for rows in ranks.everybodys(policy.rows))
         self.progress = Progress()
@@ -154,13 +156,23 @@ class StepTrainer(Trainer):
         self.progress.trained_tokens += supervised_tokens(segments)
         return torch.tensor(loss, device=self.args.device)
 
+    def _make_next_ready(self) -> None:
+        """Make the rows of the epoch's next step, while the GPU computes this one."""
+        done = self.state.global_step + 1
+        if done < self.state.max_steps and done % len(self.steps):
+            segments = segments_of(self.steps[done % len(self.steps)])
+            self.stepper.make_ready(ranks.share(segments, trie=self.split_as_trie))
+
     def _filler(self, segments: list[Segment]) -> Filler | None:
         """The passes that a sharded base needs of every process; None for a base that is whole."""
         useful = [segment for segment in segments if segment.supervised]
         if not is_sharded(self.model) or not useful:
             return None
-        budget, rows = self.policy.micro_batch_tokens, self.policy.rows
-        return Filler(passes_needed(segments, budget, rows), min(useful, key=len))
+        policy = self.policy
+        passes = passes_needed(
+            segments, policy.micro_batch_tokens, policy.rows, policy.rope_changes_at
+        )
+        return Filler(passes, min(useful, key=len))
 
     def _not_finite(self, loss: float) -> str:
         step, rate = self.state.global_step + 1, self._get_learning_rate()

@@ -51,7 +51,7 @@ def load(
         quantization=choices["quantization"].value,
         dtype=choices["dtype"].value,
         seed=config.train.seed,
-        gradient_checkpointing=choices["gradient_checkpointing"].value,
+        gradient_checkpointing=bool(choices["gradient_checkpointing"].value),
         train_token_ids=loading.tokens_to_train(config.lora, opened.tokenizer, data.template),
     )
     rows = _choose_rows(session, model, data, choices)

@@ -113,6 +113,8 @@ class Prepared:
     """Every automatic choice with its reason, as it was made in the end."""
     situation: Situation
     """What the plan expects of a step, by the data's real lengths."""
+    prefetch: bool = False
+    """Whether the next step's rows are made while this one is computed."""
 
     @property
     def policy(self) -> StepPolicy:
@@ -121,10 +123,19 @@ class Prepared:
 
     def policy_for(self, rows: Rows) -> StepPolicy:
         """Return the policy with another kind of rows."""
+        from fastft.kernels.varlen import rope_changes_at
         from fastft.training.step import StepPolicy
 
         budget = self.choices["micro_batch_tokens"].value
-        return StepPolicy(budget, rows, pad_token_id=self.tokenizer.pad_token_id or 0)
+        long = self.choices["gradient_checkpointing"].value == "long"
+        return StepPolicy(
+            budget,
+            rows,
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+            recompute_above=self.situation.recompute_above if long else None,
+            rope_changes_at=rope_changes_at(self.model),
+            prefetch=self.prefetch,
+        )
 
 
 @dataclass(frozen=True)
@@ -252,7 +263,7 @@ class Session:
         situation = loading.settle_batching(self._share, self.hardware, choices, data.train.lengths)
         if choices["engine"].value == "mlx":
             return self._prepare_mlx(opened, data, choices, situation)
-        checkpointing = choices["gradient_checkpointing"].value
+        checkpointing = bool(choices["gradient_checkpointing"].value)
         _refuse_to_shard(config, choices)
 
         def load() -> tuple[Any, Engine, Choice]:
@@ -302,6 +313,7 @@ class Session:
             None,
             choices,
             situation,
+            prefetch=config.train.prefetch and self.hardware.kind == "cuda",
         )
         prepared = self._choose_layers(self._choose_rows(loaded))
         if config.train.shard_base:
@@ -370,7 +382,8 @@ class Session:
         rows, loaded.choices["share_prefixes"] = choose_sharing(
             settings.share_prefixes, model, engine, check, rows=rows, tested=tested, longest=longest
         )
-        if rows == "trie" and settings.micro_batch_tokens == "auto":
+        fixed = loaded.situation.recompute_above  # a larger row would be recomputed
+        if rows == "trie" and settings.micro_batch_tokens == "auto" and not fixed:
             self._make_room_for_trees(loaded)
         return replace(loaded, rows=rows)
 

@@ -36,6 +36,7 @@ from fastft.data.batches import IGNORE, Rows, Segment, supervised_tokens
 from fastft.engines import get_engine
 from fastft.errors import CouldNotFinishError, FastFTError
 from fastft.kernels.fused import FusedLayers
+from fastft.kernels.varlen import rope_changes_at
 from fastft.training import ranks
 from fastft.training.exactness import (
     MOST_TOKENS,
@@ -145,7 +146,9 @@ class FastSFTTrainer(SFTTrainer):
         return Stepper(
             self.model,
             get_engine(name),
-            StepPolicy(micro_batch_tokens, "padded", pad),
+            StepPolicy(
+                micro_batch_tokens, "padded", pad, rope_changes_at=rope_changes_at(self.model)
+            ),
             device=self.args.device,
             on_note=_say,
             fused=fused,

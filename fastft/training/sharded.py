@@ -63,13 +63,15 @@ def put_down(model: Any) -> None:
             module.reshard()
 
 
-def passes_needed(segments: Sequence[Segment], budget: int, rows: Rows) -> int:
+def passes_needed(
+    segments: Sequence[Segment], budget: int, rows: Rows, rope_changes_at: int | None = None
+) -> int:
     """Return how many forward passes the process with the most of them makes in a step.
 
     Every process works it out from the whole step, so nothing is sent.
     """
     shares = ranks.split(segments, ranks.world().size, trie=rows == "trie")
-    return max(len(row_sizes(share, budget, rows)) for share in shares)
+    return max(len(row_sizes(share, budget, rows, rope_changes_at)) for share in shares)
 
 
 def local_bytes(model: Any) -> int:

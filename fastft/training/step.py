@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from fastft.data.batches import (
     Rows,
     Segment,
     micro_batches,
+    same_segments,
     supervised_tokens,
     unique_tokens,
 )
@@ -39,6 +40,15 @@ class StepPolicy:
     micro_batch_tokens: int
     rows: Rows
     pad_token_id: int
+    recompute_above: int | None = None
+    """On a model that recomputes its layers: rows of at most so many tokens do not; None: all do.
+    """
+    rope_changes_at: int | None = None
+    """The most tokens of a sequence for the model's first set of rope frequencies, where it has two
+    (`varlen.rope_changes_at`)."""
+    prefetch: bool = False
+    """On a GPU: rows are copied from pinned memory, and the next step's are made while this one is
+    computed (see `Stepper.meanwhile`)."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,9 @@ class Stepper:
         self.device, self.on_note = device, on_note
         self.unique_tokens = 0
         """Tokens that the last `gradient` computed: one that sequences share counts once."""
+        self.meanwhile: Callable[[], None] | None = None
+        """Called once a step has been launched, before the host waits for its loss."""
+        self._ready: tuple[list[Segment], StepPolicy, list[MicroBatch]] | None = None
 
     def with_policy(self, policy: StepPolicy) -> Stepper:
         """Return a stepper like this one that cuts by `policy`."""
@@ -145,16 +158,21 @@ class Stepper:
             contextlib.nullcontext() if drawn is None else dropout_by_sequence(self.model, *drawn)
         )
         self.unique_tokens = 0
+        most = self.policy.recompute_above
+        recomputed = [] if most is None else recomputed_layers(self.model)
         with self.layers(), self.engine.loss_mode(self.model), by_sequence as dropout:
             for batch, factor in self._passes(segments, filler):
                 if dropout is not None:
                     dropout(batch.spans)
-                with context():
+                keep = most is not None and batch.unique_tokens <= most
+                with keeping_activations(recomputed if keep else []), context():
                     loss = self._loss_of(model, batch, supervised)
                 backward(loss * factor if factor != 1.0 else loss)
                 loss_sum += loss.detach() * factor
                 if factor:  # what only fills a pass counts for nothing
                     self.unique_tokens += batch.unique_tokens
+        if self.meanwhile is not None:
+            self.meanwhile()
         return loss_sum.item()
 
     def _loss_of(self, model: Any, batch: MicroBatch, divisor: int) -> torch.Tensor:
@@ -174,7 +192,7 @@ class Stepper:
     ) -> Iterator[tuple[MicroBatch, float]]:
         """Yield the micro-batches, each with what its loss counts: 1, or 0 for what is made up."""
         made = 0
-        for batch in self.batches(segments):
+        for batch in self._take_ready(segments) or self.batches(segments):
             made += 1
             yield batch, 1.0
         if filler is not None:
@@ -214,6 +232,19 @@ class Stepper:
                 self._loss_of(self.model, batch, 1).item() for batch in self.batches(segments)
             )
 
+    def make_ready(self, segments: list[Segment]) -> None:
+        """Make the micro-batches of `segments` now; the next `gradient` takes them, if it is for
+        these and the policy has not changed by then.
+        """
+        self._ready = segments, replace(self.policy), list(self.batches(segments))
+
+    def _take_ready(self, segments: list[Segment]) -> list[MicroBatch] | None:
+        """The micro-batches that were made ready for `segments`, once; None for none."""
+        ready, self._ready = self._ready, None
+        if ready is None or ready[1] != self.policy or not same_segments(ready[0], segments):
+            return None
+        return ready[2]
+
     def batches(self, segments: list[Segment]) -> Iterator[MicroBatch]:
         """Yield the micro-batches of `segments` under the policy as it is now."""
         policy = self.policy
@@ -223,6 +254,8 @@ class Stepper:
             rows=policy.rows,
             pad_token_id=policy.pad_token_id,
             device=self.device,
+            rope_changes_at=policy.rope_changes_at,
+            pinned=policy.prefetch and torch.device(self.device).type == "cuda",
         )
 
     @contextlib.contextmanager
@@ -250,7 +283,9 @@ class Stepper:
         before = min(self.policy.micro_batch_tokens, whole)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if before <= longest:
+        kept = self.policy.recompute_above
+        some_kept = kept is not None and any(len(s) <= kept for s in segments if s.supervised)
+        if before <= longest and not some_kept:
             raise CouldNotFinishError(
                 f"out of memory on a single sequence of {longest} tokens{_memory_numbers()}. "
                 "Set model.max_seq_length below "
@@ -258,10 +293,36 @@ class Stepper:
                 "The last checkpoint is whole."
             )
         self.policy.micro_batch_tokens = max(before // 2, 1)
+        if kept is not None:  # what is longer than a row from now on is recomputed
+            self.policy.recompute_above = min(kept, before) // 2
         self.on_note(
             f"out of memory with {before} tokens a micro-batch{_memory_numbers()}; the same "
             f"sequences again with {self.policy.micro_batch_tokens} (the effective batch stays)"
         )
+
+
+def recomputed_layers(model: Any) -> list[Any]:
+    """Return the modules of `model` that are set to compute their layers again in the backward
+    pass, whoever set them.
+    """
+    return [m for m in model.modules() if vars(m).get("gradient_checkpointing")]
+
+
+@contextlib.contextmanager
+def keeping_activations(recomputed: list[Any]) -> Iterator[None]:
+    """Inside, a forward pass through the modules `recomputed` keeps what its backward pass needs.
+
+    A layer reads its setting when it computes forward; the backward pass, which may come after this
+    context, goes by what the forward pass left.
+    """
+    before = [module.gradient_checkpointing for module in recomputed]
+    for module in recomputed:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module, value in zip(recomputed, before, strict=True):
+            module.gradient_checkpointing = value
 
 
 def _memory_numbers() -> str:

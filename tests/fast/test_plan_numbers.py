@@ -13,7 +13,8 @@ from fastft.planning import (
     shape_from_config,
 )
 from fastft.planning.disk import adapter_bytes, gguf_bytes
-from fastft.planning.memory import train_terms, trainable, weight_terms
+from fastft.planning.memory import loss_term, train_terms, trainable, weight_terms
+from fastft.planning.resolve import resolve
 from tests.plans import LLAMA, PUBLISHED, config, peak
 
 
@@ -81,6 +82,19 @@ def test_published_measurements_within_15_percent(row):
     terms = train_terms(known_shape(row["model"]), s)
     predicted = sum(t.bytes for t in terms if t.name != "CUDA context") / GIB
     assert predicted == pytest.approx(row["measured"], rel=0.15)
+
+
+def test_unsloths_loss_keeps_a_few_hundred_rows_and_phi3_all_of_them():
+    """Its chunks on a GPU: 512 rows of float32 logits and hidden states for a vocabulary of 151,936,
+    where half of the free memory was planned once.
+    """
+    shape = known_shape("qwen3-4b")
+    s = Situation(device="cuda", kernels="unsloth", tokens=2048, longest=2048)
+    assert loss_term(shape, s).bytes == 512 * (151_936 + 2560) * 4 + 2048 * 2560 * 2
+    for kind, expected in (("llama", "chunked"), ("phi3", "full")):
+        values = shape_from_config(LLAMA | {"model_type": kind})
+        found = resolve(config("x", 1024, model__quantization="none"), named_gpu("t4"), values)
+        assert found.situation.loss == expected
 
 
 def test_lora_parameters_closed_form():

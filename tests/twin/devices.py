@@ -47,6 +47,8 @@ def _kind(tensor: torch.Tensor) -> str:
 
 def _storage(tensor: torch.Tensor) -> Any:
     """The storage of a tensor; None for a subclass that has none (a quantised wrapper, say)."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # inside vmap
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     try:
         return torch._C.TensorBase.untyped_storage(tensor)
     except (NotImplementedError, RuntimeError):

@@ -1,7 +1,7 @@
-"""python -m tests.twin.run CARD FOLDER CONFIG: fastft's own `train` on a pretend card, with accidents.
+"""python -m tests.twin.run CARD CONFIG [STOP]: fastft's own `train` on a pretend card, with accidents.
 
-Step 2 and the first evaluation in training run out of memory once; the run is stopped after two
-steps and resumed. Prints one JSON object.
+Step 2 and the second evaluation run out of memory once; with STOP the run is stopped after so many
+steps, and resumed. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -40,28 +40,46 @@ def accidents(happened: list[str]) -> None:
     Stepper._accumulate, Stepper._loss = accumulate, loss  # type: ignore[method-assign]
 
 
-def main(card: str, config_file: str) -> None:
-    install(card)
+def main(card: str, config_file: str, stop: str = "0") -> None:
+    install(card, count=2)  # fastft uses one of them
     from fastft.config import load_config
     from fastft.progress import Reporter
+    from fastft.training import step
     from fastft.training.loop import StepTrainer
+    from fastft.training.step import Stepper
     from fastft.training.train import train
     from tests.twin.card import LEDGER, STATE
 
     happened: list[str] = []
     cards: list[int] = []
-    real_init = StepTrainer.__init__
+    taken: list[bool] = []
+    kept: list[int] = []
+    real_init, real_take = StepTrainer.__init__, Stepper._take_ready
+    real_keeping = step.keeping_activations
+
+    def keeping(layers: Any) -> Any:
+        if cards:
+            kept.append(len(layers))
+        return real_keeping(layers)
+
+    def take(self: Any, segments: Any) -> Any:
+        found = real_take(self, segments)
+        if cards:  # rows are checked by now: what follows is training
+            taken.append(found is not None)
+        return found
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        if not cards:  # rows are checked by now: what follows is training
+        if not cards:
             accidents(happened)
         real_init(self, *args, **kwargs)
         cards.append(self.args.n_gpu)
 
-    StepTrainer.__init__ = init  # type: ignore[method-assign]
-    config = load_config(config_file)
-    train(config, stop_after=2, reporter=Reporter(quiet=True))
-    left = [LEDGER.allocated()]
+    StepTrainer.__init__, Stepper._take_ready = init, take  # type: ignore[method-assign]
+    step.keeping_activations = keeping
+    config, left = load_config(config_file), []
+    if int(stop):
+        train(config, stop_after=int(stop), reporter=Reporter(quiet=True))
+        left.append(LEDGER.allocated())
     result = train(config, reporter=Reporter(quiet=True))
     left.append(LEDGER.allocated())
     record = json.loads((Path(result.run) / "run.json").read_text())
@@ -69,6 +87,8 @@ def main(card: str, config_file: str) -> None:
         "status": result.status,
         "happened": happened,
         "left": left,
+        "made_ready": taken,
+        "kept": kept,
         "peak": LEDGER.peak,
         "emptied": STATE.emptied,
         "mixed": list(STATE.mixed),

@@ -1,4 +1,4 @@
-"""fastft's CUDA branch, and Unsloth's, on a CPU: one run on a pretend T4 with everything that happens to runs."""
+"""fastft's CUDA branch, and Unsloth's, on a CPU: runs on a pretend T4 with everything that happens to runs."""
 
 import json
 import subprocess
@@ -14,18 +14,15 @@ from tests.families import SENTENCES, make_checkpoint
 ROOT = Path(__file__).parents[2]
 
 
-def a_run(folder, base, **model):
-    """Write a config of three steps on short plain texts (no answers are sampled then)."""
+def a_run(folder, base, sizes, train, **model):
+    """Write a config of three steps on plain texts of so many characters (no answers are sampled
+    then).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rows = folder / "rows.jsonl"
-    texts = [" ".join(f"{number}".split()) for number in SENTENCES[:9] * 2]
-    rows.write_text(
-        "".join(
-            json.dumps({"text": f"{i} {text[: 20 + 3 * i]}"}, ensure_ascii=False) + "\n"
-            for i, text in enumerate(texts)
-        ),
-        encoding="utf-8",
-    )
+    texts = [f"{i} {' '.join(SENTENCES[i % 9].split())[:size]}" for i, size in enumerate(sizes)]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
     values = {
         "project": "t",
         "output_dir": str(folder / "runs"),
@@ -34,7 +31,7 @@ def a_run(folder, base, **model):
         "lora": {"dropout": 0.0, "r": 4},
         "train": {
             "max_steps": 3, "save_steps": 2, "eval_steps": 2, "effective_batch_size": 4,
-            "learning_rate": 3e-3,
+            "learning_rate": 3e-3, "prefetch": True, **train,
         },
     }  # fmt: skip
     path = folder / "run.yaml"
@@ -63,14 +60,20 @@ print(json.dumps(train(load_config(sys.argv[1]), reporter=Reporter(quiet=True)).
 """
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_checkpoint("llama", tmp_path_factory.mktemp("llama"))
+def test_a_run_on_a_pretend_t4(tmp_path):
+    """The least that goes through everything: one layer, few tokens; two steps end out of memory."""
+    base = make_checkpoint("llama", tmp_path / "llama", num_hidden_layers=1)
+    train = {"effective_batch_size": 3, "eval_steps": 3}
+    config = a_run(tmp_path / "twin", base, range(12, 22), train)
+    found = python("-m", "tests.twin.run", "t4", config, folder=tmp_path)
+    went_well(found)
+    assert sorted(losses(tmp_path / "twin" / "runs" / "t")) == [1, 2, 3]
+    # The third step's rows were made while the second computed; the second's, before it ran out of
+    # memory, were cut anew.
+    assert found["made_ready"] == [False, False, True]
 
 
-@pytest.mark.long
-def test_a_run_on_a_t4(base, tmp_path):
-    found = python("-m", "tests.twin.run", "t4", a_run(tmp_path / "twin", base), folder=tmp_path)
+def went_well(found):
     assert found["status"] == "done"
     choices = found["choices"]
     assert (choices["engine"], choices["dtype"]) == ("unsloth", "float16")
@@ -85,10 +88,29 @@ def test_a_run_on_a_t4(base, tmp_path):
     # last sequences in two caches of unsloth.utils.packing, one entry a card.
     assert max(found["left"]) < 200
     assert found["emptied"] > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("checkpointing", ["auto", "long"])
+def test_a_run_that_is_resumed_learns_what_plain_transformers_does(checkpointing, tmp_path):
+    base = make_checkpoint("llama", tmp_path / "llama")
+    # Where it is asked for, rows of more than 64 tokens are recomputed, after each accident those of
+    # more than half as many.
+    train = {"gradient_checkpointing": checkpointing}
+    train |= {"micro_batch_tokens": 64} if checkpointing == "long" else {}
+    sizes = range(20, 74, 3)
+    config = a_run(tmp_path / "twin", base, sizes, train)
+    found = python("-m", "tests.twin.run", "t4", config, 2, folder=tmp_path)
+    went_well(found)
+    assert found["choices"]["gradient_checkpointing"] == (checkpointing == "long" and "long")
+    # Both kinds of rows came, and those that keep their activations switched every layer.
+    layers = sorted(set(found["kept"]))
+    assert layers == ([0] if checkpointing == "auto" else [0, layers[-1]])
+    assert checkpointing == "auto" or layers[-1] >= 2
     # What the step took, not what loading and checking took: a tiny model's plan is a tiny number.
     assert found["memory"]["measured_bytes"] < 4 * found["memory"]["predicted_bytes"]
     # The losses are those of plain transformers in float32, through the accidents and the resume.
-    plain = a_run(tmp_path / "plain", base, engine="stock", dtype="float32")
+    plain = a_run(tmp_path / "plain", base, sizes, {}, engine="stock", dtype="float32")
     python("-c", PLAIN, plain, folder=tmp_path)
     trace, expected = (losses(tmp_path / name / "runs" / "t") for name in ("twin", "plain"))
     assert sorted(trace) == sorted(expected) == [1, 2, 3]

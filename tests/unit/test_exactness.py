@@ -13,6 +13,7 @@ from fastft.errors import CouldNotFinishError, FastFTError
 from fastft.kernels import varlen
 from fastft.training.exactness import (
     RowCheck,
+    _distance,
     _gradient,
     _without_dropout,
     check_rows,
@@ -20,7 +21,7 @@ from fastft.training.exactness import (
     choose_sharing,
 )
 from fastft.training.step import Stepper, StepPolicy
-from tests.families import FAMILIES, make_checkpoint
+from tests.families import FAMILIES, longrope, make_checkpoint
 
 FLOAT32 = partial(torch.autocast, "cpu", torch.bfloat16, enabled=False)
 BFLOAT16 = partial(torch.autocast, "cpu", torch.bfloat16)
@@ -68,6 +69,28 @@ def test_exact_rows_are_found_exact(model_of, family, context):
         assert found.error < 1e-9
         assert found.loss_error < 1e-5
     assert found.leak > 0.05
+
+
+def test_sequences_on_both_sides_of_a_longrope_are_kept_apart(tmp_path):
+    """A sequence above 128 tokens would make all others of its row take its positions, too."""
+    folder = make_checkpoint(
+        "phi3", tmp_path, rope_parameters=longrope(), sliding_window=None,
+        original_max_position_embeddings=128,
+    )  # fmt: skip
+    base, _ = ENGINE.from_pretrained(str(folder), dtype=torch.float32)
+    model, segments = ENGINE.get_peft_model(base, r=4), sequences((60, 140, 33, 129, 128))
+    at = varlen.rope_changes_at(model)
+    assert at == 128
+    policies = [
+        StepPolicy(budget, rows, 0, rope_changes_at=at)
+        for budget, rows in ((1, "padded"), (1000, "padded"), (1000, "varlen"), (1000, "trie"))
+    ]
+    alone, *others = (
+        _gradient(stepper(model, policy.rows), policy, segments, FLOAT32)[1] for policy in policies
+    )
+    assert [_distance(found, alone) < 1e-9 for found in others] == [True] * 3
+    _, mixed = _gradient(stepper(model, "varlen"), StepPolicy(1000, "varlen", 0), segments, FLOAT32)
+    assert _distance(mixed, alone) > 1e-6
 
 
 def talks(seed=0):

@@ -1,5 +1,6 @@
 """The CPU's fused layers: compiled kernels against their torch form, and each layer against autograd over the plain one."""
 
+import contextlib
 import itertools
 import subprocess
 import sys
@@ -12,10 +13,11 @@ import torch.nn.functional as F
 from fastft.data import trie
 from fastft.data.batches import Segment
 from fastft.engines.stock import ENGINE
+from fastft.errors import CouldNotFinishError
 from fastft.kernels import native
 from fastft.kernels.fused import FusedLayers, head_loss, pair_loss
 from fastft.kernels.row_attention import plan_nodes, plan_row, row_attention
-from fastft.training.step import Stepper, StepPolicy
+from fastft.training.step import Stepper, StepPolicy, recomputed_layers
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
@@ -585,6 +587,89 @@ def test_checkpointed_layers_give_the_same_gradient(reentrant):
     model.enable_input_require_grads()
     _, got = gradient(model, rows(), 300, fused=FusedLayers(model, torch.float32))
     assert relative(got, reference) < 1e-5
+
+
+def long_rows_recomputed(budget, above, on_pass=lambda tokens, recomputed: None):
+    """A stepper on layers that are recomputed in rows above `above` tokens, and its list of what
+    went through the first layer's MLP: (tokens, whether the layer is recomputed).
+    """
+    model, passes = make_model(), []
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    layer = model.get_base_model().model.layers[0]
+
+    def note(mlp, inputs):
+        passes.append((inputs[0].shape[1], bool(layer.gradient_checkpointing)))
+        on_pass(*passes[-1])
+
+    layer.mlp.register_forward_pre_hook(note)
+    policy = StepPolicy(budget, "varlen", 0, recompute_above=above)
+    fused = FusedLayers(model, torch.float32)
+    return Stepper(model, ENGINE, policy, device="cpu", on_note=str, fused=fused), passes
+
+
+def gradient_of(stepper, segments):
+    stepper.gradient(stepper.model, segments, torch.Tensor.backward, contextlib.nullcontext)
+    return torch.cat(
+        [p.grad.float().flatten() for p in stepper.model.parameters() if p.requires_grad]
+    )
+
+
+def test_rows_that_fit_without_it_are_not_recomputed():
+    _, reference = gradient(make_model(), rows(), 10**6, padded=True)
+    stepper, passes = long_rows_recomputed(150, 150)
+    assert relative(gradient_of(stepper, rows()), reference) < 1e-5
+    # Rows of 300, 129 + 17 + 2 and 64 + 40 tokens, each up to a multiple of 32.
+    assert sorted(passes) == [(128, False), (160, False), (320, True), (320, True)]
+    assert all(m.gradient_checkpointing for m in recomputed_layers(stepper.model))
+    assert recomputed_layers(stepper.model)
+
+
+def test_out_of_memory_recomputes_more_rows_until_they_fit():
+    def too_much(tokens, recomputed):
+        if tokens > 128 and not recomputed:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    _, reference = gradient(make_model(), rows(), 10**6, padded=True)
+    stepper, passes = long_rows_recomputed(320, 320, too_much)
+    assert relative(gradient_of(stepper, rows()), reference) < 1e-5
+    assert (stepper.policy.micro_batch_tokens, stepper.policy.recompute_above) == (80, 80)
+    assert {tokens for tokens, recomputed in passes if recomputed} == {320, 160}
+
+
+def test_out_of_memory_in_rows_that_are_all_recomputed_is_the_end():
+    def always(tokens, recomputed):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    stepper, passes = long_rows_recomputed(64, 64, always)
+    with pytest.raises(CouldNotFinishError, match="single sequence of 300 tokens"):
+        gradient_of(stepper, rows())
+    assert passes
+    assert stepper.policy.recompute_above < 2  # no sequence of rows() is that short
+
+
+def test_rows_made_ready_are_taken_once_and_only_for_their_own_step():
+    stepper = Stepper(
+        make_model(), ENGINE, StepPolicy(150, "varlen", 0), device="cpu", on_note=print
+    )
+    made, batches = [], stepper.batches
+    stepper.batches = lambda segments: made.append(len(segments)) or batches(segments)
+    expected = gradient_of(stepper, rows())
+
+    def again(segments):
+        made.clear()
+        stepper.model.zero_grad()
+        return relative(gradient_of(stepper, segments), expected)
+
+    stepper.make_ready(rows())
+    assert (again(rows()), made) == (0.0, [])
+    assert (again(rows()), made) == (0.0, [6])
+    stepper.make_ready(rows()[:3])
+    assert (again(rows()), made) == (0.0, [6])
+    stepper.make_ready(rows())
+    stepper.policy.micro_batch_tokens = 75  # after an out-of-memory, say
+    assert again(rows()) < 1e-5
+    assert made == [6]
 
 
 def test_gradients_are_there_before_a_step_and_not_after_an_evaluation():

@@ -100,6 +100,18 @@ def test_unsloth_loads_the_named_model_and_no_copy_of_its_own(load):
         assert engine.calls["load"].get("use_exact_model_name", False) is asked
 
 
+def test_on_a_gpu_unsloth_puts_no_lora_on_experts_that_nobody_named(load):
+    """Left to itself it adds some to a mixture's experts there, and only there."""
+    for name, device, given in (
+        ("unsloth", "cuda", []),
+        ("unsloth", "cpu", None),
+        ("stock", "cuda", None),
+    ):
+        engine = Recorder(name, device)
+        load(engine)
+        assert engine.calls["lora"].get("target_parameters") == given
+
+
 def test_a_family_that_unsloth_keeps_out_of_float16_trains_in_float32(load):
     assert (
         load(Recorder("unsloth", "cuda", _unsloth_forced_float32=True))["dtype"].value == "float32"

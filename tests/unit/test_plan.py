@@ -17,6 +17,7 @@ from fastft.planning import (
     Situation,
     apply_changes,
     known_shape,
+    load_shape,
     pick_gradient_checkpointing,
     pick_micro_batch_tokens,
     plan,
@@ -24,8 +25,8 @@ from fastft.planning import (
     shape_from_config,
 )
 from fastft.planning.calibrate import calibrate
-from fastft.planning.memory import train_terms
-from fastft.planning.resolve import train_peak_bytes
+from fastft.planning.memory import layer_bytes_per_token, train_terms
+from fastft.planning.resolve import Lengths, resolve, settle, train_peak_bytes
 from fastft.planning.shape import _known_by_hub_id
 from fastft.progress import spoken
 from tests.plans import LLAMA, config, peak, write_model
@@ -208,6 +209,70 @@ def test_checkpointing_is_off_where_memory_allows_and_budgets_fit():
     assert asked == (512, "asked for")
 
 
+def test_a_family_that_overflows_in_float16_is_planned_in_float32(tmp_path):
+    """On a card without bfloat16 Unsloth computes it in float32, with the whole scores of a row."""
+    values = LLAMA | {
+        "model_type": "gemma3_text",
+        "head_dim": 16,
+        "layer_types": ["full_attention"] * 2,
+    }
+    folder = write_model(tmp_path / "gemma3", values)
+    run = config(str(folder), 1024, model__quantization="none")
+    s = {
+        card: resolve(run, named_gpu(card), load_shape(str(folder))).situation
+        for card in ("t4", "l4")
+    }
+    assert (s["t4"].forced_float32, s["t4"].compute_bytes) == (True, 4)
+    assert (s["l4"].forced_float32, s["l4"].compute_bytes) == (False, 2)
+    scores = [
+        layer_bytes_per_token(load_shape(str(folder)), one)["attention scores"]
+        for one in s.values()
+    ]
+    assert scores == [4 * s["t4"].tokens * 2 * 4, 0]  # heads x keys x scores and weights x float32
+
+
+def test_sequences_that_do_not_fit_otherwise_are_recomputed_alone():
+    """On a T4 an 8B recomputes every row for the sake of one long sequence, or that one alone."""
+    shape, card, run = known_shape("llama-3.1-8b"), named_gpu("t4"), config("llama-3.1-8b", 2048)
+    data = Lengths.of([2000, *[300] * 400], 8)
+    found = settle(run, card, shape, "nf4", data)
+    choice, s = found.choices["gradient_checkpointing"], found.situation
+    assert choice.value == "long", choice.reason
+    assert f"above {s.recompute_above:,} tokens" in choice.reason
+    assert found.choices["micro_batch_tokens"].value == s.recompute_above < 2000
+    # Both kinds of rows fit, and no longer one would without being recomputed.
+    free = 0.9 * card.vram_free_bytes
+    assert train_peak_bytes(shape, s) <= free
+    kept = replace(s, checkpointing="off", tokens=s.recompute_above, longest=s.recompute_above)
+    assert train_peak_bytes(shape, kept) == train_peak_bytes(shape, s)
+    assert train_peak_bytes(shape, replace(kept, tokens=kept.tokens + 1)) > free
+    # Where most tokens are in long sequences it gains nothing, and before the data is read every
+    # sequence counts as long.
+    alike = settle(run, card, shape, "nf4", Lengths.of([2000] * 400 + [300], 8))
+    assert alike.choices["gradient_checkpointing"].value is True
+    assert alike.situation.recompute_above == 0
+    assert plan(run, card).choices["gradient_checkpointing"][0] is True
+    # Where all fits, nothing is recomputed.
+    fits = settle(run, named_gpu("h100"), shape, "nf4", data)
+    assert fits.choices["gradient_checkpointing"].value is False
+
+
+def test_recomputing_long_rows_alone_can_be_asked_for_and_refused():
+    shape, card = known_shape("llama-3.1-8b"), named_gpu("t4")
+    data = Lengths.of([2000] * 400, 8)
+    asked = {"train__gradient_checkpointing": "long"}
+    found = settle(config("llama-3.1-8b", 2048, **asked), card, shape, "nf4", data)
+    assert found.choices["gradient_checkpointing"] == ("long", "asked for")
+    most = found.situation.recompute_above
+    assert 0 < most < 2000
+    small = config("llama-3.1-8b", 2048, **asked, train__micro_batch_tokens=most // 2)
+    assert settle(small, card, shape, "nf4", data).situation.recompute_above == most // 2
+    with pytest.raises(FastFTError, match=r"long is not possible, because with train\.shard_base"):
+        settle(
+            config("llama-3.1-8b", 2048, **asked, train__shard_base=True), card, shape, "nf4", data
+        )
+
+
 def test_a_smaller_machine_never_gets_a_larger_budget():
     shape = known_shape("llama-3.2-1b")
     s = Situation(device="cuda", kernels="unsloth", tokens=1024, longest=1024)
@@ -256,6 +321,11 @@ def test_calibration_scales_what_grows_and_says_what_would_fit():
         limit_bytes=12 * GIB,
     )  # fmt: skip
     assert f"model.max_seq_length of at most {worse.largest_fitting_tokens:,}" in one_row.message
+    recomputed = calibrate(
+        shape, s, tokens=1024, measured_bytes=planned, largest_tokens=4096, limit_bytes=12 * GIB,
+        to_come=replace(s, checkpointing="offload"),
+    )  # fmt: skip
+    assert recomputed.largest_bytes < right.largest_bytes
     too_small = calibrate(
         shape, s, tokens=1024, measured_bytes=planned, largest_tokens=1024, limit_bytes=GIB // 2
     )
