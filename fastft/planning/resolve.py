@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -374,7 +374,9 @@ def _seconds(
     total = 0.0
     short = [n for n in lengths.each if n <= kept]
     long = lengths.each[: len(lengths.each) - len(short)]
-    for part, how in ((short, "off"), (long, s.checkpointing)):
+    parts: list[tuple[Sequence[int], Literal["off", "recompute", "offload"]]]
+    parts = [(short, "off"), (long, s.checkpointing)]
+    for part, how in parts:
         if not part:
             continue
         tokens = sum(part)
