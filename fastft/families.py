@@ -300,6 +300,26 @@ def text_name(name: str) -> str | None:
     return None
 
 
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""What configs call the number of a layer's experts."""
+
+# Mixtures whose experts were layers in transformers 4 and are parameters since 5. An adapter that
+# names such a layer is meant for the experts, says peft, also where a dense or shared layer has
+# the same name: on these, plain peft can neither train nor load LoRA.
+_EXPERTS_WERE_LAYERS = frozenset({
+    "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1",
+    "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe",
+    "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum", "olmoe",
+    "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_thinker", "solar_open",
+})  # fmt: skip
+_LAYERS_OF_EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj", "gate"})
+
+
+def taken_for_experts(model_type: str) -> frozenset[str]:
+    """Return the names of layers that peft takes for the experts of the family."""
+    return _LAYERS_OF_EXPERTS if model_type in _EXPERTS_WERE_LAYERS else frozenset()
+
+
 def gguf_arch(model_type: str) -> str:
     """Return llama.cpp's name of a family; where no row says, it is taken to be the same."""
     gguf = family_of(model_type).gguf

@@ -5,6 +5,7 @@ tokenizer.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
     none.
     """
     check_checkpoint(config.name, revision=config.revision)
-    from transformers import AutoTokenizer
-
     with explained(config.name):
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = tokenizer_of(
             config.name,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
@@ -42,6 +41,79 @@ def load_tokenizer(config: ModelConfig) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def tokenizer_of(name: str | Path, **keywords: Any) -> Any:
+    """Return AutoTokenizer's tokenizer of `name`, or where that is of another kind than the
+    tokenizer.json says, the one of tokenizer.json.
+
+    transformers 5 rebuilds a tokenizer by the class that its config names. Published models name
+    LlamaTokenizer for a Unigram (Japanese bases) or a byte-level BPE (DeepSeek's distillates), and
+    get a SentencePiece BPE with the same tokens: other ids than the model was trained with, without
+    a word. Raises FastFTError where only a tokenizer.model could say what is right.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    tokenizer = AutoTokenizer.from_pretrained(name, **keywords)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer
+    files = _tokenizer_files(str(name), keywords.get("revision"))
+    if "tokenizer.json" in files:
+        said = _kind(files["tokenizer.json"].read_text(encoding="utf-8"))
+        if said and said != _kind(_steps(backend)):
+            return PreTrainedTokenizerFast.from_pretrained(name, **keywords)
+    elif "tokenizer.model" in files and type(backend.model).__name__ == "BPE":
+        _refuse_unigram(str(name), files["tokenizer.model"])
+    return tokenizer
+
+
+_KIND = re.compile(r'"type"\s*:\s*"(Unigram|ByteLevel)"')  # inside a token the quotes are escaped
+
+
+def _kind(steps: str) -> str:
+    """Return Unigram, ByteLevel or nothing: the kind of tokenizer that a JSON describes."""
+    found = set(_KIND.findall(steps))
+    return "Unigram" if "Unigram" in found else "".join(found)
+
+
+def _steps(backend: Any) -> str:
+    """Return the JSON of a tokenizer's steps and the kind of its model, without its vocabulary."""
+    parts = [part for part in (backend.pre_tokenizer, backend.decoder) if part is not None]
+    texts = [bytes(part.__getstate__()).decode("utf-8") for part in parts]
+    return "".join([*texts, f'{{"type": "{type(backend.model).__name__}"}}'])
+
+
+UNIGRAM = 1  # sentencepiece's TrainerSpec.ModelType
+
+
+def _refuse_unigram(name: str, path: Path) -> None:
+    """Raise FastFTError where tokenizer.model is a Unigram that was read as a BPE."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    try:
+        spec = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes()).trainer_spec
+    except DecodeError:  # another format under that name
+        return
+    if spec.model_type == UNIGRAM:
+        raise FastFTError(
+            f"transformers reads the tokenizer.model of {name} as a BPE, but it is a Unigram: it "
+            "would cut texts into other tokens than the model was trained with. Give it a "
+            "tokenizer.json: in an environment with 'transformers<5', "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+        )
+
+
+def _tokenizer_files(name: str, revision: str | None) -> dict[str, Path]:
+    """Return the files that say what a model's tokenizer is, in its folder or the Hub's cache."""
+    names, folder = ("tokenizer.json", "tokenizer.model"), Path(name).expanduser()
+    if folder.is_dir():
+        return {file: folder / file for file in names if (folder / file).is_file()}
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = {file: try_to_load_from_cache(name, file, revision=revision) for file in names}
+    return {file: Path(path) for file, path in cached.items() if isinstance(path, str)}
 
 
 def bitsandbytes_config(quantization: str, dtype: Any) -> Any:

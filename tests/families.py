@@ -476,7 +476,7 @@ def _randomise(model: Any) -> None:
     import torch
 
     embeddings = {id(model.get_input_embeddings().weight)}
-    tied = model.config.tie_word_embeddings
+    tied = getattr(model.config, "tie_word_embeddings", False)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if id(weight) in embeddings:
@@ -490,13 +490,20 @@ def _randomise(model: Any) -> None:
                 weight.add_(torch.randn_like(weight), alpha=0.15)
 
 
+ADDED = ["日本の首都", "良い天気", "ラーメン"]
+"""Words that a Japanese continuation adds to the vocabulary it began with ("llama3-added")."""
+
+
 def make_tokenizer(spec: Family, folder: Path, kind: str, tokenizer_model: bool = True) -> Any:
     """Train and save the tokenizer of `kind`; return it as transformers loads it."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    kind, more, _ = kind.partition("-added")
     build = {"spm": _sentencepiece, "gemma": _sentencepiece}.get(kind, _byte_level)
     build = _unigram if kind.startswith("unigram") else build
     raw = build(spec, kind, folder if tokenizer_model else None)
+    if more:
+        raw.add_tokens(ADDED)
     names = {"eos_token": spec.eos, "pad_token": spec.pad}
     if spec.bos:
         names["bos_token"] = spec.bos
@@ -651,12 +658,23 @@ def _sentencepiece(spec: Family, kind: str, folder: Path | None) -> Any:
 
 
 def _unigram(spec: Family, kind: str, folder: Path | None) -> Any:
-    """A SentencePiece Unigram with byte fall-back, like LLM-jp and Sarashina ("unigram"), or with NFKC
-    and no space in front, like rinna ("unigram-nfkc")."""
+    """A SentencePiece Unigram with byte fall-back, like LLM-jp and Sarashina ("unigram"); with NFKC and
+    no space in front, like rinna's GPT-NeoX ("unigram-nfkc"); with NFKC and no bytes, like rinna's GPT-2
+    ("unigram-nobytes"); with the space put in front by a Metaspace step, as transformers converts it
+    ("unigram-metaspace")."""
     import sentencepiece
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
 
-    nfkc = kind == "unigram-nfkc"
+    nfkc, in_bytes = kind in {"unigram-nfkc", "unigram-nobytes"}, kind != "unigram-nobytes"
+    prefix = kind != "unigram-nfkc"
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES),
@@ -664,11 +682,11 @@ def _unigram(spec: Family, kind: str, folder: Path | None) -> Any:
         model_type="unigram",
         vocab_size=560,
         hard_vocab_limit=False,
-        byte_fallback=True,
+        byte_fallback=in_bytes,
         character_coverage=1.0,
         normalization_rule_name="nfkc" if nfkc else "identity",
         remove_extra_whitespaces=False,
-        add_dummy_prefix=not nfkc,
+        add_dummy_prefix=prefix,
         unk_id=0,
         bos_id=1,
         eos_id=2,
@@ -677,7 +695,7 @@ def _unigram(spec: Family, kind: str, folder: Path | None) -> Any:
     )
     model = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
     vocab = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
-    raw = Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=True))
+    raw = Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=in_bytes))
     steps = [normalizers.Replace(" ", "▁")]
     if nfkc:
         from sentencepiece import sentencepiece_model_pb2
@@ -685,11 +703,13 @@ def _unigram(spec: Family, kind: str, folder: Path | None) -> Any:
         proto = sentencepiece_model_pb2.ModelProto.FromString(written.getvalue())
         charsmap = proto.normalizer_spec.precompiled_charsmap
         steps = [normalizers.Precompiled(charsmap), *steps]
+    if kind == "unigram-metaspace":
+        raw.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always", split=False)
     else:
-        steps = [normalizers.Prepend("▁"), *steps]
-    raw.normalizer = normalizers.Sequence(steps)
+        steps = [normalizers.Prepend("▁"), *steps] if prefix else steps
+        raw.normalizer = normalizers.Sequence(steps)
     ends = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    raw.decoder = decoders.Sequence(ends if nfkc else [*ends, decoders.Strip(" ", 1, 0)])
+    raw.decoder = decoders.Sequence([*ends, decoders.Strip(" ", 1, 0)] if prefix else ends)
     raw.add_special_tokens(
         [AddedToken(name, special=True, normalized=False) for name in _special_names(spec)]
     )

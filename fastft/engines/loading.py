@@ -20,6 +20,7 @@ from fastft.data.bounded import matches
 from fastft.engines import choose_engine, get_engine
 from fastft.engines.base import Engine
 from fastft.errors import FastFTError, did_you_mean
+from fastft.families import EXPERTS, taken_for_experts
 from fastft.hardware import Choice, Hardware, probe
 from fastft.models import check_checkpoint, explained, location
 
@@ -347,10 +348,11 @@ def within_the_language_model(model: Any, target_modules: Any) -> Any:
 
     Text never reaches a vision tower, so an adapter there would only cost memory. Experts are
     parameters, not layers: peft would take all-linear to mean them, too, where older versions of
-    transformers had layers there. A regular expression or a dotted name is meant as it stands.
+    transformers had layers there; and routers, which it cannot all compute. A regular expression or
+    a dotted name is meant as it stands.
     """
     path = language_model_path(model)
-    if not path and target_modules == "all-linear" and _has_experts(model):
+    if not path and target_modules == "all-linear" and _is_mixture(model):
         return sorted({name.rsplit(".", 1)[-1] for name, _ in _targeted(model, "all-linear")})
     if isinstance(target_modules, str) and target_modules.isidentifier():
         target_modules = [target_modules]  # peft would take a text for a pattern of whole names
@@ -360,6 +362,29 @@ def within_the_language_model(model: Any, target_modules: Any) -> Any:
     inside = sorted({n.rsplit(".", 1)[-1] for n in names if n.startswith(f"{path}.")})
     outside = [re.escape(n) for n in names if not n.startswith(f"{path}.")]  # the head
     return "|".join([rf"{re.escape(path)}\.(?:.*\.)?(?:{'|'.join(inside)})", *outside])
+
+
+def _is_mixture(model: Any) -> bool:
+    return _has_experts(model) or any(
+        _is_router(name, module, _experts(model)) for name, module in model.named_modules()
+    )
+
+
+def _experts(model: Any) -> int:
+    """Return how many experts a layer of the model has; 0 for none."""
+    config = model.config.get_text_config()
+    return next((n for key in EXPERTS if isinstance(n := getattr(config, key, None), int)), 0)
+
+
+def _is_router(name: str, module: Any, experts: int) -> bool:
+    """Whether a module is the linear layer that gives each token its experts.
+
+    Some return more than a product (PhiMoE's), on which peft's LoRA fails; and a changed router
+    sends tokens elsewhere, which is not what all-linear asks for.
+    """
+    tail = name.split(".")[-2:]
+    gate = "gate" in tail and getattr(module, "out_features", None) == experts
+    return hasattr(module, "in_features") and (gate or "router" in tail)
 
 
 def _has_experts(model: Any) -> bool:
@@ -434,6 +459,7 @@ def check_target_modules(model: Any, target_modules: Any) -> None:
     """Raise FastFTError for target modules that match nothing; the message lists the model's
     linear layers.
     """
+    _refuse_names_of_experts(model, target_modules)
     missing = unknown_target_modules(model, target_modules)
     empty = not target_modules and target_modules is not None
     if missing or empty:
@@ -449,6 +475,20 @@ def check_target_modules(model: Any, target_modules: Any) -> None:
         raise FastFTError(
             f"lora.target_modules: the model has no {what}. It has: {', '.join(valid)}; or "
             f"use all-linear.{experts}"
+        )
+
+
+def _refuse_names_of_experts(model: Any, target_modules: Any) -> None:
+    """Raise FastFTError where peft would train the experts instead of layers of the same name."""
+    others = taken_for_experts(getattr(model.config, "model_type", ""))
+    if not others or target_modules is None or target_modules == "all-linear":
+        return
+    named = {name.rsplit(".", 1)[-1] for name, _ in _targeted(model, target_modules)} & others
+    if named:
+        raise FastFTError(
+            f"lora.target_modules means {', '.join(sorted(named))}: of {model.config.model_type} "
+            "peft takes these names for the experts, also where a shared or dense layer has them. "
+            "Leave them out, or train the experts with lora.target_parameters."
         )
 
 
@@ -481,7 +521,8 @@ FUSED = {
 
 def _targeted(model: Any, target_modules: Any) -> list[tuple[str, Any]]:
     """Return (name, linear layer) of every layer that LoRA is put on; the head is not part of
-    all-linear, and of a multimodal model only the language model is.
+    all-linear, nor are routers and what peft takes for experts, and of a multimodal model only the
+    language model is.
     """
     path = language_model_path(model) if _plain_names(target_modules) else ""
     head = model.get_output_embeddings()
@@ -493,7 +534,15 @@ def _targeted(model: Any, target_modules: Any) -> list[tuple[str, Any]]:
         and (n.startswith(f"{path}." if path else "") or m is head)
     ]
     if target_modules == "all-linear":
-        return [(n, m) for n, m in linear if m is not head]
+        others = taken_for_experts(getattr(model.config, "model_type", ""))
+        experts = _experts(model)
+        return [
+            (n, m)
+            for n, m in linear
+            if m is not head
+            and n.rsplit(".", 1)[-1] not in others
+            and not _is_router(n, m, experts)
+        ]
     if isinstance(target_modules, str) and not _plain_names(target_modules):
         return [(n, m) for n, m in linear if matches(target_modules, n, whole=True)]
     leaves = {name.rsplit(".", 1)[-1] for name, _ in linear}

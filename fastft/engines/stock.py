@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastft.models import bitsandbytes_config
+from fastft.models import bitsandbytes_config, tokenizer_of
 
 if TYPE_CHECKING:
     from fastft.data.batches import Rows
@@ -41,7 +41,7 @@ class StockEngine:
         """Return (model, tokenizer). NF4 has double quantisation (arXiv 2305.14314, section 3) and
         a `dtype` compute type.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         dtype = dtype or _default_dtype()
         kind = "int8" if load_in_8bit else "nf4" if load_in_4bit else "none"
@@ -60,7 +60,7 @@ class StockEngine:
             use_safetensors=True,
             **kwargs,
         )
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = tokenizer_of(
             model_name,
             token=token,
             revision=revision,

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastft.errors import FastFTError
 from fastft.files import ours
-from fastft.models import explained
+from fastft.models import explained, tokenizer_of
 from fastft.progress import Reporter
 from fastft.runs.target import Target
 
@@ -145,14 +145,12 @@ def tokenizer_source(target: Target) -> Path:
 
 
 def _modelfile(target: Target, folder: Path, gguf: Path, report: Reporter) -> dict[str, Any]:
-    from transformers import AutoTokenizer
-
     from fastft.data.template import choose_template
     from fastft.exporting.ollama import create_line, has_template, write_modelfile
 
     source = str(tokenizer_source(target))
     with explained(source):
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = tokenizer_of(source)
     template = choose_template(tokenizer, None)
     stops = tokenizer.convert_ids_to_tokens(list(template.end_token_ids))
     bos = tokenizer.bos_token or ""

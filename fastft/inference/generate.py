@@ -18,7 +18,13 @@ from fastft.errors import FastFTError, one_of
 from fastft.hardware import compute_dtype, probe
 from fastft.inference.llamacpp import HALF_A_CHARACTER, GgufChat
 from fastft.inference.sampling import Sampling
-from fastft.models import bitsandbytes_config, check_checkpoint, check_finite, explained
+from fastft.models import (
+    bitsandbytes_config,
+    check_checkpoint,
+    check_finite,
+    explained,
+    tokenizer_of,
+)
 from fastft.runs.target import Target, resolve
 
 Messages = list[dict[str, Any]]
@@ -58,7 +64,7 @@ class HuggingFaceChat:
 
     def __init__(self, target: Target, *, dtype: str = "auto", with_adapter: bool = True) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         from fastft.data.template import choose_template
 
@@ -75,7 +81,7 @@ class HuggingFaceChat:
         quantized = bitsandbytes_config(target.quantization, compute)
         with explained(target.base):
             revision = target.revision if source == target.base else None
-            self.tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+            self.tokenizer = tokenizer_of(source, revision=revision)
             self.model: Any = AutoModelForCausalLM.from_pretrained(
                 target.base,
                 revision=target.revision,

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from fastft import hub
 from fastft.errors import FastFTError, did_you_mean
-from fastft.families import FAMILIES, family_of
+from fastft.families import EXPERTS, FAMILIES, family_of, taken_for_experts
 from fastft.files import read_json
 from fastft.models import read_header
 
@@ -125,7 +125,8 @@ class ModelShape:
         """
         linear = [w for w in self.of("linear") if len(w.shape) == 2]
         if target_modules == "all-linear":
-            return linear
+            others = taken_for_experts(self.family)
+            return [w for w in linear if w.name.rsplit(".", 1)[-1] not in others]
         wanted = [target_modules] if isinstance(target_modules, str) else target_modules
         if not wanted:
             raise FastFTError(
@@ -191,7 +192,6 @@ FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | dic
 NEEDED = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
 )  # fmt: skip
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token")
 OPTIONAL_NUMBERS = (
     "num_key_value_heads", "head_dim", "moe_intermediate_size", "shared_expert_intermediate_size",
@@ -285,6 +285,8 @@ def _check(config: dict[str, Any], name: str) -> None:
     at once.
     """
     missing = [key for key in (*NEEDED, "model_type") if config.get(key) is None]
+    if _any(config, EXPERTS) and config.get("moe_intermediate_size") is not None:
+        missing = [key for key in missing if key != "intermediate_size"]  # Qwen3.5-MoE has none
     if _any(config, EXPERTS) and not _any(config, EXPERTS_PER_TOKEN):
         missing.append(EXPERTS_PER_TOKEN[0])
     if missing:
@@ -517,7 +519,7 @@ def _role(name: str, dims: tuple[int, ...]) -> Role:
         return "other"
     if "experts" in name and len(dims) >= 2:
         return "expert"
-    if re.search(r"\.(router|gate)\.weight$", name):
+    if re.search(r"\.(router|gate)(\.\w+)?\.weight$", name):
         return "router"
     if len(dims) != 2:
         return "norm" if "norm" in name else "other"

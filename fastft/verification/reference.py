@@ -20,6 +20,7 @@ from fastft.data.bounded import render
 from fastft.errors import FastFTError
 from fastft.exporting.experts import PARTS, single
 from fastft.families import Family, family_of, text_name
+from fastft.models import tokenizer_of
 
 HARD_TEXTS = [
     "Hello, world! It's 12:30, isn't it? 3.14159 1000000 007",
@@ -105,10 +106,8 @@ def load_tokenizer(base: str, adapter: str | None) -> Any:
     """Return the tokenizer of the run: the adapter folder's own where it has one, else the
     base's.
     """
-    from transformers import AutoTokenizer
-
     own = adapter is not None and (Path(adapter) / "tokenizer_config.json").exists()
-    return AutoTokenizer.from_pretrained(adapter if own else base)
+    return tokenizer_of(adapter if adapter and own else base)
 
 
 def load_trained(base: str, adapter: str | None) -> tuple[Any, str]:

@@ -22,8 +22,9 @@ from fastft.exporting.gguf.imatrix import gguf_names
 from fastft.exporting.gguf.lora import export_gguf_lora
 from fastft.exporting.merged import export_merged
 from fastft.exporting.weights import Weights
+from fastft.models import tokenizer_of
 from fastft.planning import load_shape
-from tests.families import SENTENCES, make_checkpoint, make_multimodal
+from tests.families import FAMILIES, SENTENCES, make_checkpoint, make_multimodal, make_tokenizer
 from tests.gguf.oracle import hf_logits, kl, llama_cpp_logits
 from tests.unit.test_export_weights import load, train_adapter
 
@@ -224,6 +225,30 @@ def test_a_unigram_of_japanese_bases_is_written_exactly(tmp_path, kind):
     assert kl(hf_logits(load(base), ids), llama_cpp_logits(Path(record["path"]), ids)) < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["unigram", "unigram-nfkc", "llama3", "spm"])
+def test_the_class_that_a_config_names_does_not_change_the_tokens(tmp_path, kind):
+    """Published Unigrams and byte-level BPEs name LlamaTokenizer, which transformers 5 rebuilds."""
+    from transformers import AutoTokenizer
+
+    family = "llama" if kind == "llama3" else "mistral"
+    right = make_tokenizer(FAMILIES[family], tmp_path, kind)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    expected = [right(text).input_ids for text in SENTENCES[:9]]
+    found = tokenizer_of(tmp_path)
+    assert [found(text).input_ids for text in SENTENCES[:9]] == expected
+    found.save_pretrained(tmp_path / "saved")
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert [again(text).input_ids for text in SENTENCES[:9]] == expected
+    if kind != "spm":
+        rebuilt = AutoTokenizer.from_pretrained(tmp_path)  # else tokenizer_of has become needless
+        assert [rebuilt(text).input_ids for text in SENTENCES[:9]] != expected
+    if kind == "unigram":
+        (tmp_path / "tokenizer.json").unlink()
+        with pytest.raises(FastFTError, match=r"as a BPE, but it is a Unigram: .*tokenizer\.json"):
+            tokenizer_of(tmp_path)
+
+
 @pytest.mark.parametrize("family", ["gpt-oss", "qwen3-moe"])
 def test_experts_stay_as_they_are_and_it_is_said(tmp_path, family):
     base = make_checkpoint(family, tmp_path / "base")
@@ -236,6 +261,27 @@ def test_experts_stay_as_they_are_and_it_is_said(tmp_path, family):
     trained = [n for n, p in peft_model.named_parameters() if p.requires_grad]
     assert all(".self_attn." in name for name in trained)
     assert not peft_model.peft_config["default"].target_parameters
+
+
+def test_layers_that_peft_takes_for_experts_are_left_out(tmp_path):
+    """GLM 4.5's shared expert and dense layers have the names that its experts had once."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, Glm4MoeConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    sizes |= {"num_hidden_layers": 2, "vocab_size": 128, "n_routed_experts": 4}
+    config = Glm4MoeConfig(num_experts_per_tok=2, pad_token_id=0, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    attach = partial(loading.attach_lora, seed=1, gradient_checkpointing=False, train_token_ids=[])
+    model = load(tmp_path / "base")
+    with pytest.raises(FastFTError, match=r"up_proj: of glm4_moe peft takes these names"):
+        attach(model, ENGINE, LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    trained, count = attach(model, ENGINE, LoraConfig(r=2))
+    assert count == load_shape(str(tmp_path / "base")).lora_parameters(2)
+    assert not any(".gate." in name for name, p in trained.named_parameters() if p.requires_grad)
+    trained.save_pretrained(tmp_path / "adapter")
+    PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("family", ["gpt-oss", "qwen3-moe"])

@@ -324,10 +324,46 @@ def test_an_unknown_architecture_goes_through_the_upstream_converter(tmp_path, m
     assert {r["writer"] for r in records} == {"upstream"}
     assert sorted(p.name for p in out.iterdir()) == ["m.F32.gguf", "m.Q8_0.gguf"]
     assert all(map(ours.is_ours, out.iterdir()))  # so a second export may replace them
+    # this tokenizer has no BOS; where the file does not say so, llama.cpp adds one
+    assert metadata(out / "m.F32.gguf")["tokenizer.ggml.add_bos_token"] is False
     ids = [i % 440 for i in range(5, 400, 11)]
     expected = hf_logits(trained, ids)
     assert kl(expected, llama_cpp_logits(Path(records[0]["path"]), ids)) < 1e-6
     assert kl(expected, llama_cpp_logits(Path(records[1]["path"]), ids)) < 1e-2
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+
+
+@pytest.mark.parametrize("kind", ["unigram", pytest.param("spm", marks=pytest.mark.long)])
+def test_upstreams_file_has_the_tokenizer_that_no_tokenizer_model_is_left_of(
+    kind, tmp_path, monkeypatch
+):
+    """transformers saves no tokenizer.model; upstream then makes up scores, or reads a Unigram as BPE."""
+    from transformers import AutoTokenizer
+
+    from fastft.inference.llamacpp import open_gguf
+    from tests.families import SENTENCES
+    from tests.sdist import llama_cpp_sdist
+
+    monkeypatch.setattr(
+        upstream, "upstream_folder", lambda: llama_cpp_sdist() / "vendor" / "llama.cpp"
+    )
+    base = make_checkpoint(
+        "mistral",
+        tmp_path / "base",
+        tokenizer=kind,
+        tokenizer_model=False,
+        sliding_window=None,
+        rope_parameters=YARN | {"original_max_position_embeddings": 256},
+    )
+    (record,) = export_gguf(base, tmp_path / "out", ["f32"])
+    assert record["writer"] == "upstream"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    with open_gguf(record["path"], n_ctx=64, exact=True) as model:
+        for text in SENTENCES[:9]:
+            assert model.tokens(text, add_special=True) == tokenizer(text).input_ids, text
+    assert tokenizer.chat_template == metadata(Path(record["path"]))["tokenizer.chat_template"]
 
 
 def test_where_ggml_disagrees_a_16_bit_file_is_quantised(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from fastft.families import FAMILIES, family_of, gguf_arch
+from fastft.families import FAMILIES, family_of, gguf_arch, taken_for_experts
 
 pytest.importorskip("transformers")
 
@@ -46,3 +46,14 @@ def test_a_family_without_a_row_is_promised_nothing():
     assert (unknown.rows, unknown.fused, unknown.gguf) == ("check", frozenset(), None)
     assert gguf_arch("starcoder2") == "starcoder2"
     assert gguf_arch("gemma3_text") == "gemma3"
+
+
+def test_the_names_that_peft_takes_for_experts_are_pefts():
+    from peft.utils import transformers_weight_conversion as peft_conversion
+    from transformers import conversion_mapping
+
+    patterns = conversion_mapping._MODEL_TO_CONVERSION_PATTERN  # not qwen2_moe itself
+    names = peft_conversion._MOE_TARGET_MODULE_MAPPING["qwen2_moe"]
+    for model_type, pattern in patterns.items():
+        expected = frozenset(names) if pattern == "qwen2_moe" else frozenset()
+        assert taken_for_experts(model_type) == expected, model_type

@@ -1,9 +1,9 @@
-"""The page about model families: its table is the tests' results, and every family is in it."""
+"""The pages about models and adapters: their tables are what was measured, and nothing is missing."""
 
 import json
 
 from tests.families import FAMILIES
-from tools import models_page
+from tools import adapters_page, models_page
 
 
 def test_the_table_is_made_from_the_results():
@@ -27,3 +27,12 @@ def test_what_did_not_work_is_not_called_working():
     entry = {"losses": [3.0, 2.0, 2.5], "reload": 0.0}
     assert models_page._trains(entry) == "not reproduced"
     assert models_page._trains({"failed": "out of words"}) == "no"
+
+
+def test_the_table_of_adapters_holds_every_kind_as_the_test_has_it():
+    results = json.loads(adapters_page.RESULTS.read_text(encoding="utf-8"))
+    written = {name: {k: e[k] for k in ("family", "lora")} for name, e in results.items()}
+    assert written == adapters_page.kinds(), "run: python tools/adapters_page.py --measure"
+    assert adapters_page.page() == adapters_page.PAGE.read_text(encoding="utf-8"), (
+        "run: python tools/adapters_page.py"
+    )

@@ -19,7 +19,7 @@ from fastft.exporting.gguf.architectures import Unsupported
 from fastft.exporting.gguf.isolated import run_isolated
 from fastft.files import read_json
 from fastft.files.scratch import scratch
-from fastft.models import explained, tokens_without_row
+from fastft.models import explained, tokenizer_of, tokens_without_row
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
 # One name for each splitting rule of llama.cpp, common ones first.
@@ -50,11 +50,9 @@ PROBES = (
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer of `folder` as transformers loads it."""
-    from transformers import AutoTokenizer
-
+    """Return the tokenizer of `folder`."""
     with explained(str(folder)):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return tokenizer_of(folder, trust_remote_code=False)
 
 
 def tokenizer_metadata(

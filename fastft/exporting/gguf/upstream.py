@@ -59,7 +59,7 @@ def export_upstream(
     out.mkdir(parents=True, exist_ok=True)
     sixteen = sum(_values(weights.shape(name)) for name in weights.names) * 2
     check_disk(out, 3 * sixteen)
-    pre, add_bos = _by_behaviour(vocabulary, weights)
+    words = _own_words(vocabulary, weights)
     with scratch(".upstream-", out) as work:
         model = weights.base
         if weights.adapter:
@@ -71,7 +71,7 @@ def export_upstream(
             if step not in made:
                 made[step] = work / f"{step}.gguf"
                 has_mtp = any(name.startswith("mtp.") for name in weights.names)
-                convert(converter, model, made[step], step, pre, add_bos=add_bos, has_mtp=has_mtp)
+                convert(converter, model, made[step], step, words, has_mtp=has_mtp)
         for kind, path in paths.items():
             if kind not in UNQUANTIZED:
                 quantize_file(made["bf16"], path, kind, imatrix=imatrix, threads=threads)
@@ -87,20 +87,23 @@ def convert(
     model: Path,
     out: Path,
     kind: str,
-    pre: str | None = None,
+    tokenizer: dict[str, tuple[Any, str]] | None = None,
     *,
-    add_bos: bool | None = None,
     has_mtp: bool = False,
 ) -> None:
     """Run the upstream converter on the folder `model`; FastFTError with its last words where it
     fails.
 
-    `add_bos`: whether the tokenizer begins a text with BOS, written where the converter says
-    nothing of it. `has_mtp`: the checkpoint holds the heads that predict several tokens (Qwen3.5's
-    `mtp.*`). transformers saves a model without them, and the converter must be told.
+    `tokenizer`: GGUF's tokenizer keys as `tokenizer_metadata` found them by behaviour, for what the
+    converter does not know (a splitting rule, BOS) or reads from a tokenizer.model that
+    transformers no longer saves. `has_mtp`: the checkpoint holds the heads that predict several
+    tokens (Qwen3.5's `mtp.*`). transformers saves a model without them, and the converter must be
+    told.
     """
     about = out.with_name("metadata.json")
     about.write_text(json.dumps({ours.GGUF_KEY: ours.NAME}), encoding="utf-8")
+    words = out.with_name("tokenizer_keys.json")
+    words.write_text(json.dumps(tokenizer or {}), encoding="utf-8")
     files = ("--outfile", str(out), "--metadata", str(about))
     script = ("convert_hf_to_gguf.py", str(model), *files, "--outtype", kind)
     done = subprocess.run(
@@ -111,8 +114,7 @@ def convert(
         errors="replace",
         check=False,
         env=child.environment(
-            FASTFT_PRE=pre or "",
-            FASTFT_ADD_BOS="" if add_bos is None else str(int(add_bos)),
+            FASTFT_TOKENIZER=str(words),
             FASTFT_NO_MTP="" if has_mtp else "1",
             HF_HUB_OFFLINE="1",
         ),
@@ -126,19 +128,28 @@ def convert(
         )
 
 
-def _by_behaviour(vocabulary: Path, weights: Weights) -> tuple[str | None, bool | None]:
-    """Return the splitting rule's name and whether BOS is added, as the tokenizer behaves; None
-    where it is of another kind.
+def _own_words(vocabulary: Path, weights: Weights) -> dict[str, tuple[Any, str]] | None:
+    """Return the tokenizer's keys as fastft's own writer would write them; None where the tokenizer
+    is of a kind that it does not know.
     """
     from fastft.exporting.gguf.architectures import Unsupported
     from fastft.exporting.gguf.tokenizer import tokenizer_metadata
 
-    rows = next(weights.shape(n)[0] for n in weights.names if n.endswith("embed_tokens.weight"))
     try:
-        found = tokenizer_metadata(vocabulary, rows, "", weights.base)
+        return tokenizer_metadata(vocabulary, _token_rows(weights), "", weights.base)
     except Unsupported:
-        return None, None
-    return str(found["tokenizer.ggml.pre"][0]), bool(found["tokenizer.ggml.add_bos_token"][0])
+        return None
+
+
+def _token_rows(weights: Weights) -> int:
+    """Return the embedding's rows: of its tensor, which an adapter may have resized, or where it
+    has another name (GPT-2's wte), as the config says.
+    """
+    named = [name for name in weights.names if name.endswith("embed_tokens.weight")]
+    if named:
+        return weights.shape(named[0])[0]
+    config = weights.config.get("text_config", weights.config)
+    return int(config["vocab_size"])
 
 
 def upstream_folder() -> Path:
