@@ -263,6 +263,7 @@ def attach_lora(
     section 4.1), DoRA `out` more; each trained token row has the embedding's width.
     """
     check_target_modules(model, config.target_modules)
+    _refuse_names_of_experts(model, config.target_modules)
     check_target_parameters(model, config)
     _refuse_whole_embeddings(engine, config.target_modules)
     if config.init in MOVES_THE_BASE and train_token_ids:
@@ -365,9 +366,9 @@ def within_the_language_model(model: Any, target_modules: Any) -> Any:
 
 
 def _is_mixture(model: Any) -> bool:
-    return _has_experts(model) or any(
-        _is_router(name, module, _experts(model)) for name, module in model.named_modules()
-    )
+    experts = _experts(model)
+    routers = (_is_router(name, module, experts) for name, module in model.named_modules())
+    return _has_experts(model) or any(routers)
 
 
 def _experts(model: Any) -> int:
@@ -459,7 +460,6 @@ def check_target_modules(model: Any, target_modules: Any) -> None:
     """Raise FastFTError for target modules that match nothing; the message lists the model's
     linear layers.
     """
-    _refuse_names_of_experts(model, target_modules)
     missing = unknown_target_modules(model, target_modules)
     empty = not target_modules and target_modules is not None
     if missing or empty:
@@ -479,7 +479,9 @@ def check_target_modules(model: Any, target_modules: Any) -> None:
 
 
 def _refuse_names_of_experts(model: Any, target_modules: Any) -> None:
-    """Raise FastFTError where peft would train the experts instead of layers of the same name."""
+    """Raise FastFTError where peft would train the experts instead of layers of the same name: the
+    config means what it says. The notebook path leaves it to peft, as Unsloth does.
+    """
     others = taken_for_experts(getattr(model.config, "model_type", ""))
     if not others or target_modules is None or target_modules == "all-linear":
         return
