@@ -51,7 +51,7 @@ def _complete(words: Words) -> None:
         try:
             return known(self, tokenizer)
         except NotImplementedError:
-            return words["tokenizer.ggml.pre"][0]
+            return str(words["tokenizer.ggml.pre"][0])
 
     TextModel.get_vocab_base_pre = by_behaviour
 
