@@ -92,8 +92,9 @@ def _refuse_unigram(name: str, path: Path) -> None:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
+    messages: Any = sentencepiece_model_pb2  # made when it is imported; no types are known
     try:
-        spec = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes()).trainer_spec
+        spec = messages.ModelProto.FromString(path.read_bytes()).trainer_spec
     except DecodeError:  # another format under that name
         return
     if spec.model_type == UNIGRAM:

@@ -127,7 +127,8 @@ def _run_merge(home: str, merged: str) -> dict[str, Any]:
 def _run_convert(merged: str, sixteen: str, pre: str) -> dict[str, Any]:
     from fastft.exporting.gguf.upstream import convert, upstream_folder
 
-    convert(upstream_folder(), Path(merged), Path(sixteen), "bf16", pre)
+    words = {"tokenizer.ggml.model": ("gpt2", "STRING"), "tokenizer.ggml.pre": (pre, "STRING")}
+    convert(upstream_folder(), Path(merged), Path(sixteen), "bf16", words)
     return {}
 
 

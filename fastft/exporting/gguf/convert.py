@@ -55,9 +55,11 @@ def _complete(words: Words) -> None:
 
     TextModel.get_vocab_base_pre = by_behaviour
 
+    said = words.get("tokenizer.ggml.add_bos_token")
+
     def add_bos(writer: Any, keys: dict[str, Any]) -> None:
-        if "tokenizer.ggml.add_bos_token" not in keys:
-            writer.add_add_bos_token(words["tokenizer.ggml.add_bos_token"][0])
+        if said and "tokenizer.ggml.add_bos_token" not in keys:
+            writer.add_add_bos_token(said[0])
 
     _before_the_header(add_bos)
 
