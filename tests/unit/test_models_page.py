@@ -3,7 +3,7 @@
 import json
 
 from tests.families import FAMILIES
-from tools import adapters_page, models_page
+from tools import adapters_page, bases_page, models_page
 
 
 def test_the_table_is_made_from_the_results():
@@ -36,3 +36,23 @@ def test_the_table_of_adapters_holds_every_kind_as_the_test_has_it():
     assert adapters_page.page() == adapters_page.PAGE.read_text(encoding="utf-8"), (
         "run: python tools/adapters_page.py"
     )
+
+
+def test_the_page_of_bases_is_what_was_found():
+    assert bases_page.page() == bases_page.PAGE.read_text(encoding="utf-8"), (
+        "run: python tools/bases_page.py"
+    )
+    assert sum(len(names.split()) for names in bases_page.BASES.values()) == 100
+
+
+def test_what_did_not_work_stands_in_the_page_of_bases():
+    found = {"doing": "lora", "failed": "no such | layer"}
+    assert "no: LoRA fails: no such / layer" in bases_page._cells(found, "some")
+    found = {"doing": "", "rows": "padded", "rows_why": "padded batches, because so"}
+    found |= {"planned": None, "planned_why": "unknown", "trainable": 5, "merged": 1.0}
+    found |= {"gguf": None, "gguf_why": "no converter"}
+    expected = "padded: so | unknown | off by 1 | none: no converter |  |"
+    assert bases_page._cells(found, "some") == expected
+    found |= {"planned": 5, "merged": 1e-6, "gguf": "upstream", "kl": 0.5, "rows": "varlen"}
+    expected = "by the check | exact | exact | llama.cpp's converter | 5e-01 (not exact) |"
+    assert bases_page._cells(found, "some") == expected
