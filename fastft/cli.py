@@ -211,7 +211,7 @@ def quickstart(
 def init(
     gpu: Annotated[
         str | None,
-        typer.Option("--gpu", help="fit it to this card (t4, l4, a100 ...); default: this machine"),
+        typer.Option("--gpu", help="fit it to this card (t4, mac-36 ...); default: this machine"),
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="Hub id or folder of the base model")
@@ -697,7 +697,8 @@ def plan(
     config: Annotated[Path | None, typer.Argument(help="the run's YAML config")] = None,
     overrides: Overrides = None,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", help="plan for this card instead of this machine")
+        str | None,
+        typer.Option("--gpu", help="plan for this card (mac-36: a Mac) instead of this machine"),
     ] = None,
     gpus: Annotated[
         int, typer.Option("--gpus", help="plan for so many of them, a process each")

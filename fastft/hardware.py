@@ -190,14 +190,36 @@ def probe(path: str | Path = ".") -> Hardware:
             else _with_gpu(cpu, cards)
         )
     if apple:
-        # Metal's recommendedMaxWorkingSetSize is about three quarters of the unified memory. No
-        # rate: nobody measured one.
-        share = ram * 3 // 4
-        free = min(share, ram_free)
-        return replace(
-            cpu, kind="mps", gpu_count=1, vram_bytes=share, vram_free_bytes=free, flops=None
-        )
+        return _with_unified_memory(cpu)
     return cpu
+
+
+def _with_unified_memory(cpu: Hardware, limit_mb: str | None = None) -> Hardware:
+    """The same machine with Apple's GPU. It has no rate: nobody of us measured one."""
+    share = metal_working_set(cpu.ram_bytes, limit_mb)
+    free = min(share, cpu.ram_free_bytes)
+    return replace(cpu, kind="mps", gpu_count=1, vram_bytes=share, vram_free_bytes=free, flops=None)
+
+
+def metal_working_set(ram_bytes: int, limit_mb: str | None = None) -> int:
+    """Return how much of the unified memory Metal's GPU should use at most, in bytes.
+
+    Without a limit set by the owner (sysctl iogpu.wired_limit_mb, MiB, which is read where
+    `limit_mb` is None) recommendedMaxWorkingSetSize, as it is published for machines: 10.67 of 16,
+    21.33 of 32 GiB; 27 of 36, 48 of 64, 72 of 96 GiB. Newer systems allow more of 128 GiB and up.
+    MLX asks the device for it, and lets a graph take 1.5 times as much before it fails, which
+    swaps.
+    """
+    if limit_mb is None and sys.platform == "darwin":
+        limit_mb = _sysctl("iogpu.wired_limit_mb")
+    if limit_mb and limit_mb.isdigit() and int(limit_mb):
+        return min(ram_bytes, int(limit_mb) << 20)
+    return ram_bytes * 2 // 3 if ram_bytes <= 32 * GIB else ram_bytes * 3 // 4
+
+
+def mlx_is_installed() -> bool:
+    """Whether mlx and mlx-lm can be imported."""
+    return all(importlib.util.find_spec(name) is not None for name in ("mlx", "mlx_lm"))
 
 
 # Matmul FLOP/s of one core, bfloat16 with AVX512-BF16 (425e9 measured on a 2-core EPYC) and float32
@@ -231,11 +253,14 @@ def named_gpu(name: str) -> Hardware:
     for t4, l4, a100).
 
     RAM and disk of that host are assumed, and `notes` says so. Raises FastFTError listing the
-    known cards.
+    known cards. mac-36 is a Mac with Apple Silicon and 36 GiB of unified memory (any size).
     """
+    mac = re.fullmatch(r"mac-(\d{1,3})(gb)?", name.strip().lower())
+    if mac is not None and int(mac[1]):
+        return named_mac(int(mac[1]))
     key = gpu_key(name)
     if key is None:
-        raise one_of("GPU", name, KNOWN_GPUS)
+        raise one_of("GPU", name, [*KNOWN_GPUS, *(f"mac-{gib}" for gib in MACS)])
     gpu = KNOWN_GPUS[key]
     where = "a Colab runtime" if gpu.colab else "a machine"
     return Hardware(
@@ -260,6 +285,39 @@ def named_gpu(name: str) -> Hardware:
             f"{gpu.disk_bytes / GIB:.0f} GiB free disk",
         ),
     )
+
+
+MACS = (8, 16, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)
+"""Sizes of unified memory that Macs with Apple Silicon are sold with, GiB."""
+MACOS_BYTES = 4 * GIB
+"""What macOS and its programs take of a Mac that is only named: assumed, not measured."""
+
+
+def named_mac(gib: int) -> Hardware:
+    """Return a Mac with Apple Silicon and so many GiB of memory, which CPU and GPU share."""
+    ram = gib * GIB
+    cpu = Hardware(
+        name=f"Apple Silicon with {gib} GiB",
+        kind="cpu",
+        gpu_count=0,
+        vram_bytes=0,
+        vram_free_bytes=0,
+        capability=None,
+        bf16=True,
+        ram_bytes=ram,
+        ram_free_bytes=max(ram - MACOS_BYTES, GIB),
+        cpu_cores=8,
+        cpu_bf16=True,
+        apple_silicon=True,
+        disk_assumed_bytes=100 * GIB,
+        notes=(
+            f"assumed: macOS and other programs take {MACOS_BYTES / GIB:.0f} GiB, and 100 GiB of "
+            "disk are free",
+            "CPU and GPU share the memory, so the GPU's part is counted in RAM, too. The "
+            "arithmetic was compared with MLX on a Linux CPU; nobody of us has run it on a Mac",
+        ),
+    )
+    return _with_unified_memory(cpu, limit_mb="0")
 
 
 def gpu_key(name: str, vram_bytes: int | None = None) -> str | None:

@@ -1,4 +1,4 @@
-"""Write the notebooks from quickstart.md (and advice.md) and benchmark.md: python
+"""Write the notebooks from quickstart.md (and advice.md), deploy_vllm.md and benchmark.md: python
 tools/make_notebooks.py [--repository USER/NAME].
 
 Where the repository's address on GitHub is given, they get a badge that opens them in Colab, and
@@ -6,8 +6,8 @@ install fastft from there; without it they look for a wheel, or ask for one.
 
 The source is Markdown. A fenced block ```python NAME is a code cell with that id, everything
 between is a text cell; <<English||日本語>> is replaced by the one or the other; {{name}} by what
-`values` says. Both quickstarts have the same cells, so they cannot drift, and a test compares the
-committed files with what this program writes.
+`values` says. The two languages of a notebook have the same cells, so they cannot drift, and a test
+compares the committed files with what this program writes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 HERE = ROOT / "notebooks"
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 FILES = {"en": "quickstart.ipynb", "ja": "quickstart_ja.ipynb"}
+DEPLOY = {"en": "deploy_vllm.ipynb", "ja": "deploy_vllm_ja.ipynb"}
 BENCHMARK = "benchmark.ipynb"
 JAPANESE = r"[\u3001-\u30ff\u4e00-\u9fff\uff00-\uffef]"
 CODE = re.compile(r"^```python (\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -33,11 +34,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repository", default="", help="USER/NAME on GitHub, where it has one")
     repository = parser.parse_args().repository
-    for language, name in FILES.items():
-        text = notebook(language, repository)
+    made = {BENCHMARK: benchmark_notebook(repository)}
+    for language in FILES:
+        made[FILES[language]] = notebook(language, repository)
+        made[DEPLOY[language]] = deploy_notebook(language, repository)
+    for name, text in made.items():
         (HERE / name).write_text(text, encoding="utf-8", newline="\n")
-    text = benchmark_notebook(repository)
-    (HERE / BENCHMARK).write_text(text, encoding="utf-8", newline="\n")
 
 
 def notebook(language: str, repository: str = "") -> str:
@@ -46,6 +48,13 @@ def notebook(language: str, repository: str = "") -> str:
     text = text.replace("{{advice}}", (HERE / "advice.md").read_text(encoding="utf-8"))
     text = _filled(text, FILES[language], repository)
     return _ipynb(in_language(text, language), FILES[language])
+
+
+def deploy_notebook(language: str, repository: str = "") -> str:
+    """Return the notebook that serves a run with vLLM, in `language` (en, ja)."""
+    text = (HERE / "deploy_vllm.md").read_text(encoding="utf-8")
+    text = _filled(text, DEPLOY[language], repository)
+    return _ipynb(in_language(text, language), DEPLOY[language])
 
 
 def benchmark_notebook(repository: str = "") -> str:

@@ -14,7 +14,7 @@ import sys
 
 from fastft.engines.base import Engine
 from fastft.errors import FastFTError
-from fastft.hardware import Choice, Hardware
+from fastft.hardware import Choice, Hardware, mlx_is_installed
 
 ENGINES = ("unsloth", "stock", "mlx")
 
@@ -66,11 +66,6 @@ def get_engine(name: str) -> Engine:
     if name == "unsloth" and "unsloth" not in sys.modules and first_process:
         print("loading Unsloth (takes some seconds)", file=sys.stderr, flush=True)
     return importlib.import_module(f"fastft.engines.{name}").ENGINE
-
-
-def mlx_is_installed() -> bool:
-    """Whether mlx and mlx-lm can be imported."""
-    return all(importlib.util.find_spec(name) is not None for name in ("mlx", "mlx_lm"))
 
 
 def _why_not_unsloth(hardware: Hardware, quantization: str) -> str:

@@ -193,8 +193,6 @@ def choose_loading(config: RunConfig, hardware: Hardware) -> dict[str, Choice]:
     engine = choose_engine(
         config.model.engine, hardware, quantization=choices["quantization"].value
     )
-    if engine.value == "mlx":
-        choices |= _choices_of_mlx(config, hardware)
     return {"engine": engine, **choices}
 
 
@@ -218,34 +216,6 @@ def settle_batching(
         asked = choice.reason == "asked for"
         choices[name] = choice if asked else Choice(choice.value, choice.reason + seen)
     return resolved.situation
-
-
-def _choices_of_mlx(config: RunConfig, hardware: Hardware) -> dict[str, Choice]:
-    """Return what the MLX engine chooses otherwise; FastFTError for what it does not have."""
-    dtype, optimizer = config.model.dtype, config.train.optimizer
-    if dtype == "float16":
-        raise FastFTError(
-            "model.dtype float16 needs a loss scaler, which the mlx engine does not have. Set it "
-            "to auto, bfloat16 or float32."
-        )
-    if optimizer not in ("auto", "adamw"):
-        raise FastFTError(f"train.optimizer {optimizer} is not in MLX. Set it to auto or adamw.")
-    chosen = Choice(dtype, "asked for")
-    if dtype == "auto" and hardware.kind == "mps":
-        chosen = Choice("bfloat16", "weights of the base; A and B are float32")
-    elif dtype == "auto":
-        chosen = Choice("float32", "MLX on a CPU: exact, and bfloat16 would not be faster")
-    if config.model.quantization in ("nf4", "int8") and dtype == "auto":
-        chosen = Choice("bfloat16", "computes on quantised weights")
-    bits = {"nf4": 4, "int8": 8}.get(config.model.quantization)
-    found: dict[str, Choice] = {
-        "dtype": chosen,
-        "optimizer": Choice("adamw", "MLX's AdamW, with bias correction"),
-    }
-    if bits is not None:
-        reason = f"asked for; in MLX: {bits} bit, groups of 64 weights with scale and offset"
-        found["quantization"] = Choice(config.model.quantization, reason)
-    return found
 
 
 def attach_lora(

@@ -10,7 +10,8 @@ from typing import Any
 
 from fastft.config import MOVES_THE_BASE, RunConfig, make_config
 from fastft.errors import FastFTError
-from fastft.hardware import GIB, KNOWN_GPUS, Hardware, named_gpu
+from fastft.hardware import GIB, KNOWN_GPUS, MACS, Hardware, named_gpu
+from fastft.planning.resolve import trains_in_mlx
 from fastft.planning.shape import ModelShape
 
 Judge = Callable[[RunConfig, Hardware, ModelShape], tuple[str, int]]
@@ -99,7 +100,7 @@ def _candidates(
     if config.model.dtype == "float32":
         yield "model.dtype", "auto", "16-bit arithmetic where the machine has it"
     may_round = config.model.quantization != "nf4" and config.lora.init not in MOVES_THE_BASE
-    if hardware.kind == "cuda" and may_round:
+    if (hardware.kind == "cuda" or trains_in_mlx(config, hardware)) and may_round:
         yield "model.quantization", "nf4", "slower passes, and a base rounded to 4 bits"
     if hardware.kind == "cuda" and train.optimizer != "paged_adamw_8bit":
         cost = "optimizer state moves through PCIe when memory is short"
@@ -153,13 +154,16 @@ def _another_card(
     cards = sorted(
         KNOWN_GPUS, key=lambda name: (KNOWN_GPUS[name].vram_bytes, KNOWN_GPUS[name].flops)
     )
+    if hardware.kind == "mps":  # a Mac's run goes to another Mac
+        cards = [f"mac-{gib}" for gib in MACS]
+    another = "another Mac" if hardware.kind == "mps" else "another card"
     for key in cards:
         if _fits(config, [], named_gpu(key), shape, judge):
-            return [Change("gpu", hardware.name, key, "another card", True)]
+            return [Change("gpu", hardware.name, key, another, True)]
     for key in cards:
         made = _cheapest(config, named_gpu(key), shape, judge)
         if made is not None:
-            card = Change("gpu", hardware.name, key, "another card, and on it:", False)
+            card = Change("gpu", hardware.name, key, f"{another}, and on it:", False)
             return [card, *_as_changes(config, made)]
     return [Change("gpu", hardware.name, None, "no single known card fits it", False)]
 

@@ -35,9 +35,9 @@ class Situation:
     """Everything that decides the memory of a run, resolved: no `auto` is left."""
 
     device: Literal["cuda", "mps", "cpu"]
-    kernels: Literal["unsloth", "fused", "peft", "compiled"]
+    kernels: Literal["unsloth", "fused", "peft", "compiled", "mlx"]
     """unsloth: its CUDA kernels; fused: fastft's own layers on a CPU; peft: transformers' and
-    peft's eager modules; compiled: torch.compile.
+    peft's eager modules; compiled: torch.compile; mlx: mlx-lm's layers and fastft's LoRA in MLX.
     """
     tokens: int
     """T: most tokens in one forward pass."""
@@ -104,7 +104,15 @@ def weight_terms(shape: ModelShape, s: Situation) -> list[Term]:
     packed -= shape.kept_in_16_bit if s.quantization == "nf4" else 0
     rest = shape.parameters - packed
     terms = []
-    if s.quantization == "nf4":
+    if s.quantization != "none" and s.kernels == "mlx":
+        bits = MLX_BITS[s.quantization]
+        source = "mlx.nn.quantize: groups of 64 weights with a 16-bit scale and offset"
+        terms.append(
+            _term(
+                f"weights in {bits:.0f} bit", packed * bits / 8, f"{packed:,} x {bits} bits", source
+            )
+        )
+    elif s.quantization == "nf4":
         formula = f"{packed:,} x {NF4_BITS:.3f} bits"
         terms.append(
             _term(
@@ -186,6 +194,8 @@ def layer_bytes_per_token(shape: ModelShape, s: Situation) -> dict[str, float]:
     inputs = [w.shape[1] for w in targets if w.name != "lm_head"]
     if s.kernels == "fused":
         return _fused_layer_bytes(shape, s)
+    if s.kernels == "mlx":
+        return _mlx_layer_bytes(shape, s)
     if s.kernels != "peft":
         # the normed input of attention; Unsloth also keeps the MLP's
         shared = h + (h if s.kernels == "unsloth" else 0)
@@ -218,6 +228,56 @@ def layer_bytes_per_token(shape: ModelShape, s: Situation) -> dict[str, float]:
         # positions.
         parts["attention scores"] = shape.heads * min(s.longest, s.tokens) * (2 * c + 4 + 1)
     return parts
+
+
+MLX_BITS = {"nf4": 4.5, "int8": 8.5}
+"""Bits of a weight in MLX's own quantisation: 4 or 8, and two 16-bit numbers for 64 weights."""
+MLX_MLP_TENSORS = 5
+"""Of a token's intermediate size that MLX keeps in a layer: fitted to measured peaks."""
+MLX_LOGIT_BYTES = 19
+"""Of a logit that carries loss, at the peak of MLX's loss: measured (18.5 and 19.5)."""
+MLX_RECOMPUTED_LAYERS = 4
+"""Layers' worth that are live while MLX recomputes one: measured 2.7 to 3.9."""
+
+
+def _mlx_layer_bytes(shape: ModelShape, s: Situation) -> dict[str, float]:
+    """What MLX keeps of one layer and token until its backward pass (compared with
+    mx.get_peak_memory on a Linux CPU, docs/mac.md).
+
+    A and B are float32, so with 16-bit weights each targeted layer makes its own float32 copy of
+    its input. Attention in training is not MLX's fused kernel: the weights of all pairs are kept.
+    """
+    c, h, q, k = s.compute_bytes, shape.hidden, shape.query_size, shape.kv_size
+    i = shape.intermediate * max(1, shape.experts_per_token)
+    family = family_of(shape.family)
+    inputs = [w.shape[1] for w in shape.lora_targets(s.lora[1]) if w.name != "lm_head"]
+    copies = 4 * sum(inputs) if c == 2 else (2 * h + q) * c  # in float32 they share one
+    qk_norm = 2 * (q + k) * c if family.qk_norms == "head" else 0
+    return {
+        "norms": family.norms_a_layer * h * c + qk_norm,
+        "LoRA inputs": copies + (sum(inputs) * c if s.dropout else 0),
+        "attention": (3 * q + 2 * k) * c,
+        "attention scores": shape.heads * min(s.longest, s.tokens) * c,
+        "MLP": MLX_MLP_TENSORS * i * c,
+        "rank-r products": 4 * s.rank * len(inputs),
+    }
+
+
+def _mlx_moving_terms(shape: ModelShape, s: Situation) -> list[Term]:
+    """Transient memory of a step in MLX: besides the logits one layer's worth is in work, and with
+    checkpointing several are while a layer is recomputed.
+    """
+    parts, measured = layer_bytes_per_token(shape, s), "mx.get_peak_memory (docs/mac.md)"
+    layer = s.tokens * sum(parts.values())
+    work = _term("one layer at work", layer, f"T {s.tokens:,} x ({_listed(parts)})", measured)
+    if s.checkpointing == "off":
+        formula = f"L {shape.layers} x what one keeps"
+        kept = _term("activations", shape.layers * layer, formula, measured)
+        return [kept, work, loss_term(shape, s)]
+    again = MLX_RECOMPUTED_LAYERS
+    recomputed = _term("recomputed layers", again * layer, f"{again} x one layer", measured)
+    inputs, loss = _layer_inputs_term(shape, s), loss_term(shape, s)
+    return [inputs, *max([work, loss], [recomputed], key=lambda terms: sum(t.bytes for t in terms))]
 
 
 KEEP_PROBABILITIES = 256
@@ -310,6 +370,8 @@ def moving_terms(shape: ModelShape, s: Situation) -> list[Term]:
     the loss and one layer's backward. With it, all layer inputs and either the loss or one
     recomputed layer, which never meet.
     """
+    if s.kernels == "mlx":
+        return _mlx_moving_terms(shape, s)
     loss, layer = [loss_term(shape, s)], _backward_terms(shape, s)
     if s.checkpointing == "off":
         parts = layer_bytes_per_token(shape, s)
@@ -387,6 +449,12 @@ GPU_LOSS_BUDGET = 4 * GIB  # or half of the free memory, where that is less
 def loss_term(shape: ModelShape, s: Situation) -> Term:
     """Logits: a chunk at a time, or all of them in float32 where the loss is not fused."""
     logits, v = s.tokens * shape.vocab, shape.vocab
+    if s.kernels == "mlx":
+        formula = f"T x V {v:,} x {MLX_LOGIT_BYTES} bytes"
+        source = (
+            "fastft.engines.mlx: logits, float32, and their gradients; where tokens are trained"
+        )
+        return _term("logits", logits * MLX_LOGIT_BYTES, formula, source)
     if s.loss == "fused":
         size = (
             min(s.tokens, HEAD_ROWS) * v * s.compute_bytes
@@ -513,8 +581,8 @@ def _terms_of_pass(shape: ModelShape, s: Situation) -> list[Term]:
 
 def overhead_terms(s: Situation, moving: Iterable[Term], shape: ModelShape) -> list[Term]:
     """What the allocator holds beyond the live tensors, and the CUDA context."""
-    if not s.allocator_slack:
-        return []
+    if not s.allocator_slack or s.kernels == "mlx":
+        return []  # MLX gives what it caches back before it runs out
     live = sum(term.bytes for term in moving)
     if s.device == "cpu":
         eager = sum(eager_parts(shape, s).values())
@@ -578,7 +646,7 @@ def eval_terms(shape: ModelShape, s: Situation) -> list[Term]:
         f"T x V {shape.vocab:,} x (c + 8) bytes",
         "c, float32, log-softmax",
     )
-    if s.device != "cpu" or s.loss == "fused":
+    if s.device != "cpu" or s.loss == "fused" or s.kernels == "mlx":
         logits = loss_term(shape, s)
     moving = [max(layer, logits, key=lambda term: term.bytes)]
     context = (

@@ -9,7 +9,14 @@ from typing import Any, Literal
 from fastft.config import MOVES_THE_BASE, RunConfig
 from fastft.errors import FastFTError
 from fastft.families import family_of
-from fastft.hardware import GIB, Choice, Hardware, compute_dtype, optimizer
+from fastft.hardware import (
+    GIB,
+    Choice,
+    Hardware,
+    compute_dtype,
+    mlx_is_installed,
+    optimizer,
+)
 from fastft.planning.memory import (
     Situation,
     Term,
@@ -101,13 +108,15 @@ def _resolve(
     quantization: Choice[Any],
     lengths: Lengths | None,
 ) -> Resolved:
-    dtype = compute_dtype(hardware, config.model.dtype)
+    on_mlx = trains_in_mlx(config, hardware)
+    changed = _choices_of_mlx(config, hardware) if on_mlx else {}
+    dtype = changed.get("dtype") or compute_dtype(hardware, config.model.dtype)
     most = config.model.max_seq_length
     lengths = lengths or Lengths(most, most * config.train.effective_batch_size)
     longest, whole = lengths.longest, lengths.step
     forced = _forced_float32(config, hardware, shape, dtype.value)
     tokens, asked = config.lora.train_tokens, config.train.micro_batch_tokens
-    optimizer_choice = optimizer(hardware, config.train.optimizer)
+    optimizer_choice = changed.get("optimizer") or optimizer(hardware, config.train.optimizer)
     start = Situation(
         device=hardware.kind,
         kernels=_kernels(config, hardware),
@@ -160,7 +169,7 @@ def _resolve(
         "optimizer": optimizer_choice,
         "gradient_checkpointing": checkpointing,
         "micro_batch_tokens": budget,
-    }
+    } | changed
     return Resolved(replace(start, tokens=_row(budget.value, lengths)), choices)
 
 
@@ -177,10 +186,47 @@ def _forced_float32(config: RunConfig, hardware: Hardware, shape: ModelShape, dt
     return overflows and _kernels(config, hardware) == "unsloth"
 
 
-def _kernels(config: RunConfig, hardware: Hardware) -> Literal["unsloth", "fused", "peft"]:
+def trains_in_mlx(config: RunConfig, hardware: Hardware) -> bool:
+    """Whether the run is the MLX engine's: asked for, or a Mac's that has it or is only named."""
+    named = hardware.disk_assumed_bytes is not None  # not this machine, whose packages count
+    on_a_mac = hardware.kind == "mps" and (named or mlx_is_installed())
+    return config.model.engine == "mlx" or (config.model.engine == "auto" and on_a_mac)
+
+
+def _kernels(config: RunConfig, hardware: Hardware) -> Literal["unsloth", "fused", "peft", "mlx"]:
+    if trains_in_mlx(config, hardware):
+        return "mlx"
     if hardware.kind == "cuda":
         return "peft" if config.model.engine == "stock" else "unsloth"
     return "fused" if hardware.kind == "cpu" and config.train.fused_layers is not False else "peft"
+
+
+def _choices_of_mlx(config: RunConfig, hardware: Hardware) -> dict[str, Choice[Any]]:
+    """Return what the MLX engine chooses otherwise; FastFTError for what it does not have."""
+    dtype, wanted = config.model.dtype, config.train.optimizer
+    if dtype == "float16":
+        raise FastFTError(
+            "model.dtype float16 needs a loss scaler, which the mlx engine does not have. Set it "
+            "to auto, bfloat16 or float32."
+        )
+    if wanted not in ("auto", "adamw"):
+        raise FastFTError(f"train.optimizer {wanted} is not in MLX. Set it to auto or adamw.")
+    chosen = Choice(dtype, "asked for")
+    if dtype == "auto" and hardware.kind == "mps":
+        chosen = Choice("bfloat16", "weights of the base; A and B are float32")
+    elif dtype == "auto":
+        chosen = Choice("float32", "MLX on a CPU: exact, and bfloat16 would not be faster")
+    if config.model.quantization in ("nf4", "int8") and dtype == "auto":
+        chosen = Choice("bfloat16", "computes on quantised weights")
+    bits = {"nf4": 4, "int8": 8}.get(config.model.quantization)
+    found: dict[str, Choice[Any]] = {
+        "dtype": chosen,
+        "optimizer": Choice("adamw", "MLX's AdamW, with bias correction"),
+    }
+    if bits is not None:
+        reason = f"asked for; in MLX: {bits} bit, groups of 64 weights with scale and offset"
+        found["quantization"] = Choice(config.model.quantization, reason)
+    return found
 
 
 def _loss_of(
@@ -192,7 +238,7 @@ def _loss_of(
     family = family_of(shape.family)
     if _kernels(config, hardware) == "fused" and "head" in family.fused and not changed_head:
         return "fused"
-    if config.model.engine == "stock" or hardware.kind == "mps":
+    if config.model.engine in ("stock", "mlx") or hardware.kind == "mps":
         return "full"
     whole = (
         family.whole_logits_on_gpu if hardware.kind == "cuda" else not family.chunked_loss_on_cpu

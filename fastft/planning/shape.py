@@ -670,7 +670,9 @@ def _model(
 _40K, _128K = {"max_position_embeddings": 40960}, {"max_position_embeddings": 131072}
 _OSS: dict[str, Any] = {"head_dim": 64, "num_experts_per_tok": 4, **_128K}
 _OSS["quantization_config"] = {"quant_method": "mxfp4"}
-# Dimensions from the models' published config.json files.
+_GEMMA_3_1B = {"head_dim": 256, "sliding_window": 512, "max_position_embeddings": 32768}
+_GEMMA_3_4B = {"head_dim": 256, "sliding_window": 1024, "max_position_embeddings": 131072}
+# Dimensions from the models' published config.json files; of a multimodal one, its text model's.
 KNOWN_MODELS: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": _model("qwen3", 1024, 28, 16, 8, 3072, 151936, tied=True, **_40K),
     "qwen3-1.7b": _model("qwen3", 2048, 28, 16, 8, 6144, 151936, tied=True, **_40K),
@@ -685,6 +687,8 @@ KNOWN_MODELS: dict[str, dict[str, Any]] = {
     "llama-2-7b": _model("llama", 4096, 32, 32, 32, 11008, 32000, max_position_embeddings=4096),
     "llama-65b": _model("llama", 8192, 80, 64, 64, 22016, 32000, max_position_embeddings=2048),
     "mistral-7b": _model("mistral", 4096, 32, 32, 8, 14336, 32000, max_position_embeddings=32768),
+    "gemma-3-1b": _model("gemma3_text", 1152, 26, 4, 1, 6912, 262144, tied=True, **_GEMMA_3_1B),
+    "gemma-3-4b": _model("gemma3_text", 2560, 34, 8, 4, 10240, 262208, tied=True, **_GEMMA_3_4B),
     "gpt-oss-20b": _model("gpt_oss", 2880, 24, 64, 8, 2880, 201088, num_local_experts=32, **_OSS),
     "gpt-oss-120b": _model("gpt_oss", 2880, 36, 64, 8, 2880, 201088, num_local_experts=128, **_OSS),
 }

@@ -88,21 +88,20 @@ def test_it_is_a_valid_notebook_for_a_colab_gpu_without_outputs(language):
         assert cell.cell_type == "markdown" or (cell.outputs == [] and cell.execution_count is None)
 
 
+class NoText(ast.NodeTransformer):
+    def visit_Constant(self, node):
+        return ast.Constant("") if isinstance(node.value, str) else node
+
+
+def programs(cells):
+    """Return each cell's program without its texts and comments."""
+    return {name: ast.dump(NoText().visit(ast.parse(source))) for name, source in cells.items()}
+
+
 def test_the_two_differ_in_words_only():
-    """Same cells, and the same programs once texts and comments are left aside."""
-
-    class NoText(ast.NodeTransformer):
-        def visit_Constant(self, node):
-            return ast.Constant("") if isinstance(node.value, str) else node
-
-    def program(source):
-        return ast.dump(NoText().visit(ast.parse(source)))
-
     english, japanese = code_of("en"), code_of("ja")
     assert list(english) == list(japanese)
-    assert {n: program(s) for n, s in english.items()} == {
-        n: program(s) for n, s in japanese.items()
-    }
+    assert programs(english) == programs(japanese)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
