@@ -71,7 +71,8 @@ def test_run_all(language, tmp_path):
     cell.source = with_settings(cell.source, settings)
     where = {"metadata": {"path": str(tmp_path)}}
     client = NotebookClient(notebook, timeout=580, kernel_name="python3", resources=where)
-    environment = colab(tmp_path, CUDA_VISIBLE_DEVICES="", VLLM_CPU_KVCACHE_SPACE="1")
+    cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_TARGET_DEVICE": "cpu"}
+    environment = colab(tmp_path, CUDA_VISIBLE_DEVICES="", **cpu)
     client.execute(env=environment)
     if keep := os.environ.get("FASTFT_KEEP_NOTEBOOKS"):  # to look at what a reader sees
         nbformat.write(notebook, Path(keep) / f"executed_deploy_{language}.ipynb")
