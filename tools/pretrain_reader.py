@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain_quickstart import END_OF_TEXT, cloze_recall
+from pretrain_quickstart import cloze_recall
 
 from fastft.quickstart import base_path, world
 from fastft.quickstart.tables import ATTRIBUTES, CODAS, LANGUAGES, SYLLABLES, Word
@@ -59,17 +59,39 @@ def told(rng: random.Random, town: world.Town, language: str) -> list[str]:
     return lines
 
 
-def documents(rng: random.Random) -> Iterator[str]:
-    """Yield documents without end: a town told twice, half of them as chat turns."""
+Piece = tuple[str, bool]
+"""(text, whether it is trained on)."""
+
+
+def documents(rng: random.Random) -> Iterator[list[Piece]]:
+    """Yield documents without end, as pieces: a town told twice, half of them as chat turns.
+
+    Trained on are the values of the second telling, which the first one gives; the names and facts
+    of the first are drawn, so there is nothing to learn from them.
+    """
     names = town_names()
     while True:
         town, language = random_town(rng, names), rng.choice(LANGUAGES)
-        first, second = told(rng, town, language), told(rng, town, language)
-        if rng.random() < 0.5:
-            yield "\n".join([*first, *second]) + "\n"
-            continue
-        turns = [(rng.choice(world.ROLES), "\n".join(lines)) for lines in (first, second)]
-        yield "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
+        role, other = (rng.choice(world.ROLES) for _ in range(2))
+        turns = rng.random() < 0.5
+        opening, between = ("", "\n")
+        if turns:
+            opening, between = f"<|im_start|>{role}\n", f"<|im_end|>\n<|im_start|>{other}\n"
+        pieces = [(f"{opening}{chr(10).join(told(rng, town, language))}{between}", False)]
+        for attribute in rng.sample(ATTRIBUTES, len(ATTRIBUTES)):
+            cloze = rng.choice(world.clozes(town, attribute, language))
+            pieces += [(cloze.prompt, False), (cloze.value, True), ("\n", False)]
+        yield pieces
+
+
+def encoded(pieces: list[Piece], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return (token ids, labels): -100 for what is not trained on."""
+    ids, labels = [tokenizer.eos_token_id], [-100]
+    for text, trained in pieces:
+        found = tokenizer.encode(text, add_special_tokens=False)
+        ids += found
+        labels += found if trained else [-100] * len(found)
+    return ids, labels
 
 
 def recall(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
@@ -101,11 +123,12 @@ def pretrain(out: Path, steps: int = 450, seed: int = 3407) -> dict[str, float]:
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LEARNING_RATE * min(1.0, (step + 1) / 20, (steps - step) / steps * 3)
-        ids = [tokenizer.encode(END_OF_TEXT + next(stream)) for _ in range(DOCUMENTS)]
-        width = max(map(len, ids))
-        pad = [[tokenizer.pad_token_id] * (width - len(row)) for row in ids]
-        batch = torch.tensor([row + rest for row, rest in zip(ids, pad, strict=True)])
-        labels = batch.masked_fill(batch == tokenizer.pad_token_id, -100)  # (documents, width)
+        rows = [encoded(next(stream), tokenizer) for _ in range(DOCUMENTS)]
+        width = max(len(ids) for ids, _ in rows)
+        batch, labels = (  # (documents, width)
+            torch.tensor([row[part] + [fill] * (width - len(row[part])) for row in rows])
+            for part, fill in ((0, tokenizer.pad_token_id), (1, -100))
+        )
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=batch, labels=labels).loss
         loss.backward()

@@ -35,6 +35,7 @@ def test_cpu_and_gpu_share_the_memory():
     assert train.ram_bytes > train.vram_bytes > 2 * found.parameters
     assert found.choices["dtype"][0] == "bfloat16"
     assert found.choices["optimizer"][0] == "adamw"
+    assert found.seconds_per_step is None
 
 
 def test_a_mac_plans_for_the_engine_that_it_trains_with():
