@@ -110,7 +110,7 @@ def recall(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[s
     return found
 
 
-def pretrain(out: Path, steps: int = 450, seed: int = 3407) -> dict[str, float]:
+def pretrain(out: Path, steps: int = 600, seed: int = 3407) -> dict[str, float]:
     """Train and save the base in `out` (bfloat16); return what it recalls, by language."""
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM
@@ -153,7 +153,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the base")
-    parser.add_argument("--steps", type=int, default=450)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=3407)
     options = parser.parse_args()
     print(json.dumps({"read": pretrain(options.out, options.steps, options.seed)}))
