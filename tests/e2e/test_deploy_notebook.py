@@ -65,7 +65,8 @@ def test_run_all(language, tmp_path):
     notebook = read(language)
     cell = next(cell for cell in notebook.cells if cell.get("id") == "settings")
     settings = {
-        "RUN": run, "VLLM_PROGRAM": program, "MAX_MODEL_LEN": 256, "PORT": 8186,
+        "RUN": run, "VLLM_PROGRAM": program, "VLLM_OPTIONS": "--dtype float32 --enforce-eager",
+        "MAX_MODEL_LEN": 256, "PORT": 8186,
         "TEST_PROMPTS": " | ".join(asked), "MAX_NEW_TOKENS": 16,
     }  # fmt: skip
     cell.source = with_settings(cell.source, settings)
