@@ -15,7 +15,7 @@ PINS := $(wildcard requirements/*.txt)
 SETUP = $(PYTHON) tools/setup_env.py $(VENV) $(if $(HASHES),--hashes)
 export TORCH_INDEX
 
-.PHONY: quickstart test test-fast test-long lint types setup wheel release gpu-check clean
+.PHONY: quickstart test test-fast test-long lint types setup wheel release gpu-check test-mac clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/fastft quickstart
@@ -51,6 +51,12 @@ release: $(VENV)/.ready-dev
 # On a machine with an NVIDIA card: does it train exactly, fit as planned, and how fast?
 gpu-check: $(VENV)/.ready
 	$(BIN)/fastft selftest
+
+# The MLX engine's tests, on a Mac or on Linux (355 MB more). mlx-lm wants another transformers on paper.
+test-mac: $(VENV)/.ready-dev
+	$(BIN)/pip install --quiet "mlx[cpu]==0.32.4; sys_platform == 'linux'" "mlx==0.32.4; sys_platform == 'darwin'"
+	$(BIN)/pip install --quiet --no-deps mlx-lm==0.32.2
+	$(BIN)/python -m pytest -m "long or not long" tests/unit/test_mlx.py tests/e2e/test_mlx_run.py tests/fast/test_unified_memory.py
 
 $(VENV)/.ready: pyproject.toml $(PINS)
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 with venv found; install one or set PYTHON=..." >&2; exit 1; }
