@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -228,9 +229,9 @@ def train_adapter(
     torch.manual_seed(7)
     if vocabulary:
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
-    model = get_peft_model(
-        model, LoraConfig(**({"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | lora))
-    )
+    # peft adds names to the lists that it is given; the table of kinds must stay as it is.
+    settings = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | copy.deepcopy(lora)
+    model = get_peft_model(model, LoraConfig(**settings))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
