@@ -64,10 +64,11 @@ def _with_speed(path: Path) -> str:
 
 def _matched() -> str:
     """Return the smallest and largest ratio of all matched tables against peft and Unsloth."""
+    tables = [r.tables["matched"] for r in newest_results() if "matched" in r.tables]
     found = [
         ratio.speed
-        for result in newest_results()
-        for arm, ratio in result.tables["matched"].ratios.items()
+        for table in tables
+        for arm, ratio in table.ratios.items()
         if arm in {"peft", "unsloth"}
     ]
     return f"{min(found):.1f}x to {max(found):.1f}x"
