@@ -479,16 +479,15 @@ def known_limit(
 ) -> str | None:
     """Return which known limit of llama.cpp explains that `text` got `ids`, or None.
 
-    It does not compose characters, as some tokenizers do (NFC, NFKC); and its SentencePiece puts no
+    It does not compose characters, as some tokenizers do (NFC); and its SentencePiece puts no
     space behind a special token where some published tokenizers do, so that the number of spaces
     there differs. Its Unigram has no byte fall-back.
     """
     import unicodedata
 
-    for form in ("NFC", "NFKC"):
-        composed = unicodedata.normalize(form, text)
-        if composed != text and model.tokens(composed, add_special=add_special) == expected:
-            return f"llama.cpp does not compose characters; write the text in {form}"
+    composed = unicodedata.normalize("NFC", text)
+    if composed != text and model.tokens(composed, add_special=add_special) == expected:
+        return "llama.cpp does not compose characters; write the text in NFC"
 
     def words(tokens: list[int]) -> list[bytes]:
         return [piece for t in tokens if (piece := model.piece(t, special=True).strip())]

@@ -254,14 +254,13 @@ def _refuse_other_pieces(
 ) -> None:
     """Raise Unsupported where llama.cpp cuts a text of known pieces otherwise than the tokenizer.
 
-    What no piece covers comes out as bytes in the tokenizer, and as one unknown token in llama.cpp;
-    and where a Metaspace step puts the space in front, it puts none before a text that begins with
-    one, and llama.cpp does. Such texts say nothing here, and the certificate speaks of them.
+    What no piece covers comes out as bytes in the tokenizer, and as one unknown token in llama.cpp:
+    such texts say nothing here, and the certificate speaks of them.
     """
     pieces = spec["model"]["vocab"]
     beyond = {i for i, (text, _) in enumerate(pieces) if _is_byte(text)}
     beyond.add(spec["model"].get("unk_id"))
-    texts = [line.lstrip(" ") for text in PROBES for line in text.splitlines() if line.strip()]
+    texts = [line for text in PROBES for line in text.splitlines() if line.strip()]
     encoded = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     known = [(t, ids) for t, ids in zip(texts, encoded, strict=True) if not beyond & set(ids)]
     if not known:
