@@ -11,8 +11,9 @@ What they save against autograd over peft and transformers, which they replace o
 - the loss runs the output head over supervised tokens only, some rows at a time, and leaves no
   logits behind.
 
-A module that is not exactly of a known kind (DoRA, dropout, biases that are trained, quantised
-weights ...) keeps its own forward. Frozen weights get no gradient.
+A module that is not exactly of a known kind (DoRA, dropout, biases that are trained, weights in
+8 bit, NF4 where products cannot dequantise it by blocks ...) keeps its own forward. Frozen weights
+get no gradient.
 """
 
 from __future__ import annotations

@@ -288,7 +288,7 @@ KEEP_PROBABILITIES = 256
 
 def _fused_layer_bytes(shape: ModelShape, s: Situation) -> dict[str, float]:
     """What fastft's own autograd functions save (kernels/fused.py), and peft's modules where they
-    are not replaced: on quantised weights all but norms, plain LoRA layers and the loss.
+    are not replaced: where `_not_fused`, all but norms and the loss.
     """
     c, h, q, k, i = (
         s.compute_bytes,
