@@ -8,7 +8,7 @@ number of supervised tokens of the whole step, so the gradient does not depend o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -63,6 +63,8 @@ class MicroBatch:
     """(row, start, tokens, place in the step) of each sequence; none of a trie row, which has no
     dropout.
     """
+    keeps: int | None = None
+    """It may keep no more for its backward pass than a row of so many tokens does; None: all."""
 
 
 class StepBatches:
@@ -168,14 +170,19 @@ def micro_batches(
     device: Any,
     pinned: bool = False,
     rope_changes_at: int | None = None,
+    stretch: float | None = None,
 ) -> Iterator[MicroBatch]:
     """Yield the micro-batches of one step, each of at most `budget` tokens (padding counts, a
     shared token counts once), or of one segment.
 
     Segments without a supervised token are left out: they add nothing to loss or gradient.
     `pinned`: a GPU gets them from pinned memory, for which the host does not wait.
-    `rope_changes_at`: see `groups`.
+    `rope_changes_at`: see `groups`. `stretch`: see `split_trees`.
     """
+    if rows == "trie" and stretch is not None and rope_changes_at is None:
+        trees, segments, budget = split_trees(segments, budget, stretch)
+        for tree in trees:
+            yield replace(_trie_row(tree, device, pinned), keeps=budget)
     for chosen in groups(segments, budget, rows, rope_changes_at):
         if rows == "padded":
             yield _padded(chosen, pad_token_id, device, pinned)
@@ -211,12 +218,19 @@ def same_segments(some: Sequence[Segment], others: Sequence[Segment]) -> bool:
 
 
 def row_sizes(
-    segments: Sequence[Segment], budget: int, rows: Rows, rope_changes_at: int | None = None
+    segments: Sequence[Segment],
+    budget: int,
+    rows: Rows,
+    rope_changes_at: int | None = None,
+    stretch: float | None = None,
 ) -> list[tuple[int, int]]:
     """Return (tokens that go through the model, tokens of the longest sequence) of each
-    micro-batch that `micro_batches` makes.
+    micro-batch that `micro_batches` makes; where one keeps less than its tokens do, so many.
     """
     sizes = []
+    if rows == "trie" and stretch is not None and rope_changes_at is None:
+        trees, segments, budget = split_trees(segments, budget, stretch)
+        sizes += [(budget, max(map(len, tree))) for tree in trees]
     for chosen in groups(segments, budget, rows, rope_changes_at):
         longest = max(map(len, chosen))
         if rows == "trie":
@@ -252,6 +266,32 @@ def _cut_alike(useful: list[Segment], budget: int, rows: Rows) -> list[list[Segm
     else:
         found = cut(lengths, budget)
     return [[useful[i] for i in indices] for indices in found]
+
+
+def split_trees(
+    segments: Sequence[Segment], budget: int, stretch: float
+) -> tuple[list[list[Segment]], list[Segment], int]:
+    """Return (the segments of each tree with more tokens than any row would have without sharing,
+    all other segments, the tokens of the largest such row).
+
+    A row of a tree may have `stretch` times as many tokens, because it can do with what the smaller
+    one keeps; a tree that is larger still is cut.
+    """
+    useful = [segment for segment in segments if segment.supervised]
+    if not useful:
+        return [], [], budget
+    lengths = [len(segment) for segment in useful]
+    largest = max(sum(lengths[i] for i in row) for row in cut(lengths, budget))
+    large, others = [], []
+    for indices in trie.trees([segment.input_ids for segment in useful]):
+        tree = [useful[i] for i in indices]
+        parts = trie.cut([s.input_ids for s in tree], int(stretch * largest))
+        for part in ([tree[i] for i in chosen] for chosen in parts):
+            if len(part) > 1 and unique_tokens(part) > largest:
+                large.append(part)
+            else:
+                others += part
+    return large, others, largest
 
 
 def unique_tokens(segments: Sequence[Segment]) -> int:

@@ -187,6 +187,14 @@ def cut(sequences: Sequence[np.ndarray], budget: int, shortest: int = SHORTEST) 
     return [sorted(members) for _, members in rows]
 
 
+def trees(sequences: Sequence[np.ndarray], shortest: int = SHORTEST) -> list[list[int]]:
+    """Return the indices of the sequences of each tree: those with a common beginning."""
+    trie = build(sequences, shortest)
+    children, ending = _below(trie)
+    roots = np.flatnonzero(trie.parent < 0).tolist()
+    return [sorted(s for n in _subtree(root, children) for s in ending[n]) for root in roots]
+
+
 def groups(sequences: Sequence[np.ndarray], most: int, shortest: int = SHORTEST) -> list[list[int]]:
     """Return all indices in groups of at most `most` sequences with a common beginning: the largest
     subtrees of so few. Deterministic.

@@ -1,8 +1,8 @@
 // Causal attention over a row without padding, forward and backward, in bfloat16 on processors with AVX512-BF16 or AMX.
 // The row is a forest of nodes, stretches of tokens that attend to their ancestors and causally to themselves; sequences
-// that share no beginning are trees of one node each (data/trie.py). Tiles of keys and queries stay in the cache and scores are never written to memory, as in
-// FlashAttention-2 (arXiv 2307.08691); sums are float32. Built together with kernels.cpp by native.py; row_attention.py
-// holds the same computation in torch, which serves every other type and processor.
+// that share no beginning are trees of one node each (data/trie.py). Tiles of keys and queries stay in the cache and scores
+// are never written to memory, as in FlashAttention-2 (arXiv 2307.08691); sums are float32. Built together with kernels.cpp
+// by native.py; row_attention.py holds the same computation in torch, which serves every other type and processor.
 //
 // q (T, kv * group * dim), k and v (T, kv * dim) are the projections' outputs, before rotation; cos and sin (T, dim) rotate
 // halves, or are null. nodes (count, 4), depth first: where each begins in the row, its length, the position of its first
@@ -23,6 +23,7 @@ namespace {
 const float LOG2E = 1.44269504088896341f;
 const int64_t KEYS = 64;     // keys of a tile, which is what one panel holds
 const int64_t ROWS = 96;     // at most so many rows (queries times heads of a group) of a tile, where the group allows
+const int64_t FEW = 8;       // so many queries more go with a node's last tile: one of their own costs nearly as much as a full one
 const int64_t COLUMN_STEP = WORD_STEP > 8 ? 2 * WORD_STEP : 16;  // of scores: they are the next product's summed index
 const int64_t PART = 128;    // trees with more tokens than this are shared by several threads in the backward
 
@@ -92,8 +93,8 @@ struct Row {
         const int64_t fitting = ROWS / group / 16 * 16;
         return std::min<int64_t>(std::max<int64_t>(fitting, 16), 48);
     }
-    int64_t most_rows() const { return rounded_up(queries() * group, COLUMN_STEP); }  // of a tile, padding included
-    int64_t tiles(int64_t n) const { return (length(n) + queries() - 1) / queries(); }
+    int64_t most_rows() const { return rounded_up((queries() + FEW) * group, COLUMN_STEP); }  // of a tile, padding included
+    int64_t tiles(int64_t n) const { return std::max<int64_t>(1, (length(n) + queries() - 1 - FEW) / queries()); }
 };
 
 // Where the nodes' panels lie in a buffer of all panels, for one head of keys: a tree's lie together.
@@ -128,7 +129,7 @@ struct Queries {
     int64_t n, head, first, positions, rows, padded;
 
     Queries(const Row& row, int64_t n, int64_t head, int64_t tile) : n(n), head(head), first(tile * row.queries()) {
-        positions = row.length(n) - first < row.queries() ? row.length(n) - first : row.queries();
+        positions = tile + 1 == row.tiles(n) ? row.length(n) - first : row.queries();
         rows = positions * row.group;
         padded = rounded_up(rows, COLUMN_STEP);
     }

@@ -29,6 +29,7 @@ from torch.autograd import Function
 
 from fastft.families import FAMILIES, Family, family_of
 from fastft.kernels import native
+from fastft.kernels.kept import Normed, keep, kept
 from fastft.kernels.native import Matrix, Quantised, Sum, multiply
 from fastft.kernels.row_attention import RowPlan, plan_nodes, plan_row, row_attention
 from fastft.kernels.varlen import text_config
@@ -45,6 +46,11 @@ class Projection:
     a: torch.nn.Parameter | None  # (r, in)
     b: torch.nn.Parameter | None  # (out, r)
     scale: float
+
+    @property
+    def rank(self) -> int:
+        """r, or 0 without an adapter."""
+        return 0 if self.a is None else self.a.shape[0]
 
 
 def _project(
@@ -114,9 +120,8 @@ def _with_columns(projections: list[Projection]) -> Iterator[tuple[Projection, s
     """Yield each projection with its columns of S; none for one without an adapter."""
     at = 0
     for p in projections:
-        rank = 0 if p.a is None else p.a.shape[0]
-        yield p, slice(at, at + rank)
-        at += rank
+        yield p, slice(at, at + p.rank)
+        at += p.rank
 
 
 def _stacked_a(projections: list[Projection], dtype: torch.dtype) -> torch.Tensor | None:
@@ -139,22 +144,30 @@ class _Projections(Function):
     """Several projections of one x."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, projections: list[Projection], *parameters: Any) -> Any:
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        projections: list[Projection],
+        normed: Normed | None,
+        *parameters: Any,
+    ) -> Any:
         outputs, low = _project(x, projections)
-        ctx.save_for_backward(x, low)
+        keep(ctx, normed or x, low)
         ctx.projections = projections
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        x, low = ctx.saved_tensors
+        x, low = kept(ctx)
         grads_list = [g.contiguous() for g in grads]
         dx, rest = _project_backward(grads_list, x, low, ctx.projections, ctx.needs_input_grad[0])
-        return (dx, None, *rest)
+        return (dx, None, None, *rest)
 
 
 class _GatedMLP(Function):
-    """down(act(gate(x)) * up(x)); keeps gate and up, computes their product again."""
+    """down(act(gate(x)) * up(x)); keeps gate and up, or (`again`) computes them twice, too; their
+    product always.
+    """
 
     @staticmethod
     def forward(
@@ -163,19 +176,24 @@ class _GatedMLP(Function):
         inner: list[Projection],
         outer: list[Projection],
         gelu: bool,
+        normed: Normed | None,
+        again: bool,
         *parameters: Any,
     ) -> Any:
         (gate, up), low_inner = _project(x, inner)
         (y,), low_outer = _project(native.glu_forward(gate, up, gelu), outer)
-        ctx.save_for_backward(x, gate, up, low_inner, low_outer)
+        kept_pair = (None, None) if again else (gate, up)
+        keep(ctx, normed or x, *kept_pair, low_inner, low_outer)
         ctx.inner, ctx.outer, ctx.gelu = inner, outer, gelu
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        x, gate, up, low_inner, low_outer = ctx.saved_tensors
+        x, gate, up, low_inner, low_outer = kept(ctx)
         (outer,) = ctx.outer
         dy = dy.contiguous()
+        if gate is None:
+            (gate, up), _ = _project(x, ctx.inner)
         dh = torch.empty_like(gate)
         terms = [(dy, outer.weight)]
         if outer.a is not None:
@@ -194,7 +212,7 @@ class _GatedMLP(Function):
         dx, rest_inner = _project_backward(
             [gate, up], x, low_inner, ctx.inner, ctx.needs_input_grad[0]
         )
-        return (dx, None, None, None, *rest_inner, *rest_outer)
+        return (dx, *(None,) * 5, *rest_inner, *rest_outer)
 
 
 # --- RMSNorm
@@ -263,7 +281,9 @@ class _HeadLoss(Function):
         )
 
 
-HEAD_ROWS = 512  # logits of 512 rows and 49,152 words are 48 MB in bfloat16
+AT_WORK = 0.95
+"""Of what a shorter row keeps, what a longer one may: the rest is for temporaries of its length."""
+HEAD_ROWS = 256  # logits of 256 rows and 49,152 words are 24 MB in bfloat16; 512 are no faster
 
 
 def head_loss(
@@ -331,6 +351,13 @@ class FusedLayers:
         self.config = text_config(model)
         self.forwards: list[tuple[Any, Callable[..., Any]]] = []
         self._row: tuple[Any, RowPlan] | None = None
+        # The last norm's output, alive so that no other tensor can lie where it does.
+        self._normed: tuple[torch.Tensor, Normed] | None = None
+        # Bytes that a token's forward pass keeps in the replaced layers, and of these gate and up
+        # of each MLP; `_most`: a forward pass keeps no more than one of so many tokens would.
+        self._kept_bytes, self._pairs = 0, list[int]()
+        self._most: int | None = None
+        self._attending = 0  # layers with compiled attention
         # A and B of every plain LoRA layer, some twice
         self.adapters: list[torch.nn.Parameter] = []
         inside: set[int] = set()
@@ -361,12 +388,42 @@ class FusedLayers:
         try:
             yield
         finally:
-            self._row = None
+            self._row = self._normed = None
             for module, original in before:
                 if original is None:
                     del module.forward
                 else:
                     module.forward = original
+
+    @property
+    def stretch(self) -> float:
+        """How many times as many tokens a row can have, and keep no more for its backward pass: 1
+        where attention is not compiled, or some layer has an attention or an MLP of its own.
+        """
+        layers = getattr(self.config, "num_hidden_layers", 0)
+        if not self._attending == len(self._pairs) == layers > 0:
+            return 1.0
+        return self._kept_bytes / (self._kept_bytes - sum(self._pairs))
+
+    @contextlib.contextmanager
+    def keeping(self, tokens: int | None) -> Iterator[None]:
+        """Inside, a forward pass keeps no more than one of `tokens` tokens would: as many MLPs as
+        it takes compute gate and up again in the backward pass. None: all is kept.
+        """
+        self._most = tokens
+        try:
+            yield
+        finally:
+            self._most = None
+
+    def _again(self, place: int, tokens: int) -> bool:
+        """Whether the MLP at `place` computes gate and up of `tokens` tokens again."""
+        if self._most is None:
+            return False
+        # What is only at work grows with the row, too, and one pair that is computed again is.
+        pair = self._pairs[place]
+        too_much = (1 - AT_WORK * self._most / tokens) * self._kept_bytes + pair
+        return sum(self._pairs[:place]) < too_much
 
     def _make_gradients(self) -> None:
         """Make the adapters' gradients before the step, side by side.
@@ -449,18 +506,43 @@ class FusedLayers:
         projections = [projection]
 
         def forward(x: torch.Tensor) -> torch.Tensor:
-            (y,) = _Projections.apply(_rows(x, self.dtype), projections, *_parameters(projections))
+            rows = _rows(x, self.dtype)
+            (y,) = _Projections.apply(
+                rows, projections, self._norm_of(rows), *_parameters(projections)
+            )
             return y.view(*x.shape[:-1], -1)
 
         return forward
 
     def _norm(self, module: Any, plus_one: bool) -> Callable[..., Any]:
         eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+        if len(module.weight) == self.config.hidden_size:  # others are counted by attention
+            self._kept_bytes += len(module.weight) * self.dtype.itemsize
 
         def forward(x: torch.Tensor) -> torch.Tensor:
-            return _RMSNorm.apply(_rows(x, self.dtype), module.weight, eps, plus_one).view(x.shape)
+            rows = _rows(x, self.dtype)
+            y = _RMSNorm.apply(rows, module.weight, eps, plus_one)
+            if torch.is_grad_enabled():
+                what = Normed(rows.detach(), module.weight.detach(), eps, plus_one)
+                self._normed = y.detach(), what
+            return y.view(x.shape)
 
         return forward
+
+    def _norm_of(self, rows: torch.Tensor) -> Normed | None:
+        """What `rows` was computed from, where it is the last norm's output; None for others."""
+        if self._normed is None:
+            return None
+        y, what = self._normed
+        same = y.data_ptr() == rows.data_ptr() and y.shape == rows.shape and y.dtype == rows.dtype
+        return what if same and rows.is_contiguous() and rows._version == 0 else None
+
+    def _normalise(
+        self, x: torch.Tensor, norm: Any, dim: int
+    ) -> tuple[torch.Tensor, Normed | None]:
+        """Return `x` (T, heads * dim) through the `norm` of each head, and what it came from."""
+        heads = norm(x.view(-1, dim))
+        return heads.view(x.shape), self._norm_of(heads)
 
     def _mlp(self, module: Any) -> Callable[..., Any] | None:
         gelu = ACTIVATIONS.get(type(module.act_fn).__name__)
@@ -469,12 +551,22 @@ class FusedLayers:
         if gelu is None or len(projections) < 3:
             return None
         inner, outer = projections[:2], projections[2:]
+        place, size = len(self._pairs), self.dtype.itemsize
+        self._pairs.append(sum(p.weight.shape[0] for p in inner) * size)
+        self._kept_bytes += self._pairs[-1] + sum(p.rank for p in projections) * size
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             rows = _rows(x, self.dtype)
-            return _GatedMLP.apply(rows, inner, outer, gelu, *_parameters(projections)).view(
-                x.shape
+            y = _GatedMLP.apply(
+                rows,
+                inner,
+                outer,
+                gelu,
+                self._norm_of(rows),
+                self._again(place, len(rows)),
+                *_parameters(projections),
             )
+            return y.view(x.shape)
 
         return forward
 
@@ -489,6 +581,9 @@ class FusedLayers:
         dim, rotates = module.head_dim, getattr(module, "use_rope", True)
         q_norm, k_norm = getattr(module, "q_norm", None), getattr(module, "k_norm", None)
         limit = _queries_grow_beyond(self.config)
+        self._attending += native.attends(self.dtype, dim)  # other ways keep more of a tree
+        widths = sum(p.weight.shape[0] for p in (projections[0], *projections))  # q, and the output
+        self._kept_bytes += (widths + sum(p.rank for p in projections)) * self.dtype.itemsize
 
         def forward(
             hidden_states: torch.Tensor, position_embeddings: Any = None, *args: Any, **kwargs: Any
@@ -499,15 +594,21 @@ class FusedLayers:
             if plan is None or cos.shape[-1] != dim or (limit and plan.longest > limit):
                 return original(module, hidden_states, position_embeddings, *args, **kwargs)
             rows = _rows(hidden_states, self.dtype)
-            q, k, v = _Projections.apply(rows, projections, *_parameters(projections))
+            q, k, v = _Projections.apply(
+                rows, projections, self._norm_of(rows), *_parameters(projections)
+            )
+            normed: list[Normed | None] = [None, None]
             if q_norm is not None and k_norm is not None:
-                q, k = q_norm(q.view(-1, dim)).view(q.shape), k_norm(k.view(-1, dim)).view(k.shape)
+                q, normed[0] = self._normalise(q, q_norm, dim)
+                k, normed[1] = self._normalise(k, k_norm, dim)
             rotary = (
                 (cos[0].to(self.dtype).contiguous(), sin[0].to(self.dtype).contiguous())
                 if rotates
                 else None
             )
-            out = row_attention(q, k, v, rotary, plan, dim, module.scaling, window)
+            out = row_attention(
+                q, k, v, rotary, plan, dim, module.scaling, window, normed=(normed[0], normed[1])
+            )
             return module.o_proj(out.view(*hidden_states.shape[:-1], -1)), None
 
         return forward

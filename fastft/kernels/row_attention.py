@@ -19,6 +19,7 @@ import torch
 from torch.autograd import Function
 
 from fastft.kernels import native
+from fastft.kernels.kept import Normed, keep, kept
 from fastft.kernels.varlen import trie_attention
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -36,18 +37,19 @@ def row_attention(
     dim: int,
     scale: float,
     window: int | None,
+    normed: tuple[Normed | None, Normed | None] = (None, None),
 ) -> torch.Tensor:
     """Return softmax(scale q k^T) v for q (T, H dim), k and v (T, KV dim), all before rotation;
     (T, H dim).
 
     Position i of a sequence sees position j of the same sequence where 0 <= i - j < `window`
-    (None: all before it).
+    (None: all before it). `normed`: what q and k are the norms of, a head a row.
     """
     compiled = native.attends(q.dtype, dim)
     if plan.shares and not compiled:
         return _by_node(q, k, v, rotary, plan, dim, scale, window)
     way = _Compiled if compiled else _Blocks
-    how = _How(plan, dim, scale, NO_WINDOW if window is None else window)
+    how = _How(plan, dim, scale, NO_WINDOW if window is None else window, normed)
     return way.apply(q, k, v, rotary, how)  # type: ignore[no-any-return]
 
 
@@ -80,6 +82,7 @@ class _How(NamedTuple):
     dim: int
     scale: float
     window: int
+    normed: tuple[Normed | None, Normed | None]
 
 
 PAD = 32  # few distinct shapes, so that oneDNN's generated kernels are used again
@@ -119,7 +122,9 @@ def plan_nodes(nodes: torch.Tensor) -> RowPlan:
 
 
 class _Compiled(Function):
-    """Keeps q, k, v as they came, the output, and one float a row and head."""
+    """Keeps q and k as they came or what they are the norms of, v, the output, and one float a row
+    and head.
+    """
 
     @staticmethod
     def forward(
@@ -128,12 +133,13 @@ class _Compiled(Function):
     ) -> torch.Tensor:  # fmt: skip
         ctx.what = (how.plan.nodes, how.dim, how.scale, how.window)
         out, lse = native.attention_forward(q, k, v, rotary, *ctx.what)
-        ctx.save_for_backward(q, k, v, out, lse, *(rotary or ()))
+        keep(ctx, how.normed[0] or q, how.normed[1] or k, v, out, lse, *(rotary or ()))
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> Any:
-        q, k, v, out, lse, *rest = ctx.saved_tensors
+        q, k, v, out, lse, *rest = kept(ctx)
+        q, k = q.view(dout.shape), k.view(v.shape)
         rotary = (rest[0], rest[1]) if rest else None
         grads = native.attention_backward(dout.contiguous(), q, k, v, out, lse, rotary, *ctx.what)
         return (*grads, None, None)

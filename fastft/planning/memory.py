@@ -288,7 +288,8 @@ KEEP_PROBABILITIES = 256
 
 def _fused_layer_bytes(shape: ModelShape, s: Situation) -> dict[str, float]:
     """What fastft's own autograd functions save (kernels/fused.py), and peft's modules where they
-    are not replaced: where `_not_fused`, all but norms and the loss.
+    are not replaced: where `_not_fused`, all but norms and the loss. A fused layer that reads a
+    fused norm's output keeps nothing of it (kernels/kept.py).
     """
     c, h, q, k, i = (
         s.compute_bytes,
@@ -311,28 +312,32 @@ def _fused_layer_bytes(shape: ModelShape, s: Situation) -> dict[str, float]:
         0.0,
         len([w for w in shape.lora_targets(s.lora[1]) if w.name != "lm_head"]) * s.rank * c,
     )
+    normed = 0 if "norm" in family.fused else h
+    compiled = c == 2 and shape.head_dim % 16 == 0
     if "attention" in family.fused:
         # q, k and v; cosines and sines once. Compiled attention keeps a float32 a head and its
         # output, which is the input of o; blocks of torch's products copy the output, and keep the
         # weights of short sequences.
-        compiled = c == 2 and shape.head_dim % 16 == 0
         parts["attention"] = (q + 2 * k) * c + 2 * shape.head_dim * c / shape.layers
         if compiled:
-            parts["attention"] += 4 * shape.heads + (q * c if "o_proj" not in targets else 0)
+            parts["attention"] += 4 * shape.heads
+            if "norm" in family.fused and family.qk_norms == "head":
+                parts["attention"] -= (q + k) * c  # kept by the norms
         elif s.longest <= KEEP_PROBABILITIES:
             parts["attention"] += shape.heads * s.longest * c
-        inputs += h
+        inputs += normed
     else:
-        parts["attention"] = peft["attention"]
+        parts["attention"] = peft["attention"] - (0 if "o_proj" in targets else q * c)
         # Each of q, k and v is a layer of its own, but all keep the very same input.
-        inputs += h if targets & {"q_proj", "k_proj", "v_proj", "qkv_proj"} else 0
-    inputs += q if "o_proj" in targets else 0
+        inputs += normed if targets & {"q_proj", "k_proj", "v_proj", "qkv_proj"} else 0
+    # The output of attention: for its own backward pass, or that of o.
+    inputs += q if "o_proj" in targets or compiled or "attention" not in family.fused else 0
     if "mlp" in family.fused:
         parts["MLP"] = 2 * i * c
-        inputs += h
+        inputs += normed
     else:
         parts["MLP"] = peft["MLP"]
-        inputs += h if targets & {"gate_up_proj", "gate_proj", "up_proj"} else 0
+        inputs += normed if targets & {"gate_up_proj", "gate_proj", "up_proj"} else 0
         inputs += i if "down_proj" in targets else 0
     if "attention scores" in peft:
         parts["attention scores"] = peft["attention scores"]
@@ -441,7 +446,7 @@ def _listed(parts: dict[str, float]) -> str:
     return " + ".join(f"{name} {size:,.0f}" for name, size in parts.items() if size)
 
 
-HEAD_ROWS = 512  # logits at a time: fused.HEAD_ROWS
+HEAD_ROWS = 256  # logits at a time: fused.HEAD_ROWS
 CPU_CHUNK = 16 * 2**20  # logits at a time: UNSLOTH_CPU_CE_CHUNK_ELEMENTS
 GPU_LOSS_BUDGET = 4 * GIB  # or half of the free memory, where that is less
 

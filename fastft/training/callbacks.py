@@ -198,7 +198,13 @@ class MemoryCheck(TrainerCallback):
         steps, policy = self.trainer.steps, self.trainer.policy
         step = segments_of(steps[state.global_step % len(steps)])
         segments = ranks.share(step, trie=self.trainer.split_as_trie)
-        sizes = row_sizes(segments, policy.micro_batch_tokens, policy.rows, policy.rope_changes_at)
+        sizes = row_sizes(
+            segments,
+            policy.micro_batch_tokens,
+            policy.rows,
+            policy.rope_changes_at,
+            self.trainer.stepper.stretch,
+        )
         self.largest, self.longest = self._fullest([(self.largest, self.longest), *sizes])
 
     def _fullest(self, sizes: list[tuple[int, int]]) -> tuple[int, int]:

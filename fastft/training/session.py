@@ -316,6 +316,7 @@ class Session:
             prefetch=config.train.prefetch and self.hardware.kind == "cuda",
         )
         prepared = self._choose_layers(self._choose_rows(loaded))
+        self._make_room_for_trees(prepared)
         if config.train.shard_base:
             ranks.refuse_unlike(
                 "their rows or token budget, which train.shard_base needs alike; set "
@@ -382,15 +383,19 @@ class Session:
         rows, loaded.choices["share_prefixes"] = choose_sharing(
             settings.share_prefixes, model, engine, check, rows=rows, tested=tested, longest=longest
         )
-        fixed = loaded.situation.recompute_above  # a larger row would be recomputed
-        if rows == "trie" and settings.micro_batch_tokens == "auto" and not fixed:
-            self._make_room_for_trees(loaded)
         return replace(loaded, rows=rows)
 
     def _make_room_for_trees(self, loaded: Prepared) -> None:
         """Raise the budget, where memory allows it, to what the sequences of a step that share a
-        beginning take together: a row that is cut computes the beginning again.
+        beginning take together: a row that is cut computes the beginning again. Fastft's own layers
+        need no more room for a tree (`Stepper.stretch`).
         """
+        fixed = loaded.situation.recompute_above  # a larger row would be recomputed
+        automatic = self.config.train.micro_batch_tokens == "auto" and not fixed
+        recomputed = loaded.choices["gradient_checkpointing"].value
+        stretches = loaded.fused is not None and loaded.fused.stretch > 1 and not recomputed
+        if loaded.rows != "trie" or not automatic or stretches:
+            return
         from fastft.data import trie
         from fastft.data.batches import segments_of
         from fastft.planning import load_shape

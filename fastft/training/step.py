@@ -165,7 +165,11 @@ class Stepper:
                 if dropout is not None:
                     dropout(batch.spans)
                 keep = most is not None and batch.unique_tokens <= most
-                with keeping_activations(recomputed if keep else []), context():
+                with (
+                    keeping_activations(recomputed if keep else []),
+                    self._keeping(batch),
+                    context(),
+                ):
                     loss = self._loss_of(model, batch, supervised)
                 backward(loss * factor if factor != 1.0 else loss)
                 loss_sum += loss.detach() * factor
@@ -174,6 +178,9 @@ class Stepper:
         if self.meanwhile is not None:
             self.meanwhile()
         return loss_sum.item()
+
+    def _keeping(self, batch: MicroBatch) -> contextlib.AbstractContextManager[None]:
+        return self.fused.keeping(batch.keeps) if self.fused else contextlib.nullcontext()
 
     def _loss_of(self, model: Any, batch: MicroBatch, divisor: int) -> torch.Tensor:
         """The sum of a micro-batch's token losses over `divisor`."""
@@ -256,7 +263,17 @@ class Stepper:
             device=self.device,
             rope_changes_at=policy.rope_changes_at,
             pinned=policy.prefetch and torch.device(self.device).type == "cuda",
+            stretch=self.stretch,
         )
+
+    @property
+    def stretch(self) -> float | None:
+        """How many times as many tokens a row of a tree can have as a row without sharing, and keep
+        no more (`FusedLayers.stretch`); None where trees are cut as any row is.
+        """
+        if self.fused is None or self.fused.stretch == 1.0 or recomputed_layers(self.model):
+            return None
+        return self.fused.stretch
 
     @contextlib.contextmanager
     def layers(self) -> Iterator[None]:

@@ -459,6 +459,39 @@ def test_the_gradient_of_a_trie_row_is_the_padded_one(kind):
         assert relative(got, reference) < 1e-5
 
 
+def test_a_tree_keeps_no_more_than_the_rows_that_it_replaces():
+    """A stem of 200 tokens and four ends of 60 in one row, in the room of one sequence."""
+    dtype = torch.bfloat16
+    assert FusedLayers(make_model(), torch.float32).stretch == 1.0
+    if not native.attends(dtype, 16):
+        pytest.skip("no AVX512-BF16 on this processor, or no compiler")
+    segments = talks([(0, 260), *[(200, 260)] * 3])
+    model = make_model(dtype)
+    fused = FusedLayers(model, dtype)
+    assert 1.7 < fused.stretch < 2.2
+    policy = StepPolicy(260, "trie", 0)
+    stepper = Stepper(model, ENGINE, policy, device="cpu", on_note=print, fused=fused)
+    (batch,) = stepper.batches(segments)
+    assert (batch.unique_tokens, batch.keeps) == (440, 260)
+    sizes = {}
+    for rows_of_step in ("varlen", "trie"):
+        sizes[rows_of_step] = 0
+
+        def pack(tensor, kind=rows_of_step, seen=set()):  # noqa: B006
+            if tensor.data_ptr() not in seen and tensor.shape[:1] != (200,):  # no weight
+                seen.add(tensor.data_ptr())
+                sizes[kind] += tensor.nbytes
+            return tensor
+
+        part = segments[:1] if rows_of_step == "varlen" else segments
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss, got = gradient(model, part, 260, fused=fused, autocast=True, rows=rows_of_step)
+    assert sizes["trie"] <= 1.02 * sizes["varlen"]
+    whole_loss, whole = gradient(model, segments, 10**6, fused=fused, autocast=True, rows="trie")
+    assert loss == whole_loss
+    assert torch.equal(got, whole), "computed again by the same kernels on the same numbers"
+
+
 @pytest.mark.long
 def test_thirty_steps_on_trie_rows_are_those_on_padded_batches():
     traces = []
@@ -488,7 +521,7 @@ def test_what_many_sequences_predict_counts_as_often():
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 600, 16, generator=generator, requires_grad=True)
     weight = torch.randn(50, 16, generator=generator)
-    # The head goes through 512 rows at a time.
+    # The head goes through 256 rows at a time.
     pairs = torch.stack(
         [
             torch.randint(0, 600, (700,), generator=generator),
