@@ -6,8 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastft.data import trie
-
-IGNORE = -100
+from fastft.data.batches import IGNORE, Segment, cut, micro_batches, row_sizes
 
 # Few different tokens, so that beginnings coincide: identical ones, prefixes of others, single
 # tokens.
@@ -146,3 +145,35 @@ def test_identical_sequences_are_one(least):
     row = trie.row_of([np.arange(20)] * 3, [np.arange(20)] * 3, ignore=IGNORE, shortest=least)
     assert row.trie.table.tolist() == [[0, 20, 0, -1]]
     assert row.counts.tolist() == [3] * 19
+
+
+@any_machine
+@given(sequences)
+def test_trees_are_the_sequences_with_a_common_beginning(given_sequences):
+    groups = trie.trees(given_sequences, shortest=1)
+    firsts = [{int(given_sequences[i][0]) for i in group} for group in groups]
+    assert all(len(first) == 1 for first in firsts)
+    assert len(set.union(*firsts)) == len(groups)
+    assert sorted(i for group in groups for i in group) == list(range(len(given_sequences)))
+
+
+@any_machine
+@given(sequences, st.integers(1, 20), st.floats(1.0, 3.0))
+def test_a_tree_may_be_longer_than_a_row_and_nothing_else(given_sequences, budget, stretch):
+    segments = []
+    for ids in (np.repeat(sequence, 20) for sequence in given_sequences):
+        segments.append(Segment(ids, np.concatenate([[IGNORE], ids[1:]])))
+    batches = list(
+        micro_batches(
+            segments, 20 * budget, rows="trie", pad_token_id=0, device="cpu", stretch=stretch
+        )
+    )
+    assert sum(batch.tokens for batch in batches) == sum(map(len, segments))
+    lengths = [len(segment) for segment in segments]
+    largest = max(sum(lengths[i] for i in row) for row in cut(lengths, 20 * budget))
+    for batch in batches:
+        assert batch.keeps in (None, largest)
+        most = stretch * largest if batch.keeps else largest
+        assert batch.unique_tokens <= most
+    sizes = row_sizes(segments, 20 * budget, "trie", stretch=stretch)
+    assert [size for size, _ in sizes] == [b.keeps or b.unique_tokens for b in batches]
