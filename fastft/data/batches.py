@@ -177,9 +177,9 @@ def micro_batches(
 
     Segments without a supervised token are left out: they add nothing to loss or gradient.
     `pinned`: a GPU gets them from pinned memory, for which the host does not wait.
-    `rope_changes_at`: see `groups`. `stretch`: see `split_trees`.
+    `rope_changes_at`: see `groups`. `stretch`: of trie rows, see `split_trees`.
     """
-    if rows == "trie" and stretch is not None and rope_changes_at is None:
+    if stretch is not None:
         trees, segments, budget = split_trees(segments, budget, stretch)
         for tree in trees:
             yield replace(_trie_row(tree, device, pinned), keeps=budget)
@@ -228,7 +228,7 @@ def row_sizes(
     micro-batch that `micro_batches` makes; where one keeps less than its tokens do, so many.
     """
     sizes = []
-    if rows == "trie" and stretch is not None and rope_changes_at is None:
+    if stretch is not None:
         trees, segments, budget = split_trees(segments, budget, stretch)
         sizes += [(budget, max(map(len, tree))) for tree in trees]
     for chosen in groups(segments, budget, rows, rope_changes_at):

@@ -46,6 +46,8 @@ class StepPolicy:
     rope_changes_at: int | None = None
     """The most tokens of a sequence for the model's first set of rope frequencies, where it has two
     (`varlen.rope_changes_at`)."""
+    stretch: bool = True
+    """Whether a row of a tree may be longer than rows are without sharing (`Stepper.stretch`)."""
     prefetch: bool = False
     """On a GPU: rows are copied from pinned memory, and the next step's are made while this one is
     computed (see `Stepper.meanwhile`)."""
@@ -271,7 +273,10 @@ class Stepper:
         """How many times as many tokens a row of a tree can have as a row without sharing, and keep
         no more (`FusedLayers.stretch`); None where trees are cut as any row is.
         """
-        if self.fused is None or self.fused.stretch == 1.0 or recomputed_layers(self.model):
+        policy = self.policy
+        if self.fused is None or self.fused.stretch == 1.0 or not policy.stretch:
+            return None
+        if policy.rows != "trie" or policy.rope_changes_at or recomputed_layers(self.model):
             return None
         return self.fused.stretch
 
@@ -302,7 +307,9 @@ class Stepper:
             torch.cuda.empty_cache()
         kept = self.policy.recompute_above
         some_kept = kept is not None and any(len(s) <= kept for s in segments if s.supervised)
-        if before <= longest and not some_kept:
+        stretched = self.stretch is not None
+        self.policy.stretch = False  # what is at work in a tree's row is of the whole tree
+        if before <= longest and not some_kept and not stretched:
             raise CouldNotFinishError(
                 f"out of memory on a single sequence of {longest} tokens{_memory_numbers()}. "
                 "Set model.max_seq_length below "

@@ -492,6 +492,27 @@ def test_a_tree_keeps_no_more_than_the_rows_that_it_replaces():
     assert torch.equal(got, whole), "computed again by the same kernels on the same numbers"
 
 
+def test_a_tree_that_does_not_fit_is_cut_to_single_sequences():
+    if not native.attends(torch.bfloat16, 16):
+        pytest.skip("no AVX512-BF16 on this processor, or no compiler")
+    segments, model = talks([(0, 260), *[(200, 260)] * 3]), make_model(torch.bfloat16)
+    _, reference = gradient(model, segments, 10**6, autocast=True)
+    passes = []
+
+    def note(mlp, inputs):
+        passes.append(inputs[0].shape[1])
+        if passes[-1] > 300:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(note)
+    fused = FusedLayers(model, torch.bfloat16)
+    _, got = gradient(model, segments, 260, fused=fused, autocast=True, rows="trie")
+    assert passes[0] > 400
+    assert len(passes) == 5
+    assert max(passes[1:]) < 300
+    assert float(F.cosine_similarity(got, reference, dim=0)) > 0.999
+
+
 @pytest.mark.long
 def test_thirty_steps_on_trie_rows_are_those_on_padded_batches():
     traces = []
