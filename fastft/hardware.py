@@ -623,6 +623,17 @@ def peak_resident_bytes(*, children: bool = False) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def anonymous_bytes() -> int | None:
+    """Return the resident memory of this process that is no page of a file (proc_pid_status(5),
+    RssAnon); None where the kernel does not tell.
+    """
+    status = Path("/proc/self/status")
+    match = (
+        re.search(r"^RssAnon:\s*(\d+) kB", status.read_text(), re.M) if status.is_file() else None
+    )
+    return int(match[1]) * 1024 if match else None
+
+
 def cpu_flags() -> frozenset[str]:
     """Return the feature flags of the first CPU as the kernel names them (empty where there is no
     /proc).

@@ -49,6 +49,8 @@ class Peak(Strict):
     """Largest memory of the worker's life, in bytes; VRAM is None on a CPU."""
 
     rss_bytes: int
+    anonymous_bytes: int | None = None
+    """What of it is no page of a file, on a CPU with a cap: what the cap goes by."""
     vram_allocated_bytes: int | None = None
     vram_reserved_bytes: int | None = None
     vram_device_bytes: int | None = None

@@ -77,12 +77,14 @@ def paired_ratio(
 
 
 def memory_bytes(peak: Peak | None) -> int | None:
-    """Return the memory that arms are compared by: reserved VRAM, or resident memory where there
-    is no GPU.
+    """Return the memory that arms are compared by: reserved VRAM, or where there is no GPU resident
+    memory, without mapped files where that is what a cap went by.
     """
     if peak is None:
         return None
-    return peak.vram_reserved_bytes if peak.vram_reserved_bytes is not None else peak.rss_bytes
+    if peak.vram_reserved_bytes is not None:
+        return peak.vram_reserved_bytes
+    return peak.rss_bytes if peak.anonymous_bytes is None else peak.anonymous_bytes
 
 
 def summarise(

@@ -15,15 +15,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fastft.bench.case import TUNING, Case
 from fastft.bench.process import end_with_the_runner
 from fastft.bench.record import Noise, Peak, Record
 from fastft.errors import FastFTError
 from fastft.files import write_atomically
-from fastft.hardware import peak_resident_bytes
+from fastft.hardware import anonymous_bytes, peak_resident_bytes
 
 
 def main() -> None:
@@ -38,7 +39,11 @@ def main() -> None:
             json.dumps({"matmul_flops": matmul_ceiling(job["device"], job["dtype"])}),
         )
         os._exit(0)
-    record = run(job)
+    _leave(job, run(job))
+
+
+def _leave(job: dict[str, Any], record: Record) -> NoReturn:
+    """Write the record and end the process, whatever its other threads do."""
     write_atomically(Path(job["record"]), json.dumps(record.model_dump(mode="json")))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -52,9 +57,7 @@ def run(job: dict[str, Any]) -> Record:
     record = Record(**blank, status="crashed", warmup_steps=case.warmup_steps)
     load_before = os.getloadavg()[0]
     if job["cap_bytes"] and case.device == "cpu":
-        # RLIMIT_DATA counts writable private memory; what lies beyond makes malloc fail, as a full
-        # machine does.
-        resource.setrlimit(resource.RLIMIT_DATA, (job["cap_bytes"], job["cap_bytes"]))
+        _fail_what_cannot_fit(job["cap_bytes"], Path(job["model"]))
     try:
         _train(job, case, record)
         record.status = "ok"
@@ -69,6 +72,15 @@ def run(job: dict[str, Any]) -> Record:
     noise.clock_mhz, noise.throttled = _clocks(case.device)
     record.noise = noise
     return record
+
+
+def _fail_what_cannot_fit(cap_bytes: int, model: Path) -> None:
+    """Make malloc fail, as on a full machine, where the process would get more than the cap and
+    the files of `model` together: the kernel counts these as data while they are mapped (privately
+    and writable, as safetensors does). `_Memory` watches the cap itself.
+    """
+    files = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    resource.setrlimit(resource.RLIMIT_DATA, (cap_bytes + files, cap_bytes + files))
 
 
 def _train(job: dict[str, Any], case: Case, record: Record) -> None:
@@ -93,7 +105,12 @@ def _train(job: dict[str, Any], case: Case, record: Record) -> None:
     record.import_seconds = imported - started
     if case.device == "cuda" and not case.flash_attention_2:
         _no_flash_attention()
-    with _Memory(job["cap_bytes"] if case.device == "cuda" else None, before):
+
+    def too_much(reason: str) -> NoReturn:
+        record.status, record.reason, record.peak = "oom", reason, _Memory.peak()
+        _leave(job, record)
+
+    with _Memory(case.device, job["cap_bytes"], before, too_much):
         model = arm.load(task)
         record.load_seconds = time.perf_counter() - imported
         from fastft.bench.witness import Witness
@@ -214,40 +231,66 @@ def _cpu_times() -> tuple[float, float, float]:
 
 
 class _Memory:
-    """Caps and watches the GPU's memory; on a CPU the kernel keeps the peak of resident memory
-    itself.
+    """Caps and watches the memory of a GPU, or, where there is a cap, of a process on a CPU.
 
-    `before`: bytes in use on the device before this process made its CUDA context.
+    On a CPU that is the process's anonymous memory: pages of files that it maps, as those of a
+    checkpoint, go where the system needs the room. The kernel itself keeps the peak of all that is
+    resident.
+
+    `before`: bytes in use on the GPU before this process made its CUDA context. `too_much`: called
+    from a thread, with the reason, when a process on a CPU has more than the cap.
     """
 
     device_bytes: int | None = None
+    anonymous_bytes: int | None = None
 
-    def __init__(self, cap_bytes: int | None, before: int | None) -> None:
+    def __init__(
+        self,
+        device: str,
+        cap_bytes: int | None,
+        before: int | None,
+        too_much: Callable[[str], None],
+    ) -> None:
         self.stop = threading.Event()
-        self.thread: threading.Thread | None = None
+        self.too_much = too_much
+        self.watch: Callable[[], None] | None = None
         import torch
 
-        self.cuda = torch.cuda.is_available()
-        if self.cuda:
+        if cap_bytes and device == "cpu":
+            self.watch = partial(self._see_the_process, cap_bytes)
+        elif torch.cuda.is_available():
+            self.watch = self._see_the_gpu
             free, total = torch.cuda.mem_get_info()
             self.before = min(total - free, total if before is None else before)
             if cap_bytes:
                 torch.cuda.set_per_process_memory_fraction(min(1.0, cap_bytes / total))
 
     def __enter__(self) -> None:
-        if self.cuda:
-            self.thread = threading.Thread(target=self._sample, daemon=True)
-            self.thread.start()
+        if self.watch:
+            threading.Thread(target=self._sample, args=(self.watch,), daemon=True).start()
 
     def __exit__(self, *unused: object) -> None:
         self.stop.set()
 
-    def _sample(self) -> None:
+    def _sample(self, watch: Callable[[], None]) -> None:
+        while not self.stop.wait(0.02):
+            watch()
+
+    def _see_the_gpu(self) -> None:
         import torch
 
-        while not self.stop.wait(0.02):
-            free, total = torch.cuda.mem_get_info()
-            _Memory.device_bytes = max(_Memory.device_bytes or 0, total - free - self.before)
+        free, total = torch.cuda.mem_get_info()
+        _Memory.device_bytes = max(_Memory.device_bytes or 0, total - free - self.before)
+
+    def _see_the_process(self, cap_bytes: int) -> None:
+        if (own := anonymous_bytes()) is None:
+            return
+        _Memory.anonymous_bytes = max(_Memory.anonymous_bytes or 0, own)
+        if own > cap_bytes:
+            self.too_much(
+                f"{own / 1e9:.2f} GB of memory of its own are more than the cap of "
+                f"{cap_bytes / 1e9:g} GB"
+            )
 
     @staticmethod
     def peak() -> Peak:
@@ -255,7 +298,7 @@ class _Memory:
         rss = peak_resident_bytes()
         torch = sys.modules.get("torch")
         if torch is None or not torch.cuda.is_available():
-            return Peak(rss_bytes=rss)
+            return Peak(rss_bytes=rss, anonymous_bytes=_Memory.anonymous_bytes)
         return Peak(
             rss_bytes=rss,
             vram_allocated_bytes=torch.cuda.max_memory_allocated(),

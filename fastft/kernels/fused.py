@@ -54,13 +54,12 @@ class Projection:
 
 
 def _project(
-    x: torch.Tensor, projections: list[Projection]
+    x: torch.Tensor, projections: list[Projection], low: torch.Tensor | None = None
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Return the outputs [(T, out)] for x (T, in), and S = x A^T of all adapters side by side (T,
-    sum of r).
+    sum of r); `low`: S, where it is known.
     """
-    stacked = _stacked_a(projections, x.dtype)
-    low = None
+    stacked = _stacked_a(projections, x.dtype) if low is None else None
     if stacked is not None:
         low = x.new_empty(x.shape[0], stacked.shape[0])
         multiply(Sum(low, [(x, stacked.t())]))
@@ -193,7 +192,7 @@ class _GatedMLP(Function):
         (outer,) = ctx.outer
         dy = dy.contiguous()
         if gate is None:
-            (gate, up), _ = _project(x, ctx.inner)
+            (gate, up), _ = _project(x, ctx.inner, low_inner)
         dh = torch.empty_like(gate)
         terms = [(dy, outer.weight)]
         if outer.a is not None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import json
+import mmap
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +29,7 @@ from fastft.bench.exporting import run_export
 from fastft.bench.generating import run_generate
 from fastft.bench.parity import Evidence, judge, judge_across
 from fastft.bench.record import Check, Parity, Record, Result, Step
+from fastft.bench.statistics import memory_bytes
 from fastft.errors import CouldNotFinishError, FastFTError
 from fastft.quickstart import base_path
 from fastft.training.session import Loop
@@ -201,6 +204,36 @@ def test_an_arm_that_stopped_for_want_of_memory_says_so():
     with pytest.raises(MemoryError, match="17 GB do not fit") as caught:
         session.OpenSession(Loop(Trainer(), memory), {}).run()
     assert worker._status_of(caught.value)[0] == "oom"
+
+
+@pytest.mark.skipif(worker.anonymous_bytes() is None, reason="the kernel does not tell")
+def test_a_cap_on_a_cpu_counts_what_is_allocated_and_not_mapped_files(tmp_path, monkeypatch):
+    """As torch maps a checkpoint: privately and writable."""
+    size, reasons, told = 256 * 2**20, [], threading.Event()
+    monkeypatch.setattr(worker._Memory, "anonymous_bytes", None)
+    path = tmp_path / "weights"
+    with path.open("wb") as file:
+        file.truncate(2 * size)
+
+    def too_much(reason: str) -> None:
+        reasons.append(reason)
+        told.set()
+
+    with (
+        worker._Memory("cpu", worker.anonymous_bytes() + size, None, too_much),
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped,
+    ):
+        assert not any(mapped[i] for i in range(0, 2 * size, mmap.PAGESIZE))
+        assert not told.wait(0.3), reasons
+        hoard = b"x" * (2 * size)
+        assert told.wait(10)
+    assert len(hoard) == 2 * size
+    assert "more than the cap of" in reasons[0]
+    peak = worker._Memory.peak()
+    assert peak.anonymous_bytes is not None
+    assert peak.anonymous_bytes > size
+    assert memory_bytes(peak) == peak.anonymous_bytes
 
 
 # --- the GPU's figures, from a driver that is a script

@@ -156,6 +156,8 @@ def peak_memory(result: Result) -> Figure:
             )
             axes.set_xlim(right=max(axes.get_xlim()[1], cap * 1.05))
         what = "reserved VRAM" if result.machine.device == "cuda" else "resident memory"
+        if result.machine.cap_bytes and result.machine.device == "cpu":
+            what += " without mapped files"
         axes.set_xlabel(f"peak {what}, GB (less is better)")
 
     return _panels(result, "Peak memory", draw)

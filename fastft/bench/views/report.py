@@ -323,7 +323,10 @@ def machine_lines(result: Result) -> list[str]:
             f"{machine.driver}"
         )
     elif machine.cap_bytes:
-        lines.append(f"memory of a worker capped at {tables.gigabytes(machine.cap_bytes)} GB")
+        lines.append(
+            f"memory of a worker, without mapped files, capped at "
+            f"{tables.gigabytes(machine.cap_bytes)} GB"
+        )
     if machine.matmul_flops:
         lines.append(
             f"measured ceiling of a matrix product: {tables.flops_text(machine.matmul_flops)}"

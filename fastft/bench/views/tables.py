@@ -141,12 +141,16 @@ def gigabytes(size: float | None) -> str:
 
 
 def peak_text(peak: Peak | None) -> str:
-    """Return VRAM allocated / reserved / device, or the resident memory where there is no GPU."""
+    """Return VRAM allocated / reserved / device, or without a GPU the resident memory (under a cap
+    that without mapped files, and with them).
+    """
     if peak is None:
         return "-"
     vram = (peak.vram_allocated_bytes, peak.vram_reserved_bytes, peak.vram_device_bytes)
     if all(size is None for size in vram):
-        return f"{gigabytes(peak.rss_bytes)} GB"
+        resident = f"{gigabytes(peak.rss_bytes)} GB"
+        own = peak.anonymous_bytes
+        return resident if own is None else f"{gigabytes(own)} GB ({resident} with mapped files)"
     return " / ".join(gigabytes(size) for size in vram) + " GB"
 
 
