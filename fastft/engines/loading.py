@@ -9,6 +9,7 @@ calls and check what came back.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 import sys
 from collections import Counter
@@ -130,6 +131,7 @@ def load_for_training(
         model, tokenizer = engine.from_pretrained(**keywords)
     forbid_packed_nf4(model)
     if quantization != "none":
+        _leave_the_files(model)
         _return_holes()
     if getattr(model, "_unsloth_forced_float32", False):
         choices["dtype"] = Choice(
@@ -137,6 +139,17 @@ def load_for_training(
         )
     model._fastft_engine = engine.name
     return model, tokenizer, engine
+
+
+def _leave_the_files(model: Any) -> None:
+    """Give what is not quantised (embedding, head, norms) memory of its own.
+
+    On a CPU it lies where the 16-bit checkpoint is mapped. A file is mapped as long as one tensor
+    lies in it, and all of it that was read counts as memory of this process.
+    """
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.device.type == "cpu" and tensor.is_floating_point():
+            tensor.data = tensor.data.clone()
 
 
 def _return_holes() -> None:

@@ -30,6 +30,7 @@ class Calibration:
     largest_bytes: int
     limit_bytes: int
     largest_fitting_tokens: int
+    in_four_bits: bool
 
     @property
     def fits(self) -> bool:
@@ -67,10 +68,8 @@ class Calibration:
             return f"{self._seen}. {self._need} of the {self.limit_bytes / GIB:.2f} GiB available."
         most = self.largest_fitting_tokens
         if not most:
-            advice = (
-                "not even the weights leave room: set model.quantization: nf4, or take a larger "
-                "machine"
-            )
+            smaller = "a smaller base" if self.in_four_bits else "model.quantization: nf4"
+            advice = f"not even the weights leave room: take {smaller}, or a larger machine"
         elif most >= self.longest:
             advice = (
                 f"set train.micro_batch_tokens to at most {most:,} and run the same command again "
@@ -144,6 +143,7 @@ def calibrate(
         largest_bytes=largest,
         limit_bytes=limit_bytes,
         largest_fitting_tokens=fitting,
+        in_four_bits=situation.quantization == "nf4",
     )
 
 

@@ -1,7 +1,9 @@
 """What `fastft train` asks of an engine when it loads a model, seen through an engine that only writes it down."""
 
 import gc
+import sys
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from fastft.config import LoraConfig, ModelConfig
 from fastft.engines import loading
-from fastft.hardware import Choice
+from fastft.hardware import Choice, probe
 from fastft.training.session import overrides_forgotten
 
 CHOICES = {
@@ -120,6 +122,24 @@ def test_a_family_that_unsloth_keeps_out_of_float16_trains_in_float32(load):
         load(Recorder("unsloth", "cuda", _unsloth_forced_float32=False))["dtype"].value == "float16"
     )
     assert load(Recorder("stock", "cuda"))["dtype"].value == "float16"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/maps")
+def test_a_quantised_base_leaves_the_files_that_it_was_read_from(tmp_path):
+    from tests.families import make_checkpoint
+
+    base = make_checkpoint("llama", tmp_path / "base")
+    choices = {
+        "engine": Choice("stock", ""),
+        "quantization": Choice("nf4", ""),
+        "dtype": Choice("bfloat16", ""),
+    }
+    model, _, _ = loading.load_for_training(
+        ModelConfig(name=str(base)), probe(), gradient_checkpointing=False, choices=choices
+    )
+    assert model.is_loaded_in_4bit
+    assert model.get_output_embeddings().weight.isfinite().all()
+    assert str(base) not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize(("recorded", "held"), [("nf4", True), ("none", False)])
