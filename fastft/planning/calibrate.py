@@ -152,6 +152,6 @@ def _growing(terms: list[Term]) -> int:
     share of them.
     """
     stays = {"weights", "LoRA", "gradients", "optimizer", "weights in NF4", "weights in int8"}
-    stays |= {"trainer and data", "tokenizer", "holes of quantising"}
+    stays |= {"trainer and data", "tokenizer"}
     moving = [t for t in terms if t.name not in stays and not t.name.startswith("weights kept")]
     return sum(t.bytes for t in moving)

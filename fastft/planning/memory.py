@@ -545,12 +545,6 @@ RECOMPUTING_HOLES = 8
 to two runs.
 """
 TRAINER = int(0.14e9)  # trainer, data and code loaded on first use: fitted
-QUANTISING_HOLES = 0.85
-"""16-bit weights are loaded, rounded and freed one by one: the share of them that stays resident
-(glibc).
-"""
-MMAP_LIMIT = 32 * 2**20
-"""Larger blocks always go back to the system: glibc's DEFAULT_MMAP_THRESHOLD_MAX."""
 TOKEN_BYTES = 500  # a token and its merge in the tokenizer's tables: fitted
 IMPORTS = {"cpu": int(0.62e9), "cuda": int(3.0e9), "mps": int(1.0e9)}
 """RAM of Python and the libraries, in bytes; with CUDA and on MPS typical, not measured."""
@@ -604,11 +598,7 @@ def overhead_terms(s: Situation, moving: Iterable[Term], shape: ModelShape) -> l
             formula += f" + {RECOMPUTING_HOLES} x T x {saved:,.0f}"
         source = "glibc keeps the holes that freed temporaries leave; measured (docs/plan.md)"
         fitted = "fitted to measured runs (docs/plan.md)"
-        small = [w for w in shape.of("linear") if 2 * w.parameters // w.count < MMAP_LIMIT]
-        quantised = sum(w.parameters for w in small) if s.quantization != "none" else 0
-        holes = f"{QUANTISING_HOLES} x 2 bytes x {quantised:,} quantised parameters"
         return [
-            _term("holes of quantising", QUANTISING_HOLES * 2 * quantised, holes, fitted),
             _term("heap fragmentation", size, formula, source),
             _term("trainer and data", TRAINER, "constant", fitted),
             _term(

@@ -357,7 +357,9 @@ def _panels(result: Result, title: str, draw: Callable[[Axes, TableResult], None
     for axes, (name, table) in zip(panels, result.tables.items(), strict=True):
         draw(axes, table)
         axes.set_title(TITLES[name], fontsize=11, loc="left")
-    figure.suptitle(f"{title}: {heading(result)}", fontsize=12, x=0.01, ha="left")
+    text = f"{title}: {heading(result)}"
+    size = 12 * min(1.0, 60 * len(panels) / len(text))  # so many letters of 12 points fit on one
+    figure.suptitle(text, fontsize=size, x=0.01, ha="left")
     return figure
 
 

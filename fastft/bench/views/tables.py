@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastft.bench.record import ArmSummary, Peak, Ratio, Result, Spread, TableResult
+from fastft.bench.statistics import memory_bytes
 
 TITLES = {"defaults": "Everyone's defaults", "matched": "Matched settings"}
 
@@ -141,16 +142,12 @@ def gigabytes(size: float | None) -> str:
 
 
 def peak_text(peak: Peak | None) -> str:
-    """Return VRAM allocated / reserved / device, or without a GPU the resident memory (under a cap
-    that without mapped files, and with them).
-    """
+    """Return VRAM allocated / reserved / device, or without a GPU what arms are compared by."""
     if peak is None:
         return "-"
     vram = (peak.vram_allocated_bytes, peak.vram_reserved_bytes, peak.vram_device_bytes)
     if all(size is None for size in vram):
-        resident = f"{gigabytes(peak.rss_bytes)} GB"
-        own = peak.anonymous_bytes
-        return resident if own is None else f"{gigabytes(own)} GB ({resident} with mapped files)"
+        return f"{gigabytes(memory_bytes(peak))} GB"
     return " / ".join(gigabytes(size) for size in vram) + " GB"
 
 
