@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from fastft.bench.record import Result, read_result
+from fastft.bench.statistics import memory_bytes
 from fastft.planning import plan_table
 from fastft.planning.show import table_markdown
 
@@ -23,11 +24,11 @@ READMES = (ROOT / "README.md", ROOT / "README.ja.md")
 WORDS = {
     "README.md": (
         "non-padding tokens/s, peak memory", "fastft over plain peft", "fastft over Unsloth",
-        "the same, one length and one batch for all", "not measured",
+        "the same, one length and one batch for all", "not measured", "out of memory",
     ),
     "README.ja.md": (
         "パディングを除くトークン/秒、最大メモリ", "fastft ÷ peft", "fastft ÷ Unsloth",
-        "同上、長さとバッチをそろえた場合", "未測定",
+        "同上、長さとバッチをそろえた場合", "未測定", "メモリ不足",
     ),
 }  # fmt: skip
 CARDS_HEAD = """# Which model fits which card
@@ -96,18 +97,20 @@ def newest_results() -> list[Result]:
 
 def speed_table(results: list[Result], words: tuple[str, ...]) -> str:
     """Return the results as a Markdown table, a line each."""
-    speed, over_peft, over_unsloth, matched, missing = words
+    speed, over_peft, over_unsloth, matched, missing, out_of_memory = words
     head = ["", f"fastft: {speed}", over_peft, over_unsloth, matched]
     lines = [head, ["---"] * len(head)]
     for result in results:
         table = result.tables["defaults"]
         arm = table.arms["fastft"]
-        rate, peak = arm.non_padding_tokens_per_sec, arm.peak
+        rate = arm.non_padding_tokens_per_sec
         own = missing
-        if rate is not None and peak is not None:
-            own = f"{rate.median:,.0f}, {peak.rss_bytes / 1e9:.2f} GB"
+        if rate is not None and (size := memory_bytes(arm.peak)) is not None:
+            own = f"{rate.median:,.0f}, {size / 1e9:.2f} GB"
         cells = [f"{result.case.title}; {result.machine.cpu}, {result.date[:10]}", own]
-        cells += [_ratio(result, "defaults", name, missing) for name in ("peft", "unsloth")]
+        for name in ("peft", "unsloth"):
+            died = name in table.arms and table.arms[name].status == "oom"
+            cells.append(_ratio(result, "defaults", name, out_of_memory if died else missing))
         both = [_ratio(result, "matched", name, "") for name in ("peft", "unsloth")]
         lines.append([*cells, ", ".join(filter(None, both)) or missing])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

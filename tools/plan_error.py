@@ -9,9 +9,9 @@ A case is a random model of a real size on disk, trained for a few steps by `fas
 merged and exported by `fastft.export`, each in a process of its own. Measured is the peak of
 resident memory (VmHWM) above what the process had after its imports (where the base is quantised,
 from the first step on: the 16-bit files that are mapped until then need no room); predicted is the
-plan's peak without its term for the imports. On a GPU, measured is what torch's allocator reserved, before the
-first step (load) and from then on (train); predicted is the plan's peak without the CUDA context,
-which is compared apart. Linux only.
+plan's peak without its term for the imports. On a GPU, measured is what torch's allocator reserved,
+before the first step (load) and from then on (train); predicted is the plan's peak without the CUDA
+context, which is compared apart. Linux only.
 """
 
 from __future__ import annotations

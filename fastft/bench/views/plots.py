@@ -358,7 +358,7 @@ def _panels(result: Result, title: str, draw: Callable[[Axes, TableResult], None
         draw(axes, table)
         axes.set_title(TITLES[name], fontsize=11, loc="left")
     text = f"{title}: {heading(result)}"
-    size = 12 * min(1.0, 60 * len(panels) / len(text))  # so many letters of 12 points fit on one
+    size = 12 * min(1.0, 57 * len(panels) / len(text))  # so many letters of 12 points fit on one
     figure.suptitle(text, fontsize=size, x=0.01, ha="left")
     return figure
 
