@@ -125,7 +125,7 @@ def test_micro_batches_need_more_the_larger_they_are_and_checkpointing_less():
         assert sizes[0] < sizes[2]
         assert peak(shape, replace(s, tokens=4096, checkpointing="recompute")) < sizes[2]
         if kernels != "peft":  # whose modules take what NF4 saves
-            assert peak(shape, replace(s, quantization="nf4")) < sizes[0]
+            assert peak(shape, replace(s, quantization="nf4", multiplies_nf4=True)) < sizes[0]
 
 
 def test_every_term_says_where_it_comes_from():

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from fastft import models
 from fastft.errors import FastFTError
 from fastft.exporting.merged import export_merged
 from fastft.exporting.weights import Checkpoint, Weights, resolve_base
@@ -523,3 +525,22 @@ def _rewrite(adapter: Path, copy: Path, **changes) -> None:
     shutil.copytree(adapter, copy)
     path = copy / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("wrong", [float("nan"), float("-inf")])
+def test_the_last_number_of_a_large_tensor_is_looked_at_too(tmp_path, monkeypatch, kind, wrong):
+    """Piece by piece: an adapter that holds a head would be half a gigabyte at once."""
+    monkeypatch.setattr(models, "PIECE", 64)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = {
+        "a": torch.ones(3, 5, dtype=torch.int64),
+        "empty": torch.ones(0, 4),
+        "b": torch.ones(7, 11, dtype=kind),
+    }
+    save_file(tensors, path)
+    models.check_finite(path)
+    tensors["b"][-1, -1] = wrong
+    save_file(tensors, path)
+    with pytest.raises(FastFTError, match="b holds numbers that are not finite"):
+        models.check_finite(path)
