@@ -166,7 +166,7 @@ class Case(_Model):
     and is labelled so.
     """
     memory_cap_gb: float | None = Field(None, gt=0)
-    """GB (1e9 bytes) of VRAM, or of the worker's own memory on a CPU."""
+    """GB (1e9 bytes) of VRAM, or on a CPU of the worker's own memory without mapped files."""
     model: ModelSpec
     quantization: Literal["none", "nf4"] = "none"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"

@@ -234,8 +234,9 @@ class _Memory:
     """Caps and watches the memory of a GPU, or, where there is a cap, of a process on a CPU.
 
     On a CPU that is the process's anonymous memory: pages of files that it maps, as those of a
-    checkpoint, go where the system needs the room. The kernel itself keeps the peak of all that is
-    resident.
+    checkpoint that is being read, go where the system needs the room. (16-bit weights that an arm
+    goes on reading there do not count either.) The kernel itself keeps the peak of all that is
+    resident. Processes that an arm starts are not watched.
 
     `before`: bytes in use on the GPU before this process made its CUDA context. `too_much`: called
     from a thread, with the reason, when a process on a CPU has more than the cap.
@@ -252,6 +253,7 @@ class _Memory:
         too_much: Callable[[str], None],
     ) -> None:
         self.stop = threading.Event()
+        self.thread: threading.Thread | None = None
         self.too_much = too_much
         self.watch: Callable[[], None] | None = None
         import torch
@@ -267,10 +269,13 @@ class _Memory:
 
     def __enter__(self) -> None:
         if self.watch:
-            threading.Thread(target=self._sample, args=(self.watch,), daemon=True).start()
+            self.thread = threading.Thread(target=self._sample, args=(self.watch,), daemon=True)
+            self.thread.start()
 
     def __exit__(self, *unused: object) -> None:
         self.stop.set()
+        if self.thread:  # it may be writing the record, and then ends the process
+            self.thread.join()
 
     def _sample(self, watch: Callable[[], None]) -> None:
         while not self.stop.wait(0.02):
@@ -288,7 +293,7 @@ class _Memory:
         _Memory.anonymous_bytes = max(_Memory.anonymous_bytes or 0, own)
         if own > cap_bytes:
             self.too_much(
-                f"{own / 1e9:.2f} GB of memory of its own are more than the cap of "
+                f"the process's own memory, {own / 1e9:.2f} GB, is above the cap of "
                 f"{cap_bytes / 1e9:g} GB"
             )
 

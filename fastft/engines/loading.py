@@ -148,7 +148,8 @@ def _leave_the_files(model: Any) -> None:
     lies in it, and all of it that was read counts as memory of this process.
     """
     for tensor in itertools.chain(model.parameters(), model.buffers()):
-        if tensor.device.type == "cpu" and tensor.is_floating_point():
+        quantised = type(tensor).__module__.startswith("bitsandbytes")
+        if tensor.device.type == "cpu" and not quantised:
             tensor.data = tensor.data.clone()
 
 

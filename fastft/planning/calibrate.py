@@ -68,8 +68,8 @@ class Calibration:
             return f"{self._seen}. {self._need} of the {self.limit_bytes / GIB:.2f} GiB available."
         most = self.largest_fitting_tokens
         if not most:
-            smaller = "a smaller base" if self.in_four_bits else "model.quantization: nf4"
-            advice = f"not even the weights leave room: take {smaller}, or a larger machine"
+            less = "take a smaller base" if self.in_four_bits else "set model.quantization: nf4"
+            advice = f"not even the weights leave room: {less}, or take a larger machine"
         elif most >= self.longest:
             advice = (
                 f"set train.micro_batch_tokens to at most {most:,} and run the same command again "

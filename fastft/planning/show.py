@@ -222,6 +222,7 @@ def _table_situation(method: str, length: int, device: str) -> Situation:
         tokens=length,
         longest=length,
         quantization="nf4" if method == "QLoRA" else "none",
+        multiplies_nf4=device == "cpu",
         rank=16,
         optimizer="adamw_8bit" if device == "cuda" else "adamw",
         loss="chunked" if device == "cuda" else "fused",

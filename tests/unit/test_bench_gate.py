@@ -229,7 +229,7 @@ def test_a_cap_on_a_cpu_counts_what_is_allocated_and_not_mapped_files(tmp_path, 
         hoard = b"x" * (2 * size)
         assert told.wait(10)
     assert len(hoard) == 2 * size
-    assert "more than the cap of" in reasons[0]
+    assert "is above the cap of" in reasons[0]
     peak = worker._Memory.peak()
     assert peak.anonymous_bytes is not None
     assert peak.anonymous_bytes > size

@@ -329,12 +329,12 @@ def test_calibration_scales_what_grows_and_says_what_would_fit():
     too_small = calibrate(
         shape, s, tokens=1024, measured_bytes=planned, largest_tokens=1024, limit_bytes=GIB // 2
     )
-    assert "not even the weights leave room: take model.quantization: nf4" in too_small.message
+    assert "not even the weights leave room: set model.quantization: nf4" in too_small.message
     quantised = calibrate(
         shape, replace(s, quantization="nf4"), tokens=1024, measured_bytes=planned,
         largest_tokens=1024, limit_bytes=GIB // 2,
     )  # fmt: skip
-    assert "take a smaller base, or a larger machine" in quantised.message
+    assert "take a smaller base, or take a larger machine" in quantised.message
 
 
 def test_calibration_does_not_blow_up_what_it_cannot_explain():
