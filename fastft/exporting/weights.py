@@ -21,15 +21,12 @@ from fastft.data.bounded import matches
 from fastft.errors import FastFTError
 from fastft.exporting.experts import PARTS, single
 from fastft.families import family_of
-from fastft.models import check_finite, read_header
+from fastft.models import FLOATS, check_finite, read_header
 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8",
-    "I64": "int64",
-}  # fmt: skip
+DTYPES = FLOATS | {"U8": "uint8", "I64": "int64"}
 PREFIX = "base_model.model."
 EMBEDDING = "embed_tokens.weight"
 HEAD = "lm_head.weight"

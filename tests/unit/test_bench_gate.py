@@ -209,7 +209,7 @@ def test_an_arm_that_stopped_for_want_of_memory_says_so():
 @pytest.mark.skipif(worker.anonymous_bytes() is None, reason="the kernel does not tell")
 def test_a_cap_on_a_cpu_counts_what_is_allocated_and_not_mapped_files(tmp_path, monkeypatch):
     """As torch maps a checkpoint: privately and writable."""
-    size, reasons, told = 256 * 2**20, [], threading.Event()
+    size, reasons, told = 64 * 2**20, [], threading.Event()
     monkeypatch.setattr(worker._Memory, "anonymous_bytes", None)
     path = tmp_path / "weights"
     with path.open("wb") as file:

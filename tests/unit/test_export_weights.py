@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 import shutil
@@ -527,8 +528,16 @@ def _rewrite(adapter: Path, copy: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("wrong", [float("nan"), float("-inf")])
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        *itertools.product(
+            [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2],
+            [float("nan"), float("-inf")],
+        ),
+        (torch.float8_e4m3fn, float("nan")),  # which has no infinity
+    ],
+)
 def test_the_last_number_of_a_large_tensor_is_looked_at_too(tmp_path, monkeypatch, kind, wrong):
     """Piece by piece: an adapter that holds a head would be half a gigabyte at once."""
     monkeypatch.setattr(models, "PIECE", 64)
